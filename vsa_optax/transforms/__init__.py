@@ -1,0 +1,1 @@
+"""Gradient transformations: pytrees and Optax states around the kernels."""

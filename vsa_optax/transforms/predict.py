@@ -1,0 +1,440 @@
+"""Skip backward passes: predict what a gradient, or an optimizer's update, would have been.
+
+A true gradient enters; it leaves as it came (or as the wrapped optimizer's update), and is recorded. In PREDICT
+whatever enters is ignored, and what the records predict leaves in its place. State cost: (W + 1) times the parameters
+with a window of W records, 3 times with the recursion; one less without the residual.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from vsa_optax import checks
+from vsa_optax.kernels import numerics
+from vsa_optax.transforms import phases, queries
+from vsa_optax.transforms.conditional import when
+from vsa_optax.transforms.finite import all_finite, select
+from vsa_optax.transforms.history import Scalars
+from vsa_optax.transforms.phases import Phase, PhaseMachineState, PhaseSchedule
+from vsa_optax.transforms.predictor import Predictor, make_predictor
+
+
+class PhaseSwitchedState(NamedTuple):
+    """State of `predict_gradients` and `phase_switched`.
+
+    Attributes:
+        machine: `PhaseMachineState`, scalars.
+        history: `WindowHistoryState` or `RecursiveHistoryState`; None with ``predict_steps=0``.
+        residual: tree of ``[*shape]`` in the history's dtype, the averaged prediction error; None if switched off.
+        inner_state: the wrapped optimizer's state.
+    """
+
+    machine: PhaseMachineState
+    history: Any
+    residual: Any
+    inner_state: Any
+
+
+def predict_gradients(
+    *,
+    warmup_steps: int = 10,
+    full_steps: int = 5,
+    predict_steps: int = 20,
+    correct_every: int = 5,
+    history: str = "window",
+    history_window: int = 8,
+    history_decay: float = 0.95,
+    history_dtype: jax.typing.DTypeLike | None = None,
+    residual: bool = True,
+    residual_decay: float = 0.95,
+    adaptive: bool = False,
+    loss_threshold: float = 0.1,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces the gradients of PREDICT steps by their extrapolation; heads an ``optax.chain``.
+
+    In WARMUP, FULL and CORRECT gradients pass through unchanged and are recorded. In PREDICT the incoming gradients are
+    ignored, so they need not be computed: `vsa_optax.value_and_grad_by_phase` skips them. The optimizer behind this
+    link runs at every step.
+
+    A gradient with a NaN or an infinity is neither recorded nor passed on: zeros leave in its place, and the state's
+    ``nonfinite_count`` goes up. Predictions saturate at their dtype's largest finite value.
+
+    Args:
+        warmup_steps: true gradients to record before the first FULL phase, ``>= 2``.
+        full_steps: steps of a FULL phase, ``>= 1``.
+        predict_steps: steps of a PREDICT phase, its corrections included, ``>= 0``; 0 never predicts and allocates no
+            history.
+        correct_every: in PREDICT, a true gradient is taken when the step within the phase is a positive multiple of
+            this, ``>= 1``.
+        history: ``"window"`` (least squares over the last ``history_window`` records, exact) or ``"recursive"`` (over
+            all records with exponentially fading weights, the same work and memory whatever the decay).
+        history_window: records W kept by the window, ``>= 2``.
+        history_decay: weight of a record relative to the next newer one, in ``(0, 1]``.
+        history_dtype: floating-point dtype of records and residual; None keeps each leaf's own.
+        residual: whether to add the averaged error of past predictions, measured at CORRECT steps.
+        residual_decay: γ, both the average's decay and the residual's fading a step, in ``[0, 1]``.
+        adaptive: whether phase lengths follow the loss: FULL grows and PREDICT shrinks while it rises, the reverse
+            while it falls. Needs ``value=`` at every update.
+        loss_threshold: relative rise of the loss that counts as worse, ``>= 0``.
+
+    Returns:
+        A transformation that takes the loss as the optional extra argument ``value``.
+
+    State cost:
+        ``(W + 1) * P`` bytes with the window and ``3 * P`` with the recursion, for parameters of P bytes (in the
+        history's dtype); ``P`` less without the residual; and about 60 bytes of scalars (400 more when adaptive).
+
+    Raises:
+        ValueError: an argument outside its range, where the transformation is made; at ``update``, gradients whose
+            structure or shapes are not those given to ``init``, or ``adaptive=True`` without ``value``.
+        TypeError: at ``init``, a leaf that is not floating point or complex.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, vsa_optax
+        >>> opt = optax.chain(
+        ...     vsa_optax.predict_gradients(warmup_steps=2, full_steps=1, predict_steps=2), optax.sgd(1.0))
+        >>> params = jnp.zeros(2)
+        >>> state, moves = opt.init(params), []
+        >>> for step in range(5):
+        ...     needs = bool(vsa_optax.needs_backward(state))
+        ...     gradient = jnp.array([1.0, 2.0]) * step if needs else jnp.zeros(2)
+        ...     updates, state = opt.update(gradient, state, params)
+        ...     moves.append((needs, round(float(-updates[1]), 5)))
+        >>> moves
+        [(True, 0.0), (True, 2.0), (True, 4.0), (False, 6.0), (False, 8.0)]
+
+    References:
+        The phases and the weighted fit are those of the Rust crate vsa-optim-rs 0.1.1, whose window holds two records
+        more, whose residual is measured without itself and starts to fade one step later, and which has two further
+        triggers for a correction.
+    """
+    return phase_switched(
+        optax.identity(),
+        warmup_steps=warmup_steps,
+        full_steps=full_steps,
+        predict_steps=predict_steps,
+        correct_every=correct_every,
+        history=history,
+        history_window=history_window,
+        history_decay=history_decay,
+        history_dtype=history_dtype,
+        residual=residual,
+        residual_decay=residual_decay,
+        adaptive=adaptive,
+        loss_threshold=loss_threshold,
+    )
+
+
+def phase_switched(
+    opt: optax.GradientTransformation,
+    *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    predict_in: str = "update",
+    warmup_steps: int = 10,
+    full_steps: int = 5,
+    predict_steps: int = 20,
+    correct_every: int = 5,
+    history: str = "window",
+    history_window: int = 8,
+    history_decay: float = 0.95,
+    history_dtype: jax.typing.DTypeLike | None = None,
+    residual: bool = True,
+    residual_decay: float = 0.95,
+    adaptive: bool = False,
+    loss_threshold: float = 0.1,
+) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that PREDICT steps need no gradient.
+
+    With ``predict_in="update"`` the records are what ``opt`` emitted; in PREDICT their extrapolation is emitted, and
+    ``opt`` neither runs nor changes its state. With ``predict_in="gradient"`` the records are gradients, and ``opt``
+    runs at every step, on the predicted gradient in PREDICT.
+
+    **Learning-rate schedules.** With ``predict_in="update"`` whatever ``opt`` counts, a schedule inside it included,
+    advances with true gradients only: a cosine over 1000 steps would reach a third of its way in 1000 steps. Give the
+    rate to ``learning_rate`` instead and build ``opt`` at rate 1 (``optax.adamw(1.0)``): directions are recorded
+    unscaled, and the rate of step t, counted over all steps, multiplies what leaves in every phase.
+
+    A step whose gradient (or ``opt``'s answer to it) holds a NaN or an infinity leaves ``opt``'s state, the history and
+    the residual as they were and emits zeros; ``nonfinite_count`` goes up. The phase advances, except in WARMUP.
+
+    Leaves that ``optax.masked`` keeps *from* this wrapper receive the zero gradients of a skipped step: put the mask
+    inside, ``phase_switched(optax.masked(...))``. Under ``jax.vmap`` a conditional becomes a select, and both sides
+    run: nothing is skipped there.
+
+    Args:
+        opt: the optimizer. Line searches, ``optax.MultiSteps`` and a second phase machine are refused.
+        learning_rate: a number or a schedule over all steps; None leaves what is emitted unscaled. May be injected with
+            ``optax.inject_hyperparams(lambda learning_rate: phase_switched(opt, learning_rate=learning_rate))``.
+        predict_in: ``"update"`` or ``"gradient"``.
+        warmup_steps: as in `predict_gradients`, and so are the arguments that follow.
+        full_steps: see `predict_gradients`.
+        predict_steps: see `predict_gradients`; with 0 the parameters are those of ``opt`` alone, bit for bit.
+        correct_every: see `predict_gradients`.
+        history: see `predict_gradients`.
+        history_window: see `predict_gradients`.
+        history_decay: see `predict_gradients`.
+        history_dtype: see `predict_gradients`.
+        residual: see `predict_gradients`.
+        residual_decay: see `predict_gradients`.
+        adaptive: see `predict_gradients`.
+        loss_threshold: see `predict_gradients`.
+
+    Returns:
+        A transformation that takes the loss as the optional extra argument ``value`` and forwards it, like every other
+        extra argument, to ``opt``. Updates have the dtype that ``opt`` gives them.
+
+    State cost:
+        that of `predict_gradients` and ``opt``'s own.
+
+    Raises:
+        ValueError: as `predict_gradients`; and for an ``opt`` that is refused.
+        TypeError: as `predict_gradients`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, vsa_optax
+        >>> schedule = optax.cosine_decay_schedule(0.1, 100)
+        >>> opt = vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=schedule)
+        >>> loss = lambda params: jnp.sum((params - 3.0) ** 2)
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     value, grads = vsa_optax.value_and_grad_by_phase(loss)(params, state=state)
+        ...     updates, state = opt.update(grads, state, params, value=value)
+        ...     return optax.apply_updates(params, updates), state
+        >>> params = jnp.zeros(4)
+        >>> state = opt.init(params)
+        >>> for _ in range(100):
+        ...     params, state = step(params, state)
+        >>> int(vsa_optax.phase_stats(state).predict_steps), bool(loss(params) < 0.1 * loss(jnp.zeros(4)))
+        (57, True)
+    """
+    if isinstance(opt, optax.MultiSteps):
+        raise ValueError("opt must not be optax.MultiSteps: wrap the other way round, MultiSteps(phase_switched(...))")
+    if not (hasattr(opt, "init") and hasattr(opt, "update")):
+        raise ValueError(f"opt must be an optax.GradientTransformation, got {opt!r}")
+    opt = optax.with_extra_args_support(opt)
+    _check_learning_rate(learning_rate)
+    checks.check_choice("predict_in", predict_in, ("update", "gradient"))
+    schedule = PhaseSchedule(warmup_steps, full_steps, predict_steps, correct_every, adaptive, loss_threshold)
+    predictor = make_predictor(
+        history=history,
+        history_window=history_window,
+        history_decay=history_decay,
+        history_dtype=history_dtype,
+        residual=residual,
+        residual_decay=residual_decay,
+    )
+    predicts_updates = predict_in == "update"
+    recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
+    run = _Run(recorded, predictor)
+    record = when(predictor.history.record)
+
+    def init_fn(params: optax.Params) -> PhaseSwitchedState:
+        checks.check_inexact_leaves(params)
+        inner_state = opt.init(params)
+        _check_inner_state(inner_state)
+        return PhaseSwitchedState(
+            machine=phases.init(schedule),
+            history=predictor.history.init(params) if schedule.ever_predicts else None,
+            residual=predictor.init_residual(params) if schedule.ever_predicts else None,
+            inner_state=inner_state,
+        )
+
+    def update_fn(
+        updates: optax.Updates, state: PhaseSwitchedState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, PhaseSwitchedState]:
+        value = extra_args.get("value")
+        if value is not None:
+            extra_args["value"] = jnp.asarray(value)
+        elif adaptive:
+            raise ValueError("adaptive=True needs the loss at every step: update(..., value=loss), got value=None")
+        if schedule.ever_predicts:
+            tree, leading = predictor.history.example(state.history)
+            checks.check_same_tree(tree, updates, what="gradients", leading_axes=leading)
+        elif params is not None:
+            checks.check_same_tree(params, updates, what="gradients")
+
+        machine, memory, averaged_error = state.machine, state.history, state.residual
+        step = phases.total_steps(machine)
+        recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
+        if schedule.ever_predicts:
+            # The history is read in the first line and written in the last, so that XLA can write it in place.
+            scalars = predictor.scalars(memory, step)
+            result = run(updates, recorded_state, params, extra_args, machine.phase, memory, averaged_error, scalars)
+            is_recorded = (machine.phase != Phase.PREDICT) & result.is_finite
+            machine = phases.note_prediction_error(machine, result.error, result.is_measured)
+            averaged_error = result.residual
+            memory = record(is_recorded, memory, result.target, step, scalars)
+        else:
+            result = run.always(updates, recorded_state, params, extra_args)
+
+        if predicts_updates:
+            new_updates, inner_state = result.target, result.inner_state
+        else:
+            new_updates, inner_state = opt.update(result.target, state.inner_state, params, **extra_args)
+            inner_state = select(result.is_finite, inner_state, state.inner_state)
+        new_updates = select(result.is_finite, new_updates, optax.tree.zeros_like(new_updates))
+        if learning_rate is not None:
+            rate = learning_rate(step) if callable(learning_rate) else learning_rate
+            new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
+        machine = phases.advance(schedule, machine, is_finite=result.is_finite, value=value)
+        return new_updates, PhaseSwitchedState(machine, memory, averaged_error, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _StepResult(NamedTuple):
+    """What one step comes to, before it is recorded.
+
+    Attributes:
+        target: tree, what the recorded transformation emitted, or its prediction; of no use if not finite.
+        inner_state: the recorded transformation's state.
+        residual: tree or None, the predictor's residual.
+        is_finite: ``[] bool``, false if a gradient, or what the transformation made of it, holds a NaN or an infinity.
+        error: ``[] float32``, the relative prediction error.
+        is_measured: ``[] bool``, whether ``error`` was measured, which it is at CORRECT steps.
+    """
+
+    target: Any
+    inner_state: Any
+    residual: Any
+    is_finite: jax.Array
+    error: jax.Array
+    is_measured: jax.Array
+
+
+class _Run:
+    """One step of ``recorded``, or its prediction if the phase is PREDICT.
+
+    Outside jit, JAX compiles a loop or a conditional anew for each new function object: they are made once, here.
+    """
+
+    def __init__(self, recorded: optax.GradientTransformationExtraArgs, predictor: Predictor) -> None:
+        self._recorded = recorded
+        self._predictor = predictor
+        self._measure_when = when(self._measure)
+        self._step_when = when(self._step)
+        self._conditional_prediction = functools.lru_cache(maxsize=16)(self._sides_of_prediction)
+
+    def always(self, updates: Any, inner_state: Any, params: Any, extra_args: dict[str, Any]) -> _StepResult:
+        """One step whatever the phase. Selects, no conditional: the bits are those of ``recorded`` alone."""
+        new, new_state = self._recorded.update(updates, inner_state, params, **extra_args)
+        can_keep = all_finite(updates)
+        return _StepResult(
+            target=new,
+            inner_state=select(can_keep, new_state, inner_state),
+            residual=None,
+            is_finite=can_keep & all_finite(new),
+            error=jnp.zeros([], jnp.float32),
+            is_measured=jnp.array(False),
+        )
+
+    def __call__(
+        self,
+        updates: Any,
+        inner_state: Any,
+        params: Any,
+        extra_args: dict[str, Any],
+        phase: jax.Array,
+        history: Any,
+        residual: Any,
+        scalars: Scalars,
+    ) -> _StepResult:
+        """One step in a true phase, the prediction in PREDICT."""
+        static_args = {k: v for k, v in extra_args.items() if not _is_array_tree(v)}
+        traced_args = {k: v for k, v in extra_args.items() if k not in static_args}
+        emitted = jax.eval_shape(
+            lambda u, s, p, e: self._recorded.update(u, s, p, **e, **static_args)[0],
+            updates,
+            inner_state,
+            params,
+            traced_args,
+        )
+        is_predict = phase == Phase.PREDICT
+        sides = self._conditional_prediction(tuple((x.shape, x.dtype) for x in jax.tree.leaves(emitted)))
+        leaves = lax.cond(is_predict, *sides, history, residual, scalars)
+        has_gradient = lax.cond(is_predict, _true, all_finite, updates)
+        result = _StepResult(
+            target=jax.tree.unflatten(jax.tree.structure(emitted), leaves),
+            inner_state=inner_state,
+            residual=residual,
+            is_finite=has_gradient,
+            error=jnp.zeros([], jnp.float32),
+            is_measured=jnp.array(False),
+        )
+        step_when = when(functools.partial(self._step, **static_args)) if static_args else self._step_when
+        runs = ~is_predict & has_gradient
+        return step_when(runs, result, updates, params, traced_args, phase, history, scalars)
+
+    def _sides_of_prediction(self, avals: tuple[Any, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        def predicted(history: Any, residual: Any, scalars: Scalars) -> list[jax.Array]:
+            leaves = jax.tree.leaves(self._predictor.predict(history, residual, scalars))
+            return [numerics.saturating_cast(x, dtype) for x, (_, dtype) in zip(leaves, avals, strict=True)]
+
+        def nothing(history: Any, residual: Any, scalars: Scalars) -> list[jax.Array]:
+            del history, residual, scalars
+            return [jnp.zeros(shape, dtype) for shape, dtype in avals]
+
+        return predicted, nothing
+
+    def _step(
+        self,
+        result: _StepResult,
+        updates: Any,
+        params: Any,
+        extra_args: dict[str, Any],
+        phase: jax.Array,
+        history: Any,
+        scalars: Scalars,
+        **static_args: Any,
+    ) -> _StepResult:
+        target, inner_state = self._recorded.update(updates, result.inner_state, params, **extra_args, **static_args)
+        is_finite = all_finite(target)
+        result = result._replace(target=target, inner_state=inner_state, is_finite=is_finite)
+        return self._measure_when((phase == Phase.CORRECT) & is_finite, result, history, scalars)
+
+    def _measure(self, result: _StepResult, history: Any, scalars: Scalars) -> _StepResult:
+        residual, error, is_defined = self._predictor.measure(history, result.residual, result.target, scalars)
+        return result._replace(residual=residual, error=error, is_measured=is_defined)
+
+
+def _true(updates: Any) -> jax.Array:
+    del updates
+    return jnp.array(True)
+
+
+def _is_array_tree(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(isinstance(leaf, jax.Array) or hasattr(leaf, "__array__") for leaf in leaves)
+
+
+def _check_learning_rate(learning_rate: Any) -> None:
+    if learning_rate is None or callable(learning_rate):
+        return
+    if hasattr(learning_rate, "dtype"):  # An array, or a tracer of inject_hyperparams: its value may not be known.
+        if jnp.shape(learning_rate) != () or not jnp.issubdtype(learning_rate.dtype, jnp.floating):
+            raise ValueError(
+                "learning_rate must be a schedule, a number >= 0 or a floating-point scalar array, got an array of "
+                f"shape {jnp.shape(learning_rate)} and dtype {learning_rate.dtype}"
+            )
+        return
+    checks.check_real("learning_rate", learning_rate, low=0.0, high=float("inf"))
+
+
+def _check_inner_state(inner_state: Any) -> None:
+    if queries.contains_machine(inner_state):
+        raise ValueError("opt must not contain a phase machine of its own: use predict_gradients or phase_switched once")
+    refused = {
+        optax.MultiStepsState: "optax.MultiSteps: wrap the other way round, MultiSteps(phase_switched(...))",
+        optax.ScaleByBacktrackingLinesearchState: "a line search: it evaluates the loss itself at every step",
+        optax.ScaleByZoomLinesearchState: "a line search: it evaluates the loss itself at every step",
+    }
+    types = tuple(refused)
+    for leaf in jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, types)):
+        for kind, reason in refused.items():
+            if isinstance(leaf, kind):
+                raise ValueError(f"opt must not contain {reason}")

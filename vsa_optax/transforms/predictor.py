@@ -1,0 +1,85 @@
+"""The prediction: the history's line read at a later step, and the averaged error of earlier predictions on top.
+
+    ĝ(t) = b + v (t - t_last) + γ^(t - t_last) r
+    r    <- γ r + (1 - γ) (g - ĝ)                     at CORRECT steps
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vsa_optax import checks
+from vsa_optax.kernels import numerics, wls
+from vsa_optax.transforms.history import History, RecursiveHistory, Scalars, WindowHistory
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A history, and the residual's settings."""
+
+    history: History
+    dtype: jnp.dtype | None
+    has_residual: bool
+    residual_decay: float
+
+    def init_residual(self, params: Any) -> Any:
+        """Tree of zeros, or None if there is no residual."""
+        return optax.tree.zeros_like(params, dtype=self.dtype) if self.has_residual else None
+
+    def scalars(self, history: Any, step: jax.Array) -> Scalars:
+        """What ``step`` is to the history, and the residual's coefficient as the last one."""
+        scalars = self.history.scalars(history, step)
+        if not self.has_residual:
+            return scalars
+        faded = jnp.float32(self.residual_decay) ** scalars.horizon
+        return scalars._replace(coefficients=jnp.append(scalars.coefficients, faded))
+
+    def predict(self, history: Any, residual: Any, scalars: Scalars) -> Any:
+        """Tree of predictions, in at least f32; zeros while nothing is recorded."""
+        coefficients, trees = self.history.terms(history, scalars)
+        if self.has_residual:
+            coefficients, trees = [*coefficients, scalars.coefficients[-1]], [*trees, residual]
+        return jax.tree.map(lambda *arrays: wls.combine(coefficients, arrays), *trees)
+
+    def measure(
+        self, history: Any, residual: Any, target: Any, scalars: Scalars
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """What the prediction of ``target``, not yet recorded, would have been worth.
+
+        Returns:
+            ``(residual, error, is_defined)``: the new residual; ``||g - ĝ|| / ||g||`` over the whole tree, ``[] f32``;
+            and whether that is defined.
+        """
+        prediction = self.predict(history, residual, scalars)
+        error, is_defined = numerics.relative_distance(jax.tree.leaves(target), jax.tree.leaves(prediction))
+        if not self.has_residual:
+            return None, error, is_defined
+        decay = jnp.float32(self.residual_decay)
+
+        def moved(r: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
+            return numerics.saturating_cast(wls.combine([decay, 1 - decay, decay - 1], [r, g, p]), r.dtype)
+
+        return jax.tree.map(moved, residual, target, prediction), error, is_defined
+
+
+def make_predictor(
+    *,
+    history: str,
+    history_window: int,
+    history_decay: float,
+    history_dtype: Any,
+    residual: bool,
+    residual_decay: float,
+) -> Predictor:
+    """The predictor of these settings, checked; ranges as in `vsa_optax.predict_gradients`."""
+    checks.check_choice("history", history, ("window", "recursive"))
+    length = checks.check_integer("history_window", history_window, 2)
+    decay = checks.check_real("history_decay", history_decay, low=0.0, high=1.0, low_open=True)
+    dtype = checks.check_float_dtype("history_dtype", history_dtype)
+    checks.check_bool("residual", residual)
+    fading = checks.check_real("residual_decay", residual_decay, low=0.0, high=1.0)
+    memory: History = WindowHistory(length, decay, dtype) if history == "window" else RecursiveHistory(decay, dtype)
+    return Predictor(memory, dtype, residual, fading)

@@ -1,0 +1,143 @@
+"""The backward pass inside a conditional, so that PREDICT steps really do not run it."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vsa_optax.transforms.phases import Phase
+from vsa_optax.transforms.queries import find_machine
+
+
+def value_and_grad_by_phase(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    value_in_predict: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
+    """Like ``jax.value_and_grad``, but PREDICT steps run neither the backward nor, by default, the forward pass.
+
+    In WARMUP, FULL and CORRECT the returned function does what ``jax.value_and_grad(fun, argnums, has_aux)`` does. In
+    PREDICT it returns zero gradients, which `vsa_optax.phase_switched` and `vsa_optax.predict_gradients` ignore, and as
+    the value the last finite ``value=`` that an ``update`` received (NaN until one did), or, with
+    ``value_in_predict=True``, the value that a forward pass gives.
+
+    The choice is one ``lax.cond`` on the phase in ``state``; a single compiled step serves all phases. Under
+    ``jax.vmap`` both sides run.
+
+    Args:
+        fun: a function with a scalar floating-point value, or ``(value, aux)``.
+        argnums: positions of the arguments to differentiate.
+        has_aux: whether ``fun`` returns ``(value, aux)``.
+        value_in_predict: whether PREDICT runs the forward pass.
+
+    Returns:
+        ``f(*args, state, aux_in_predict=None, **kwargs)``, which returns ``(value, grads)`` or
+        ``((value, aux), grads)``. ``state`` is the optimizer's state, with one phase machine anywhere inside.
+        ``aux_in_predict`` is what stands for aux in PREDICT when no forward pass runs: a tree of aux's structure,
+        shapes and dtypes, e.g. the current batch statistics.
+
+    Raises:
+        ValueError: ``has_aux=True`` with neither ``value_in_predict=True`` nor ``aux_in_predict``; an
+            ``aux_in_predict`` that does not match aux; a ``state`` without exactly one phase machine.
+        TypeError: aux that is not made of arrays; a Flax nnx Module among the arguments, whose mutations inside a
+            conditional would be lost: split it (``nnx.split``) and return what changes as aux.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, vsa_optax
+        >>> opt = vsa_optax.phase_switched(optax.sgd(0.1))
+        >>> params = jnp.arange(3.0)
+        >>> value, grads = vsa_optax.value_and_grad_by_phase(lambda w: jnp.sum(w**2))(params, state=opt.init(params))
+        >>> float(value), grads.tolist()
+        (5.0, [0.0, 2.0, 4.0])
+    """
+    differentiated = jax.value_and_grad(fun, argnums, has_aux)
+
+    def value_and_grads(
+        *args: Any, state: Any, aux_in_predict: Any = None, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        if has_aux and not value_in_predict and aux_in_predict is None:
+            raise ValueError(
+                "has_aux=True needs value_in_predict=True, or aux_in_predict=, what to return as aux in PREDICT "
+                "(a tree of aux's structure), got aux_in_predict=None"
+            )
+        _refuse_modules(fun, args, kwargs)
+        machine = find_machine(state)
+
+        def with_backward() -> tuple[Any, Any]:
+            return differentiated(*args, **kwargs)
+
+        if has_aux:
+            _check_aux(fun, args, kwargs)
+        out_shapes, grad_shapes = jax.eval_shape(with_backward)
+        if has_aux and not value_in_predict:
+            _check_aux_in_predict(out_shapes[1], aux_in_predict)
+
+        def without_backward() -> tuple[Any, Any]:
+            grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), grad_shapes)
+            if value_in_predict:
+                return fun(*args, **kwargs), grads
+            dtype = (out_shapes[0] if has_aux else out_shapes).dtype
+            value = jnp.where(machine.has_value, machine.value, jnp.nan).astype(dtype)
+            return ((value, aux_in_predict) if has_aux else value), grads
+
+        return lax.cond(machine.phase == Phase.PREDICT, without_backward, with_backward)
+
+    return value_and_grads
+
+
+def _check_aux(fun: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """``TypeError`` if aux holds anything but arrays and numbers."""
+    found: list[Any] = []
+
+    def traced() -> Any:
+        out = fun(*args, **kwargs)
+        if isinstance(out, tuple) and len(out) == 2:
+            found.extend(jax.tree_util.tree_leaves_with_path(out[1]))
+        return 0
+
+    jax.eval_shape(traced)
+    for path, leaf in found:
+        try:
+            jnp.result_type(leaf)
+        except TypeError:
+            name = jax.tree_util.keystr(path) or "itself"
+            raise TypeError(
+                f"aux must be made of arrays to pass through a conditional, but {name} is a {type(leaf).__name__}"
+            ) from None
+
+
+def _check_aux_in_predict(expected: Any, given: Any) -> None:
+    if jax.tree.structure(expected) != jax.tree.structure(given):
+        raise ValueError(
+            f"aux_in_predict must have the structure of aux, {jax.tree.structure(expected)}, "
+            f"got {jax.tree.structure(given)}"
+        )
+    for (path, want), have in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(given), strict=True
+    ):
+        if (jnp.shape(have), jnp.result_type(have)) != (want.shape, want.dtype):
+            raise ValueError(
+                f"aux_in_predict{jax.tree_util.keystr(path)} must have shape {want.shape} and dtype {want.dtype} like "
+                f"aux, got shape {jnp.shape(have)} and dtype {jnp.result_type(have)}"
+            )
+
+
+def _refuse_modules(fun: Any, args: Any, kwargs: Any) -> None:
+    nnx = sys.modules.get("flax.nnx")  # If Flax was never imported, nothing here is a Module.
+    if nnx is None:
+        return
+
+    def is_module(x: Any) -> bool:
+        return isinstance(x, nnx.Module)
+
+    everything = (args, kwargs, getattr(fun, "__self__", None), fun)
+    if any(is_module(x) for x in jax.tree.leaves(everything, is_leaf=is_module)):
+        raise TypeError(
+            "a Flax nnx Module was given, but what it changes inside a conditional (batch statistics, dropout counts) "
+            "would be lost: split it with nnx.split, pass the states, and return what changes as aux"
+        )
