@@ -67,6 +67,8 @@ def value_and_grad_by_phase(
             )
         _refuse_modules(fun, args, kwargs)
         machine = find_machine(state)
+        if machine.errors is None:  # predict_steps=0: no step is ever predicted.
+            return differentiated(*args, **kwargs)
 
         def with_backward() -> tuple[Any, Any]:
             return differentiated(*args, **kwargs)

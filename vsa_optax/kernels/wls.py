@@ -20,12 +20,15 @@ import jax
 import jax.numpy as jnp
 
 
-def extrapolation_weights(ages: jax.Array, weights: jax.Array, horizon: jax.Array) -> jax.Array:
+def extrapolation_weights(
+    ages: jax.Array, weights: jax.Array, newest: jax.Array, horizon: jax.Array
+) -> jax.Array:
     """Scalars ``c`` such that the fitted line at ``horizon`` is ``sum_i c_i g_i``.
 
     Args:
-        ages: ``[W]`` float, steps from the newest record, ``<= 0``; 0 at the newest.
+        ages: ``[W]`` float, steps from the newest record, ``<= 0``.
         weights: ``[W]`` float, ``>= 0``; 0 leaves a record out.
+        newest: ``[]`` int, the newest record's index.
         horizon: ``[]`` float, steps from the newest record to the predicted step.
 
     Returns:
@@ -37,8 +40,8 @@ def extrapolation_weights(ages: jax.Array, weights: jax.Array, horizon: jax.Arra
     spread = jnp.sum(share * (ages - mean) ** 2)
     has_slope = spread > 0
     slope = (horizon - mean) * (ages - mean) / jnp.where(has_slope, spread, 1.0)
-    newest = (ages == 0) & (weights > 0)
-    return jnp.where(has_slope, share * (1.0 + slope), jnp.where(newest, 1.0, 0.0))
+    alone = (jnp.arange(ages.size) == newest) & (weights > 0)
+    return jnp.where(has_slope, share * (1.0 + slope), alone.astype(share.dtype))
 
 
 def combine(coefficients: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> jax.Array:
@@ -55,14 +58,17 @@ def combine(coefficients: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> j
 
 
 def forget_and_add(
-    weight: jax.Array, lag: jax.Array, spread: jax.Array, elapsed: jax.Array, decay: float
+    weight: jax.Array, lag: jax.Array, spread: jax.Array, elapsed: jax.Array, decay: float, *, mean_first: bool
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
     """One record more, all earlier weights multiplied by ``decay``: what becomes of the times, and what it does.
 
     The line is kept as the records' weighted mean ``m`` and its slope ``v``, read as ``m + v * (t - mean time)``. A
-    record ``x`` moves them, exactly and in this order, by
+    record ``x`` moves them, exactly, by
 
-        m <- m + mean_gain * (x - m),    v <- keep * v + velocity_gain * (x - m).
+        v <- keep * v + velocity_gain * (x - m),    m <- m + mean_gain * (x - m).
+
+    With ``mean_first`` the velocity's gain is for the distance that is left once the mean has moved. That is the same
+    in exact arithmetic; in f32 the velocity loses a factor of about ``1 / decay`` in precision.
 
     Args:
         weight: ``[]`` float, ``sum w``.
@@ -70,6 +76,7 @@ def forget_and_add(
         spread: ``[]`` float, ``sum w (t - mean)^2``.
         elapsed: ``[]`` float, steps from the newest record to the one added.
         decay: forgetting factor in (0, 1].
+        mean_first: whether ``m`` in the first equation is the new mean.
 
     Returns:
         ``(weight, lag, spread)`` with respect to the added record, and ``(mean_gain, keep, velocity_gain)``. Where the
@@ -86,6 +93,6 @@ def forget_and_add(
     gains = (
         jnp.where(has_slope, 1.0 / new_weight, 1.0),
         jnp.where(has_slope, kept_spread / safe, 0.0),
-        jnp.where(has_slope, distance / safe, 0.0),
+        jnp.where(has_slope, (distance if mean_first else new_lag) / safe, 0.0),
     )
     return (new_weight, new_lag, new_spread), gains

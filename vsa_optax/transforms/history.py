@@ -124,7 +124,7 @@ class WindowHistory:
         weights = jnp.where(rank < state.count, jnp.float32(self.decay) ** rank, 0.0)
         ages = (state.steps - state.steps[newest]).astype(jnp.float32)
         horizon = (step - state.steps[newest]).astype(jnp.float32)
-        return Scalars(horizon, wls.extrapolation_weights(ages, weights, horizon))
+        return Scalars(horizon, wls.extrapolation_weights(ages, weights, newest, horizon))
 
     def terms(self, state: WindowHistoryState, scalars: Scalars) -> tuple[list[jax.Array], list[Any]]:
         """One term a slot."""
@@ -152,13 +152,18 @@ class RecursiveHistory:
     """Weighted least squares over every record so far, the weights fading by ``decay`` a record.
 
     The normal equations' sums are kept in the form of their solution, mean and velocity, which a new record moves by
-    its distance times scalar gains: the same numbers, without sums that outgrow f32, and each written in place.
+    its distance from the mean times scalar gains: the same numbers, without sums that outgrow f32.
 
     State cost: twice the parameters, plus 20 bytes.
     """
 
     decay: float
     dtype: jnp.dtype | None
+
+    @property
+    def _mean_first(self) -> bool:
+        # With both computed from the old mean, XLA copies it; a decay this small needs the digits more.
+        return self.decay >= 0.5
 
     def init(self, params: Any) -> RecursiveHistoryState:
         """The empty recursion."""
@@ -179,7 +184,9 @@ class RecursiveHistory:
     def scalars(self, state: RecursiveHistoryState, step: jax.Array) -> Scalars:
         """Coefficients of mean and velocity, and what a record at ``step`` would do."""
         horizon = (step - state.last_step).astype(jnp.float32)
-        moments, gains = wls.forget_and_add(state.weight, state.lag, state.spread, horizon, self.decay)
+        moments, gains = wls.forget_and_add(
+            state.weight, state.lag, state.spread, horizon, self.decay, mean_first=self._mean_first
+        )
         coefficients = jnp.stack([jnp.ones([], jnp.float32), horizon + state.lag])
         return Scalars(horizon, coefficients, moments, gains)
 
@@ -190,7 +197,7 @@ class RecursiveHistory:
     def record(
         self, state: RecursiveHistoryState, tree: Any, step: jax.Array, scalars: Scalars
     ) -> RecursiveHistoryState:
-        """Moves the mean towards the record, then the velocity by what still separates them."""
+        """Moves mean and velocity by the record's distance from the mean."""
         assert scalars.moments is not None
         assert scalars.gains is not None
         weight, lag, spread = scalars.moments
@@ -204,9 +211,10 @@ class RecursiveHistory:
             return numerics.saturating_cast(wls.combine(*terms), v.dtype)
 
         mean = jax.tree.map(moved_mean, state.mean, tree)
+        seen_mean = mean if self._mean_first else state.mean
         return RecursiveHistoryState(
             mean=mean,
-            velocity=jax.tree.map(moved_velocity, state.velocity, mean, tree),
+            velocity=jax.tree.map(moved_velocity, state.velocity, seen_mean, tree),
             weight=weight,
             lag=lag,
             spread=spread,

@@ -52,6 +52,20 @@ class AdaptiveLengthsState(NamedTuple):
     count: jax.Array
 
 
+class PredictionErrorState(NamedTuple):
+    """Relative errors ``||g - ĝ|| / ||g||`` at CORRECT steps.
+
+    Attributes:
+        count: ``[] int32``, errors measured.
+        mean: ``[] float32``, their mean.
+        last: ``[] float32``, the latest.
+    """
+
+    count: jax.Array
+    mean: jax.Array
+    last: jax.Array
+
+
 class PhaseMachineState(NamedTuple):
     """The machine's scalars; every query finds the machine by this type.
 
@@ -64,12 +78,10 @@ class PhaseMachineState(NamedTuple):
         correct_steps: ``[] int32``.
         cycles: ``[] int32``, PREDICT phases completed.
         nonfinite_count: ``[] int32``, true steps skipped for a NaN or an infinity.
-        measured_steps: ``[] int32``, CORRECT steps whose prediction error was measured.
-        mean_prediction_error: ``[] float32``, mean of those errors.
-        last_prediction_error: ``[] float32``, the latest of them.
+        errors: `PredictionErrorState`, or None with ``predict_steps=0``.
         value: ``[] float32``, the last finite ``value=`` received; meaningless before ``has_value``.
         has_value: ``[] bool``, whether one was received.
-        adaptive: ``AdaptiveLengthsState``, or None with ``adaptive=False``.
+        adaptive: `AdaptiveLengthsState`, or None with ``adaptive=False``.
     """
 
     phase: jax.Array
@@ -80,9 +92,7 @@ class PhaseMachineState(NamedTuple):
     correct_steps: jax.Array
     cycles: jax.Array
     nonfinite_count: jax.Array
-    measured_steps: jax.Array
-    mean_prediction_error: jax.Array
-    last_prediction_error: jax.Array
+    errors: PredictionErrorState | None
     value: jax.Array
     has_value: jax.Array
     adaptive: AdaptiveLengthsState | None
@@ -136,9 +146,7 @@ def init(schedule: PhaseSchedule) -> PhaseMachineState:
         correct_steps=zero(),
         cycles=zero(),
         nonfinite_count=zero(),
-        measured_steps=zero(),
-        mean_prediction_error=jnp.zeros([], jnp.float32),
-        last_prediction_error=jnp.zeros([], jnp.float32),
+        errors=PredictionErrorState(zero(), *jnp.zeros([2], jnp.float32)) if schedule.ever_predicts else None,
         value=jnp.zeros([], jnp.float32),
         has_value=jnp.zeros([], jnp.bool_),
         adaptive=adaptive,
@@ -211,14 +219,15 @@ def note_prediction_error(
     state: PhaseMachineState, error: jax.Array, is_measured: jax.Array
 ) -> PhaseMachineState:
     """Adds one CORRECT step's relative error to the running mean, if it was measured."""
-    count = state.measured_steps + is_measured
-    step = (error - state.mean_prediction_error) / jnp.maximum(count, 1)
-    mean = numerics.saturating_cast(state.mean_prediction_error + step, jnp.float32)
-    return state._replace(
-        measured_steps=count,
-        mean_prediction_error=jnp.where(is_measured, mean, state.mean_prediction_error),
-        last_prediction_error=jnp.where(is_measured, error, state.last_prediction_error),
+    assert state.errors is not None
+    count = state.errors.count + is_measured
+    mean = state.errors.mean + (error - state.errors.mean) / jnp.maximum(count, 1)
+    errors = PredictionErrorState(
+        count=count,
+        mean=jnp.where(is_measured, numerics.saturating_cast(mean, jnp.float32), state.errors.mean),
+        last=jnp.where(is_measured, error, state.errors.last),
     )
+    return state._replace(errors=errors)
 
 
 def _remember_loss(state: AdaptiveLengthsState, loss: jax.Array, is_known: jax.Array) -> AdaptiveLengthsState:

@@ -228,7 +228,8 @@ def phase_switched(
         residual=residual,
         residual_decay=residual_decay,
     )
-    predicts_updates = predict_in == "update"
+    # Without predictions both domains are opt itself.
+    predicts_updates = predict_in == "update" or not schedule.ever_predicts
     recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
     run = _Run(recorded, predictor)
     record = when(predictor.history.record)
@@ -270,7 +271,11 @@ def phase_switched(
             averaged_error = result.residual
             memory = record(is_recorded, memory, result.target, step, scalars)
         else:
-            result = run.always(updates, recorded_state, params, extra_args)
+            # Selects, no conditional: only so are the bits those of opt alone.
+            target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
+            can_keep = all_finite(updates)
+            inner_state = select(can_keep, inner_state, state.inner_state)
+            result = _StepResult(target, inner_state, None, can_keep & all_finite(target))
 
         if predicts_updates:
             new_updates, inner_state = result.target, result.inner_state
@@ -303,8 +308,8 @@ class _StepResult(NamedTuple):
     inner_state: Any
     residual: Any
     is_finite: jax.Array
-    error: jax.Array
-    is_measured: jax.Array
+    error: jax.Array | None = None
+    is_measured: jax.Array | None = None
 
 
 class _Run:
@@ -319,19 +324,6 @@ class _Run:
         self._measure_when = when(self._measure)
         self._step_when = when(self._step)
         self._conditional_prediction = functools.lru_cache(maxsize=16)(self._sides_of_prediction)
-
-    def always(self, updates: Any, inner_state: Any, params: Any, extra_args: dict[str, Any]) -> _StepResult:
-        """One step whatever the phase. Selects, no conditional: the bits are those of ``recorded`` alone."""
-        new, new_state = self._recorded.update(updates, inner_state, params, **extra_args)
-        can_keep = all_finite(updates)
-        return _StepResult(
-            target=new,
-            inner_state=select(can_keep, new_state, inner_state),
-            residual=None,
-            is_finite=can_keep & all_finite(new),
-            error=jnp.zeros([], jnp.float32),
-            is_measured=jnp.array(False),
-        )
 
     def __call__(
         self,

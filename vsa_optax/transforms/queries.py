@@ -89,6 +89,7 @@ def phase_stats(opt_state: Any) -> PhaseStats:
     machine = find_machine(opt_state)
     total = total_steps(machine)
     backward = total - machine.predict_steps
+    errors = machine.errors
     return PhaseStats(
         phase=machine.phase,
         total_steps=total,
@@ -99,8 +100,8 @@ def phase_stats(opt_state: Any) -> PhaseStats:
         cycles=machine.cycles,
         speedup=jnp.where(total > 0, total / jnp.maximum(backward, 1), 1.0).astype(jnp.float32),
         nonfinite_count=machine.nonfinite_count,
-        mean_prediction_error=machine.mean_prediction_error,
-        last_prediction_error=machine.last_prediction_error,
+        mean_prediction_error=jnp.zeros([], jnp.float32) if errors is None else errors.mean,
+        last_prediction_error=jnp.zeros([], jnp.float32) if errors is None else errors.last,
     )
 
 
