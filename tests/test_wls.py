@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-import reference
 from vsa_optax.kernels import numerics, wls
 from vsa_optax.transforms.history import RecursiveHistory, WindowHistory
 
@@ -26,7 +26,12 @@ def run(history, steps, records, step):
     return wls.combine(coefficients, rows)
 
 
-@given(gaps=spacings, horizon=st.integers(1, 40), decay=st.sampled_from([1e-6, 0.1, 0.5, 0.95, 1.0]), seed=st.integers(0, 99))
+@given(
+    gaps=spacings,
+    horizon=st.integers(1, 40),
+    decay=st.sampled_from([1e-6, 0.1, 0.5, 0.95, 1.0]),
+    seed=st.integers(0, 99),
+)
 def test_predictions_equal_lstsq_at_any_spacing(gaps, horizon, decay, seed):
     rng = np.random.default_rng(seed)
     steps = np.cumsum(gaps)

@@ -86,11 +86,10 @@ def check_same_tree(expected: Any, actual: Any, *, what: str, leading_axes: int 
             raise ValueError(
                 f"{what}: leaf {name} has shape {jnp.shape(have[name])}, but init saw a parameter of shape {shape}"
             )
-    if jax.tree.structure(expected) != jax.tree.structure(actual):
-        raise ValueError(
-            f"{what}: the same leaves in other containers: {jax.tree.structure(actual)}, "
-            f"but init saw {jax.tree.structure(expected)}"
-        )
+    seen: Any = jax.tree.structure(expected)
+    given: Any = jax.tree.structure(actual)
+    if seen != given:
+        raise ValueError(f"{what}: the same leaves in other containers: {given}, but init saw {seen}")
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:

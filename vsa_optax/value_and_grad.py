@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vsa_optax.transforms.phases import Phase
@@ -57,9 +58,7 @@ def value_and_grad_by_phase(
     """
     differentiated = jax.value_and_grad(fun, argnums, has_aux)
 
-    def value_and_grads(
-        *args: Any, state: Any, aux_in_predict: Any = None, **kwargs: Any
-    ) -> tuple[Any, Any]:
+    def value_and_grads(*args: Any, state: Any, aux_in_predict: Any = None, **kwargs: Any) -> tuple[Any, Any]:
         if has_aux and not value_in_predict and aux_in_predict is None:
             raise ValueError(
                 "has_aux=True needs value_in_predict=True, or aux_in_predict=, what to return as aux in PREDICT "
@@ -70,39 +69,53 @@ def value_and_grad_by_phase(
         if machine.errors is None:  # predict_steps=0: no step is ever predicted.
             return differentiated(*args, **kwargs)
 
-        def with_backward() -> tuple[Any, Any]:
-            return differentiated(*args, **kwargs)
+        # Arrays enter the conditional as operands, so that containers which know where they were made (Flax's
+        # Variables) are made anew inside; what is not an array is static.
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        is_array = [isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves]
+        arrays = [leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic]
+
+        def call(function: Callable[..., Any], arrays: Sequence[Any]) -> Any:
+            remaining = iter(arrays)
+            merged = [next(remaining) if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True)]
+            inner_args, inner_kwargs = jax.tree.unflatten(treedef, merged)
+            return function(*inner_args, **inner_kwargs)
 
         if has_aux:
-            _check_aux(fun, args, kwargs)
-        out_shapes, grad_shapes = jax.eval_shape(with_backward)
+            _check_aux(lambda arrays: call(fun, arrays), arrays)
+        out_shapes, grad_shapes = jax.eval_shape(lambda arrays: call(differentiated, arrays), arrays)
         if has_aux and not value_in_predict:
             _check_aux_in_predict(out_shapes[1], aux_in_predict)
 
-        def without_backward() -> tuple[Any, Any]:
+        def with_backward(arrays: Sequence[Any], aux: Any) -> Any:
+            del aux
+            return call(differentiated, arrays)
+
+        def without_backward(arrays: Sequence[Any], aux: Any) -> Any:
             grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), grad_shapes)
             if value_in_predict:
-                return fun(*args, **kwargs), grads
+                return call(fun, arrays), grads
             dtype = (out_shapes[0] if has_aux else out_shapes).dtype
             value = jnp.where(machine.has_value, machine.value, jnp.nan).astype(dtype)
-            return ((value, aux_in_predict) if has_aux else value), grads
+            return ((value, aux) if has_aux else value), grads
 
-        return lax.cond(machine.phase == Phase.PREDICT, without_backward, with_backward)
+        is_predict = machine.phase == Phase.PREDICT
+        return lax.cond(is_predict, without_backward, with_backward, arrays, aux_in_predict)
 
     return value_and_grads
 
 
-def _check_aux(fun: Callable[..., Any], args: Any, kwargs: Any) -> None:
+def _check_aux(call: Callable[[Sequence[Any]], Any], arrays: Sequence[Any]) -> None:
     """``TypeError`` if aux holds anything but arrays and numbers."""
     found: list[Any] = []
 
-    def traced() -> Any:
-        out = fun(*args, **kwargs)
+    def traced(arrays: Sequence[Any]) -> int:
+        out = call(arrays)
         if isinstance(out, tuple) and len(out) == 2:
             found.extend(jax.tree_util.tree_leaves_with_path(out[1]))
         return 0
 
-    jax.eval_shape(traced)
+    jax.eval_shape(traced, arrays)
     for path, leaf in found:
         try:
             jnp.result_type(leaf)
@@ -114,14 +127,11 @@ def _check_aux(fun: Callable[..., Any], args: Any, kwargs: Any) -> None:
 
 
 def _check_aux_in_predict(expected: Any, given: Any) -> None:
-    if jax.tree.structure(expected) != jax.tree.structure(given):
-        raise ValueError(
-            f"aux_in_predict must have the structure of aux, {jax.tree.structure(expected)}, "
-            f"got {jax.tree.structure(given)}"
-        )
-    for (path, want), have in zip(
-        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(given), strict=True
-    ):
+    wanted: Any = jax.tree.structure(expected)
+    had: Any = jax.tree.structure(given)
+    if wanted != had:
+        raise ValueError(f"aux_in_predict must have the structure of aux, {wanted}, got {had}")
+    for (path, want), have in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(given), strict=True):
         if (jnp.shape(have), jnp.result_type(have)) != (want.shape, want.dtype):
             raise ValueError(
                 f"aux_in_predict{jax.tree_util.keystr(path)} must have shape {want.shape} and dtype {want.dtype} like "

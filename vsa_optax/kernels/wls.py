@@ -1,7 +1,7 @@
 """Straight lines through gradients: weighted least squares in closed form.
 
-Records ``g_i`` at ages ``t_i - t_last <= 0`` with weights ``w_i`` are fitted by ``b + v * (t - t_last)``; the fit is then
-read at a later step. Both coefficients are linear in the records, so a prediction is a weighted sum of records whose
+Records ``g_i`` at ages ``t_i - t_last <= 0`` with weights ``w_i`` are fitted by ``b + v * (t - t_last)``; the fit is
+then read at a later step. Both coefficients are linear in the records, so a prediction is a weighted sum of records whose
 weights are a handful of scalars: no model is stored.
 
 The normal equations are solved by Cramer's rule in coordinates centred on the weighted mean time ``m``,
@@ -20,9 +20,7 @@ import jax
 import jax.numpy as jnp
 
 
-def extrapolation_weights(
-    ages: jax.Array, weights: jax.Array, newest: jax.Array, horizon: jax.Array
-) -> jax.Array:
+def extrapolation_weights(ages: jax.Array, weights: jax.Array, newest: jax.Array, horizon: jax.Array) -> jax.Array:
     """Scalars ``c`` such that the fitted line at ``horizon`` is ``sum_i c_i g_i``.
 
     Args:
@@ -58,7 +56,13 @@ def combine(coefficients: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> j
 
 
 def forget_and_add(
-    weight: jax.Array, lag: jax.Array, spread: jax.Array, elapsed: jax.Array, decay: float, *, mean_first: bool
+    weight: jax.Array,
+    lag: jax.Array,
+    spread: jax.Array,
+    elapsed: jax.Array,
+    decay: float,
+    *,
+    mean_first: bool,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
     """One record more, all earlier weights multiplied by ``decay``: what becomes of the times, and what it does.
 

@@ -24,12 +24,12 @@ class WindowHistoryState(NamedTuple):
     Attributes:
         records: tree of ``[W, *shape]``, in the leaf's dtype or ``history_dtype``; slots not yet written are 0.
         steps: ``[W] int32``, the step of each record.
-        count: ``[] int32``, records written so far; the next goes to slot ``count % W``.
+        num_records: ``[] int32``, records written so far; the next goes to slot ``num_records % W``.
     """
 
     records: Any
     steps: jax.Array
-    count: jax.Array
+    num_records: jax.Array
 
 
 class RecursiveHistoryState(NamedTuple):
@@ -42,7 +42,6 @@ class RecursiveHistoryState(NamedTuple):
         lag: ``[] float32``, the newest record's step minus the weighted mean step.
         spread: ``[] float32``, weighted sum of squared deviations from the mean step.
         last_step: ``[] int32``, the newest record's step.
-        count: ``[] int32``, records so far.
     """
 
     mean: Any
@@ -51,7 +50,6 @@ class RecursiveHistoryState(NamedTuple):
     lag: jax.Array
     spread: jax.Array
     last_step: jax.Array
-    count: jax.Array
 
 
 class Scalars(NamedTuple):
@@ -110,7 +108,7 @@ class WindowHistory:
         return WindowHistoryState(
             records=jax.tree.map(empty, params),
             steps=jnp.zeros([self.length], jnp.int32),
-            count=jnp.zeros([], jnp.int32),
+            num_records=jnp.zeros([], jnp.int32),
         )
 
     def example(self, state: WindowHistoryState) -> tuple[Any, int]:
@@ -119,9 +117,9 @@ class WindowHistory:
 
     def scalars(self, state: WindowHistoryState, step: jax.Array) -> Scalars:
         """One coefficient a slot."""
-        newest = (state.count - 1) % self.length
+        newest = (state.num_records - 1) % self.length
         rank = (newest - jnp.arange(self.length, dtype=jnp.int32)) % self.length
-        weights = jnp.where(rank < state.count, jnp.float32(self.decay) ** rank, 0.0)
+        weights = jnp.where(rank < state.num_records, jnp.float32(self.decay) ** rank, 0.0)
         ages = (state.steps - state.steps[newest]).astype(jnp.float32)
         horizon = (step - state.steps[newest]).astype(jnp.float32)
         return Scalars(horizon, wls.extrapolation_weights(ages, weights, newest, horizon))
@@ -132,18 +130,16 @@ class WindowHistory:
         rows = [jax.tree.map(lambda r, i=i: r[i], state.records) for i in slots]
         return [scalars.coefficients[i] for i in slots], rows
 
-    def record(
-        self, state: WindowHistoryState, tree: Any, step: jax.Array, scalars: Scalars
-    ) -> WindowHistoryState:
+    def record(self, state: WindowHistoryState, tree: Any, step: jax.Array, scalars: Scalars) -> WindowHistoryState:
         """Overwrites the oldest slot."""
         del scalars
-        slot = state.count % self.length
+        slot = state.num_records % self.length
         return WindowHistoryState(
             records=jax.tree.map(
                 lambda r, x: r.at[slot].set(numerics.saturating_cast(x, r.dtype)), state.records, tree
             ),
             steps=state.steps.at[slot].set(step),
-            count=optax.safe_increment(state.count),
+            num_records=optax.safe_increment(state.num_records),
         )
 
 
@@ -154,7 +150,7 @@ class RecursiveHistory:
     The normal equations' sums are kept in the form of their solution, mean and velocity, which a new record moves by
     its distance from the mean times scalar gains: the same numbers, without sums that outgrow f32.
 
-    State cost: twice the parameters, plus 20 bytes.
+    State cost: twice the parameters, plus 16 bytes.
     """
 
     decay: float
@@ -174,7 +170,6 @@ class RecursiveHistory:
             lag=jnp.zeros([], jnp.float32),
             spread=jnp.zeros([], jnp.float32),
             last_step=jnp.zeros([], jnp.int32),
-            count=jnp.zeros([], jnp.int32),
         )
 
     def example(self, state: RecursiveHistoryState) -> tuple[Any, int]:
@@ -219,5 +214,4 @@ class RecursiveHistory:
             lag=lag,
             spread=spread,
             last_step=step,
-            count=optax.safe_increment(state.count),
         )

@@ -43,25 +43,25 @@ class AdaptiveLengthsState(NamedTuple):
         full_length: ``[] int32``, steps of the present FULL phase.
         predict_length: ``[] int32``, steps of the coming PREDICT phase.
         losses: ``[100] float32``, the most recent losses, in a ring.
-        count: ``[] int32``, losses seen; the next goes to slot ``count % 100``.
+        num_losses: ``[] int32``, losses seen; the next goes to slot ``num_losses % 100``.
     """
 
     full_length: jax.Array
     predict_length: jax.Array
     losses: jax.Array
-    count: jax.Array
+    num_losses: jax.Array
 
 
 class PredictionErrorState(NamedTuple):
     """Relative errors ``||g - ĝ|| / ||g||`` at CORRECT steps.
 
     Attributes:
-        count: ``[] int32``, errors measured.
+        num_measured: ``[] int32``, errors measured.
         mean: ``[] float32``, their mean.
         last: ``[] float32``, the latest.
     """
 
-    count: jax.Array
+    num_measured: jax.Array
     mean: jax.Array
     last: jax.Array
 
@@ -135,7 +135,7 @@ def init(schedule: PhaseSchedule) -> PhaseMachineState:
             full_length=jnp.asarray(schedule.full_steps, jnp.int32),
             predict_length=jnp.asarray(schedule.predict_steps, jnp.int32),
             losses=jnp.zeros([_RECENT_LOSSES], jnp.float32),
-            count=zero(),
+            num_losses=zero(),
         )
     return PhaseMachineState(
         phase=jnp.asarray(Phase.WARMUP, jnp.int32),
@@ -184,9 +184,7 @@ def advance(
     predict_length: Any = schedule.predict_steps if adaptive is None else adaptive.predict_length
     after_full = Phase.PREDICT if schedule.ever_predicts else Phase.FULL
     wants_correction = (done > 0) & (done % schedule.correct_every == 0) & (phase != Phase.CORRECT)
-    in_leap = jnp.where(
-        wants_correction, Phase.CORRECT, jnp.where(done >= predict_length, Phase.FULL, Phase.PREDICT)
-    )
+    in_leap = jnp.where(wants_correction, Phase.CORRECT, jnp.where(done >= predict_length, Phase.FULL, Phase.PREDICT))
     following = jnp.select(
         [phase == Phase.WARMUP, phase == Phase.FULL],
         [
@@ -215,15 +213,13 @@ def advance(
     )
 
 
-def note_prediction_error(
-    state: PhaseMachineState, error: jax.Array, is_measured: jax.Array
-) -> PhaseMachineState:
+def note_prediction_error(state: PhaseMachineState, error: jax.Array, is_measured: jax.Array) -> PhaseMachineState:
     """Adds one CORRECT step's relative error to the running mean, if it was measured."""
     assert state.errors is not None
-    count = state.errors.count + is_measured
+    count = state.errors.num_measured + is_measured
     mean = state.errors.mean + (error - state.errors.mean) / jnp.maximum(count, 1)
     errors = PredictionErrorState(
-        count=count,
+        num_measured=count,
         mean=jnp.where(is_measured, numerics.saturating_cast(mean, jnp.float32), state.errors.mean),
         last=jnp.where(is_measured, error, state.errors.last),
     )
@@ -231,10 +227,10 @@ def note_prediction_error(
 
 
 def _remember_loss(state: AdaptiveLengthsState, loss: jax.Array, is_known: jax.Array) -> AdaptiveLengthsState:
-    slot = state.count % _RECENT_LOSSES
+    slot = state.num_losses % _RECENT_LOSSES
     return state._replace(
         losses=state.losses.at[slot].set(jnp.where(is_known, loss, state.losses[slot])),
-        count=jnp.where(is_known, optax.safe_increment(state.count), state.count),
+        num_losses=jnp.where(is_known, optax.safe_increment(state.num_losses), state.num_losses),
     )
 
 
@@ -244,10 +240,10 @@ def _adapt(schedule: PhaseSchedule, state: AdaptiveLengthsState, is_due: jax.Arr
     The mean of the first ten of the recent losses is compared with that of the last ten. A setting of the user's
     beyond one of the bounds widens it.
     """
-    known = jnp.minimum(state.count, _RECENT_LOSSES)
+    known = jnp.minimum(state.num_losses, _RECENT_LOSSES)
     offsets = jnp.arange(_COMPARED_LOSSES, dtype=jnp.int32)
-    first = jnp.mean(state.losses[(state.count - known + offsets) % _RECENT_LOSSES])
-    last = jnp.mean(state.losses[(state.count - _COMPARED_LOSSES + offsets) % _RECENT_LOSSES])
+    first = jnp.mean(state.losses[(state.num_losses - known + offsets) % _RECENT_LOSSES])
+    last = jnp.mean(state.losses[(state.num_losses - _COMPARED_LOSSES + offsets) % _RECENT_LOSSES])
     is_due &= known >= 2 * _COMPARED_LOSSES
     is_worse = is_due & (last - first > schedule.loss_threshold * jnp.abs(first))
     is_better = is_due & ~is_worse & (first - last > 0.05 * jnp.abs(first))

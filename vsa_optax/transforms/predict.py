@@ -5,8 +5,8 @@ whatever enters is ignored, and what the records predict leaves in its place. St
 with a window of W records, 3 times with the recursion; one less without the residual.
 """
 
-from collections.abc import Callable
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +62,8 @@ def predict_gradients(
     link runs at every step.
 
     A gradient with a NaN or an infinity is neither recorded nor passed on: zeros leave in its place, and the state's
-    ``nonfinite_count`` goes up. Predictions saturate at their dtype's largest finite value.
+    ``nonfinite_count`` goes up (with ``predict_steps=0`` it is counted, but passes). Predictions saturate at their
+    dtype's largest finite value.
 
     Args:
         warmup_steps: true gradients to record before the first FULL phase, ``>= 2``.
@@ -162,6 +163,10 @@ def phase_switched(
     A step whose gradient (or ``opt``'s answer to it) holds a NaN or an infinity leaves ``opt``'s state, the history and
     the residual as they were and emits zeros; ``nonfinite_count`` goes up. The phase advances, except in WARMUP.
 
+    With ``predict_steps=0`` this is ``opt`` and a few counters: parameters equal those of ``opt`` alone bit for bit,
+    and a NaN is counted but treated as ``opt`` treats it. Any select that kept it out made XLA contract multiply-adds of
+    Adam, momentum or norm clipping differently, on JAX 0.6 and on 0.10; ``optax.apply_if_finite`` keeps it out.
+
     Leaves that ``optax.masked`` keeps *from* this wrapper receive the zero gradients of a skipped step: put the mask
     inside, ``phase_switched(optax.masked(...))``. Under ``jax.vmap`` a conditional becomes a select, and both sides
     run: nothing is skipped there.
@@ -246,7 +251,10 @@ def phase_switched(
         )
 
     def update_fn(
-        updates: optax.Updates, state: PhaseSwitchedState, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates,
+        state: PhaseSwitchedState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, PhaseSwitchedState]:
         value = extra_args.get("value")
         if value is not None:
@@ -263,26 +271,26 @@ def phase_switched(
         step = phases.total_steps(machine)
         recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
         if schedule.ever_predicts:
-            # The history is read in the first line and written in the last, so that XLA can write it in place.
+            # The history is read in one conditional and written in a later one, so that XLA writes it in place.
             scalars = predictor.scalars(memory, step)
             result = run(updates, recorded_state, params, extra_args, machine.phase, memory, averaged_error, scalars)
             is_recorded = (machine.phase != Phase.PREDICT) & result.is_finite
+            assert result.error is not None
+            assert result.is_measured is not None
             machine = phases.note_prediction_error(machine, result.error, result.is_measured)
             averaged_error = result.residual
             memory = record(is_recorded, memory, result.target, step, scalars)
         else:
-            # Selects, no conditional: only so are the bits those of opt alone.
             target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
-            can_keep = all_finite(updates)
-            inner_state = select(can_keep, inner_state, state.inner_state)
-            result = _StepResult(target, inner_state, None, can_keep & all_finite(target))
+            result = _StepResult(target, inner_state, None, all_finite(updates))
 
         if predicts_updates:
             new_updates, inner_state = result.target, result.inner_state
         else:
             new_updates, inner_state = opt.update(result.target, state.inner_state, params, **extra_args)
             inner_state = select(result.is_finite, inner_state, state.inner_state)
-        new_updates = select(result.is_finite, new_updates, optax.tree.zeros_like(new_updates))
+        if schedule.ever_predicts:  # Else nothing stands between opt and the caller: a select would move its last bits.
+            new_updates = select(result.is_finite, new_updates, optax.tree.zeros_like(new_updates))
         if learning_rate is not None:
             rate = learning_rate(step) if callable(learning_rate) else learning_rate
             new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
@@ -315,15 +323,13 @@ class _StepResult(NamedTuple):
 class _Run:
     """One step of ``recorded``, or its prediction if the phase is PREDICT.
 
-    Outside jit, JAX compiles a loop or a conditional anew for each new function object: they are made once, here.
+    Outside jit, JAX compiles a loop or a conditional anew for each new function object: `_functions` makes them once.
     """
 
     def __init__(self, recorded: optax.GradientTransformationExtraArgs, predictor: Predictor) -> None:
         self._recorded = recorded
         self._predictor = predictor
-        self._measure_when = when(self._measure)
-        self._step_when = when(self._step)
-        self._conditional_prediction = functools.lru_cache(maxsize=16)(self._sides_of_prediction)
+        self._functions_for = functools.lru_cache(maxsize=16)(self._functions)
 
     def __call__(
         self,
@@ -346,52 +352,65 @@ class _Run:
             params,
             traced_args,
         )
+        leaves, treedef = jax.tree.flatten(emitted)
+        predict_if, step, step_when = self._functions_for(treedef, tuple((x.shape, x.dtype) for x in leaves))
         is_predict = phase == Phase.PREDICT
-        sides = self._conditional_prediction(tuple((x.shape, x.dtype) for x in jax.tree.leaves(emitted)))
-        leaves = lax.cond(is_predict, *sides, history, residual, scalars)
         has_gradient = lax.cond(is_predict, _true, all_finite, updates)
         result = _StepResult(
-            target=jax.tree.unflatten(jax.tree.structure(emitted), leaves),
+            target=predict_if(is_predict, history, residual, scalars),
             inner_state=inner_state,
             residual=residual,
             is_finite=has_gradient,
             error=jnp.zeros([], jnp.float32),
             is_measured=jnp.array(False),
         )
-        step_when = when(functools.partial(self._step, **static_args)) if static_args else self._step_when
+        if static_args:
+            step_when = when(functools.partial(step, **static_args))
         runs = ~is_predict & has_gradient
         return step_when(runs, result, updates, params, traced_args, phase, history, scalars)
 
-    def _sides_of_prediction(self, avals: tuple[Any, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        def predicted(history: Any, residual: Any, scalars: Scalars) -> list[jax.Array]:
+    def _functions(self, treedef: Any, avals: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
+        """Prediction, true step and conditional true step of a transformation that emits such leaves."""
+
+        def predicted(history: Any, residual: Any, scalars: Scalars) -> Any:
             leaves = jax.tree.leaves(self._predictor.predict(history, residual, scalars))
-            return [numerics.saturating_cast(x, dtype) for x, (_, dtype) in zip(leaves, avals, strict=True)]
+            cast = [numerics.saturating_cast(x, dtype) for x, (_, dtype) in zip(leaves, avals, strict=True)]
+            return jax.tree.unflatten(treedef, cast)
 
-        def nothing(history: Any, residual: Any, scalars: Scalars) -> list[jax.Array]:
+        def nothing(history: Any, residual: Any, scalars: Scalars) -> Any:
             del history, residual, scalars
-            return [jnp.zeros(shape, dtype) for shape, dtype in avals]
+            return jax.tree.unflatten(treedef, [jnp.zeros(shape, dtype) for shape, dtype in avals])
 
-        return predicted, nothing
+        def predict_if(pred: jax.Array, history: Any, residual: Any, scalars: Scalars) -> Any:
+            return lax.cond(pred, predicted, nothing, history, residual, scalars)
 
-    def _step(
-        self,
-        result: _StepResult,
-        updates: Any,
-        params: Any,
-        extra_args: dict[str, Any],
-        phase: jax.Array,
-        history: Any,
-        scalars: Scalars,
-        **static_args: Any,
-    ) -> _StepResult:
-        target, inner_state = self._recorded.update(updates, result.inner_state, params, **extra_args, **static_args)
-        is_finite = all_finite(target)
-        result = result._replace(target=target, inner_state=inner_state, is_finite=is_finite)
-        return self._measure_when((phase == Phase.CORRECT) & is_finite, result, history, scalars)
+        def measure(result: _StepResult, is_due: jax.Array, history: Any, scalars: Scalars) -> _StepResult:
+            # Always true here. But a conditional's result is one array: without it XLA copies each record on the way.
+            prediction = predict_if(is_due, history, result.residual, scalars)
+            residual, error, is_defined = self._predictor.measure(result.residual, result.target, prediction)
+            return result._replace(residual=residual, error=error, is_measured=is_defined)
 
-    def _measure(self, result: _StepResult, history: Any, scalars: Scalars) -> _StepResult:
-        residual, error, is_defined = self._predictor.measure(history, result.residual, result.target, scalars)
-        return result._replace(residual=residual, error=error, is_measured=is_defined)
+        measure_when = when(measure)
+
+        def step(
+            result: _StepResult,
+            updates: Any,
+            params: Any,
+            extra_args: dict[str, Any],
+            phase: jax.Array,
+            history: Any,
+            scalars: Scalars,
+            **static_args: Any,
+        ) -> _StepResult:
+            target, inner_state = self._recorded.update(
+                updates, result.inner_state, params, **extra_args, **static_args
+            )
+            is_finite = all_finite(target)
+            result = result._replace(target=target, inner_state=inner_state, is_finite=is_finite)
+            is_due = (phase == Phase.CORRECT) & is_finite
+            return measure_when(is_due, result, is_due, history, scalars)
+
+        return predict_if, step, when(step)
 
 
 def _true(updates: Any) -> jax.Array:
@@ -419,7 +438,9 @@ def _check_learning_rate(learning_rate: Any) -> None:
 
 def _check_inner_state(inner_state: Any) -> None:
     if queries.contains_machine(inner_state):
-        raise ValueError("opt must not contain a phase machine of its own: use predict_gradients or phase_switched once")
+        raise ValueError(
+            "opt must not contain a phase machine of its own: use predict_gradients or phase_switched once"
+        )
     refused = {
         optax.MultiStepsState: "optax.MultiSteps: wrap the other way round, MultiSteps(phase_switched(...))",
         optax.ScaleByBacktrackingLinesearchState: "a line search: it evaluates the loss itself at every step",

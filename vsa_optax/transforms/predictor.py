@@ -1,7 +1,7 @@
 """The prediction: the history's line read at a later step, and the averaged error of earlier predictions on top.
 
-    ĝ(t) = b + v (t - t_last) + γ^(t - t_last) r
-    r    <- γ r + (1 - γ) (g - ĝ)                     at CORRECT steps
+ĝ(t) = b + v (t - t_last) + γ^(t - t_last) r
+r    <- γ r + (1 - γ) (g - ĝ)                     at CORRECT steps
 """
 
 import dataclasses
@@ -44,16 +44,13 @@ class Predictor:
             coefficients, trees = [*coefficients, scalars.coefficients[-1]], [*trees, residual]
         return jax.tree.map(lambda *arrays: wls.combine(coefficients, arrays), *trees)
 
-    def measure(
-        self, history: Any, residual: Any, target: Any, scalars: Scalars
-    ) -> tuple[Any, jax.Array, jax.Array]:
-        """What the prediction of ``target``, not yet recorded, would have been worth.
+    def measure(self, residual: Any, target: Any, prediction: Any) -> tuple[Any, jax.Array, jax.Array]:
+        """What a prediction of ``target``, residual included, was worth.
 
         Returns:
             ``(residual, error, is_defined)``: the new residual; ``||g - ĝ|| / ||g||`` over the whole tree, ``[] f32``;
             and whether that is defined.
         """
-        prediction = self.predict(history, residual, scalars)
         error, is_defined = numerics.relative_distance(jax.tree.leaves(target), jax.tree.leaves(prediction))
         if not self.has_residual:
             return None, error, is_defined

@@ -1,0 +1,220 @@
+"""The demo from its command line: what it prints, draws and refuses."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+import vsa_optax
+from vsa_optax import demo
+
+for _package in ("flax", "matplotlib", "sklearn", "tqdm"):
+    pytest.importorskip(_package)
+
+_STEPS = 40
+# Of 40 steps 10 are WARMUP and 5 FULL, the next 21 PREDICT with a CORRECT after 5, 10, 15 and 20 steps of the
+# phase, and the last 4 FULL again: 17 are predicted.
+_BACKWARD_PASSES = 40 - 17
+
+
+class _Demo(NamedTuple):
+    plain: demo.Run
+    switched: demo.Run
+    output: str
+    folder: Path
+
+
+def _run_demo(folder: Path, *options: str) -> _Demo:
+    runs: list[demo.Run] = []
+    train = demo._train
+
+    def remembered(*args: Any, **kwargs: Any) -> demo.Run:
+        runs.append(train(*args, **kwargs))
+        return runs[-1]
+
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.setattr(demo, "_train", remembered)
+        assert demo.main(["--steps", str(_STEPS), "--output", str(folder), *options]) == 0
+    plain, switched = runs
+    return _Demo(plain, switched, output.getvalue(), folder)
+
+
+def _rows(output: str) -> dict[str, list[str]]:
+    """The table's cells, by method."""
+    lines = [line for line in output.splitlines() if "AdamW" in line]
+    return {line[:20].strip(): line[20:].split() for line in lines}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> _Demo:
+    """A short demo on the whole training set."""
+    return _run_demo(tmp_path_factory.mktemp("demo") / "new" / "folder")
+
+
+def test_prints_the_table_and_where_the_picture_is(finished: _Demo) -> None:
+    rows = _rows(finished.output)
+    assert list(rows) == ["plain AdamW", "phase-switched AdamW"]
+    assert [row[2] for row in rows.values()] == [str(_STEPS), str(_BACKWARD_PASSES)]
+    for loss, accuracy, *_ in rows.values():
+        assert 0 < float(loss) < 2.3  # Below ln 10, a guess among ten digits.
+        assert 50 < float(accuracy.rstrip("%")) <= 100
+    assert finished.output.splitlines()[-1] == f"Picture: {finished.folder / 'training.png'}"
+
+
+def test_picture_is_a_png_that_shows_something(finished: _Demo) -> None:
+    picture = finished.folder / "training.png"
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    pixels = pytest.importorskip("matplotlib.image").imread(picture)
+    assert min(pixels.shape[:2]) > 500
+    red, green, blue = np.moveaxis((pixels[..., :3] * 255).round().astype(np.int32), -1, 0)
+    colours = {f"#{colour:06x}" for colour in np.unique(red << 16 | green << 8 | blue)}
+    assert {*demo._SHADES.values(), "#333333", demo._BLUE_DOTS["color"]} <= colours
+
+
+def test_counts_backward_passes_as_the_machine_does(finished: _Demo) -> None:
+    assert finished.plain.backward_passes == _STEPS
+    assert finished.switched.backward_passes == _BACKWARD_PASSES
+    assert np.sum(finished.switched.steps.phase != vsa_optax.Phase.PREDICT) == _BACKWARD_PASSES
+
+
+def test_records_every_step(finished: _Demo) -> None:
+    plain, switched = finished.plain.steps, finished.switched.steps
+    is_predict = switched.phase == vsa_optax.Phase.PREDICT
+    is_correct = switched.phase == vsa_optax.Phase.CORRECT
+    assert plain.loss.shape == switched.loss.shape == (_STEPS,)
+    assert np.all(switched.gradient_norm[is_predict] == 0)
+    assert np.all(switched.gradient_norm[~is_predict] > 0)
+    assert np.all(switched.prediction_error[is_correct] > 0)
+    # The weights and the batches are the same, and so are 15 steps, up to rounding.
+    np.testing.assert_allclose(plain.loss[:15], switched.loss[:15], rtol=1e-4)
+
+
+def test_state_bytes_are_those_of_the_documented_cost(finished: _Demo) -> None:
+    size = 4 * (64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10)
+    assert 2 * size <= finished.plain.state_bytes < 2 * size + 100
+    assert 11 * size <= finished.switched.state_bytes < 11 * size + 200  # Moments, 8 records, residual.
+
+
+def test_same_seed_same_losses(tmp_path: Path) -> None:
+    first, again = (_run_demo(tmp_path, "--seed", "3", "--batch-size", "64") for _ in range(2))
+    for method, cells in _rows(first.output).items():
+        assert cells[:3] == _rows(again.output)[method][:3]
+    np.testing.assert_array_equal(first.switched.steps.loss, again.switched.steps.loss)
+
+
+def test_another_seed_gives_other_weights_and_batches() -> None:
+    tasks = [demo._make_task(seed) for seed in (0, 1)]
+    np.testing.assert_array_equal(tasks[0].train[0], tasks[1].train[0])
+    weights, others = (jax.tree.leaves(task.params) for task in tasks)
+    assert any(np.any(w != o) for w, o in zip(weights, others, strict=True))
+    options = [demo._make_parser().parse_args(["--batch-size", "64", "--seed", seed]) for seed in "01"]
+    (images, _), (other_images, _) = (next(demo._batches(tasks[0], o)) for o in options)
+    assert np.any(images != other_images)
+
+
+def test_an_epoch_shows_no_image_twice() -> None:
+    images = np.arange(demo._TRAIN_SIZE)
+    task = demo.Task((images, images), (images, images), None, lambda params, images: params)
+    options = demo._make_parser().parse_args(["--steps", "7", "--batch-size", "400"])
+    batches = [batch for batch, _ in demo._batches(task, options)]
+    assert [len(batch) for batch in batches] == [400] * 7
+    for epoch in (batches[:3], batches[3:6]):
+        assert len(np.unique(np.concatenate(epoch))) == 1200
+
+
+def test_draws_a_run_of_one_step(finished: _Demo, tmp_path: Path) -> None:
+    plain, switched = (run._replace(steps=jax.tree.map(lambda x: x[:1], run.steps)) for run in finished[:2])
+    demo._draw(plain, switched, tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--steps", "0"], "argument --steps: must be an integer from 1 to 100000, got '0'"),
+        (["--steps", "100001"], "argument --steps: must be an integer from 1 to 100000, got '100001'"),
+        (["--steps", "1.5"], "argument --steps: must be an integer from 1 to 100000, got '1.5'"),
+        (["--steps"], "argument --steps: expected one argument"),
+        (["--seed", "-1"], "argument --seed: must be an integer from 0 to 2147483647, got '-1'"),
+        (["--seed", "x\ny"], "argument --seed: must be an integer from 0 to 2147483647, got 'x\\ny'"),
+        (["--batch-size", "-1"], "argument --batch-size: must be an integer from 0 to 1437, got '-1'"),
+        (["--batch-size", "1438"], "argument --batch-size: must be an integer from 0 to 1437, got '1438'"),
+        (
+            ["--learning-rate", "nan"],
+            "argument --learning-rate: must be a number from 1e-09 to 100, got 'nan'",
+        ),
+        (
+            ["--learning-rate", "inf"],
+            "argument --learning-rate: must be a number from 1e-09 to 100, got 'inf'",
+        ),
+        (["--learning-rate", "-1"], "argument --learning-rate: must be a number from 1e-09 to 100, got '-1'"),
+        (["--learning-rate", "0"], "argument --learning-rate: must be a number from 1e-09 to 100, got '0'"),
+        (
+            ["--learning-rate", "fast"],
+            "argument --learning-rate: must be a number from 1e-09 to 100, got 'fast'",
+        ),
+        (["--momentum", "0.9"], "unrecognized arguments: --momentum 0.9"),
+        (["--step", "5"], "unrecognized arguments: --step 5"),
+        (["more\nwords"], "unrecognized arguments: more words"),
+    ],
+)
+def test_bad_option_is_one_line(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        demo.main(words)
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"python -m vsa_optax.demo: error: {reason}\n"
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_output_that_is_a_file_is_one_line(below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("kept")
+    with pytest.raises(SystemExit) as exit_info:
+        demo.main(["--output", str(file / below)])
+    assert exit_info.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "argument --output: must be a folder to write training.png to" in captured.err
+    assert file.read_text() == "kept"
+
+
+def test_missing_packages_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("flax", "tqdm") else find_spec(name))
+    assert demo.main(["--output", str(tmp_path / "folder")]) == 1
+    assert capsys.readouterr().err == (
+        'python -m vsa_optax.demo: error: cannot import flax, tqdm: run pip install "vsa-optax[demo]"\n'
+    )
+    assert not (tmp_path / "folder").exists()
+
+
+def test_help_explains_and_imports_no_extra() -> None:
+    root = Path(vsa_optax.__file__).parents[1]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    finished = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "vsa_optax.demo", "--help"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    for option in ("--steps", "--seed", "--batch-size", "--learning-rate", "--output"):
+        assert f"  {option} " in finished.stdout
+    assert finished.stdout.count("(default:") == 5
+    imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines()}
+    assert "optax" in imported
+    assert not imported & {"flax", "sklearn", "matplotlib", "tqdm"}

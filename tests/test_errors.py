@@ -1,0 +1,98 @@
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vsa_optax
+
+MAKERS = {
+    "predict_gradients": vsa_optax.predict_gradients,
+    "phase_switched": lambda **kwargs: vsa_optax.phase_switched(optax.adam(0.1), **kwargs),
+}
+BAD = [
+    ("warmup_steps", 1, "an integer >= 2"),
+    ("warmup_steps", 2.5, "an integer >= 2"),
+    ("warmup_steps", True, "an integer >= 2"),
+    ("full_steps", 0, "an integer >= 1"),
+    ("predict_steps", -1, "an integer >= 0"),
+    ("predict_steps", None, "an integer >= 0"),
+    ("correct_every", 0, "an integer >= 1"),
+    ("history", "kalman", "one of 'window', 'recursive'"),
+    ("history_window", 1, "an integer >= 2"),
+    ("history_decay", 0, "> 0 and <= 1"),
+    ("history_decay", 1.01, "> 0 and <= 1"),
+    ("history_decay", float("nan"), "> 0 and <= 1"),
+    ("history_decay", "0.9", "> 0 and <= 1"),
+    ("history_dtype", "int8", "None or a floating-point dtype"),
+    ("history_dtype", "no such", "None or a floating-point dtype"),
+    ("residual", 1, "True or False"),
+    ("residual_decay", -0.1, ">= 0 and <= 1"),
+    ("residual_decay", 1.5, ">= 0 and <= 1"),
+    ("adaptive", "yes", "True or False"),
+    ("loss_threshold", -1.0, ">= 0"),
+    ("loss_threshold", float("inf"), ">= 0"),
+]
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize(("name", "value", "valid"), BAD)
+def test_bad_arguments_name_themselves(maker, name, value, valid):
+    with pytest.raises(ValueError, match=name) as error:
+        MAKERS[maker](**{name: value})
+    assert repr(value) in str(error.value)
+    assert valid in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "valid"),
+    [
+        ("predict_in", "updates", "one of 'update', 'gradient'"),
+        ("learning_rate", -0.1, ">= 0"),
+        ("learning_rate", float("nan"), ">= 0"),
+        ("learning_rate", "0.1", ">= 0"),
+    ],
+)
+def test_bad_arguments_of_the_wrapper(name, value, valid):
+    with pytest.raises(ValueError, match=name) as error:
+        MAKERS["phase_switched"](**{name: value})
+    assert repr(value) in str(error.value)
+    assert valid in str(error.value)
+
+
+def test_a_rate_that_is_no_scalar():
+    with pytest.raises(ValueError, match=r"learning_rate.*shape \(2,\)"):
+        MAKERS["phase_switched"](learning_rate=jnp.ones(2))
+
+
+def test_numpy_settings_are_welcome():
+    MAKERS["phase_switched"](warmup_steps=np.int64(3), history_decay=np.float32(0.5), learning_rate=np.float32(0.1))
+
+
+PARAMS = {"layer": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}
+WRONG = {
+    "shape": (
+        {"layer": {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}},
+        r"\['layer'\]\['w'\] has shape \(3, 2\).*\(2, 3\)",
+    ),
+    "missing": ({"layer": {"w": jnp.ones((2, 3))}}, r"\['layer'\]\['b'\] is missing"),
+    "extra": ({"layer": {**PARAMS["layer"], "z": jnp.ones(1)}}, r"\['layer'\]\['z'\] was not among"),
+    "none": ({"layer": {"w": None, "b": jnp.ones(3)}}, r"\['layer'\]\['w'\] is missing"),
+    "scalar": ({"layer": {"w": jnp.ones((2, 3)), "b": jnp.float32(1)}}, r"\['layer'\]\['b'\] has shape \(\)"),
+}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+@pytest.mark.parametrize("history", ["window", "recursive"])
+@pytest.mark.parametrize("predict_steps", [0, 5])
+@pytest.mark.parametrize("case", WRONG)
+def test_gradients_unlike_the_parameters_name_the_leaf(maker, history, predict_steps, case):
+    gradients, message = WRONG[case]
+    opt = MAKERS[maker](history=history, predict_steps=predict_steps)
+    with pytest.raises(ValueError, match=message):
+        opt.update(gradients, opt.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("maker", MAKERS)
+def test_integer_leaves_are_refused_by_name(maker):
+    with pytest.raises(TypeError, match=r"\['count'\] has dtype int32"):
+        MAKERS[maker]().init({"w": jnp.ones(2), "count": jnp.int32(3)})

@@ -1,0 +1,187 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vsa_optax
+from vsa_optax import Phase
+
+SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2)
+OPT = vsa_optax.phase_switched(optax.adam(0.05), **SHORT)
+PARAMS = {"w": jnp.arange(1.0, 4.0), "b": jnp.float32(0.5)}
+X = jnp.linspace(0.0, 1.0, 12).reshape(4, 3)
+
+
+def loss(params, x, *, scale=1.0):
+    return scale * jnp.mean((x @ params["w"] + params["b"]) ** 2)
+
+
+def state_in(phase, opt=OPT, params=PARAMS):
+    """A state after two recorded steps, its machine set to ``phase``."""
+    state = opt.init(params)
+    for value in (3.0, 2.5):
+        _, state = opt.update(jax.tree.map(jnp.ones_like, params), state, params, value=value)
+    return state._replace(machine=state.machine._replace(phase=jnp.int32(phase)))
+
+
+@pytest.mark.parametrize("phase", [Phase.WARMUP, Phase.FULL, Phase.CORRECT])
+@pytest.mark.parametrize("argnums", [0, 1, (0, 1)])
+def test_true_phases_equal_jax(phase, argnums):
+    ours = vsa_optax.value_and_grad_by_phase(loss, argnums)(PARAMS, X, scale=2.0, state=state_in(phase))
+    jaxs = jax.value_and_grad(loss, argnums)(PARAMS, X, scale=2.0)
+    jax.tree.map(np.testing.assert_array_equal, ours, jaxs)
+
+
+def test_predict_gives_zeros_and_the_last_value():
+    value, grads = vsa_optax.value_and_grad_by_phase(loss, (0, 1))(PARAMS, X, state=state_in(Phase.PREDICT))
+    assert value == 2.5
+    jax.tree.map(lambda g, p: np.testing.assert_array_equal(g, np.zeros_like(p)), grads, (PARAMS, X))
+
+
+def test_predict_before_any_value_gives_nan():
+    state = OPT.init(PARAMS)
+    state = state._replace(machine=state.machine._replace(phase=jnp.int32(Phase.PREDICT)))
+    value, _ = vsa_optax.value_and_grad_by_phase(loss)(PARAMS, X, state=state)
+    assert np.isnan(value)
+
+
+def test_value_in_predict_runs_the_forward_pass():
+    run = vsa_optax.value_and_grad_by_phase(loss, value_in_predict=True)
+    value, grads = run(PARAMS, X, state=state_in(Phase.PREDICT))
+    np.testing.assert_allclose(value, loss(PARAMS, X), rtol=1e-6)
+    assert not np.asarray(grads["w"]).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_values_dtype_is_the_functions(dtype):
+    run = vsa_optax.value_and_grad_by_phase(lambda p, x: loss(p, x).astype(dtype))
+    for phase in Phase:
+        assert run(PARAMS, X, state=state_in(phase))[0].dtype == dtype
+
+
+def counted_run(steps, **kwargs):
+    """Trains, counting on the host the passes that really run."""
+    counts = {"forward": 0, "backward": 0}
+
+    def tick(name, _):
+        counts[name] += 1
+
+    @jax.custom_vjp
+    def counted(params, x):
+        jax.debug.callback(functools.partial(tick, "forward"), x[0, 0])
+        return loss(params, x)
+
+    def forward(params, x):
+        jax.debug.callback(functools.partial(tick, "forward"), x[0, 0])
+        return loss(params, x), (params, x)
+
+    def backward(residuals, cotangent):
+        jax.debug.callback(functools.partial(tick, "backward"), cotangent)
+        return jax.vjp(loss, *residuals)[1](cotangent)
+
+    counted.defvjp(forward, backward)
+
+    @jax.jit
+    def step(params, state):
+        value, grads = vsa_optax.value_and_grad_by_phase(counted, **kwargs)(params, X, state=state)
+        updates, state = OPT.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, OPT.init(PARAMS)
+    for _ in range(steps):
+        before = dict(counts)
+        phase = Phase(int(state.machine.phase))
+        params, state = jax.block_until_ready(step(params, state))
+        jax.effects_barrier()
+        assert counts["backward"] - before["backward"] == (phase != Phase.PREDICT)
+    return counts, vsa_optax.phase_stats(state)
+
+
+def test_the_passes_run_in_true_steps_only():
+    counts, stats = counted_run(60)
+    assert counts["backward"] == counts["forward"] == 60 - stats.predict_steps < 40
+
+
+def test_value_in_predict_counts_a_forward_pass_each_step():
+    counts, stats = counted_run(40, value_in_predict=True)
+    assert counts["backward"] == 40 - stats.predict_steps
+    assert counts["forward"] == 40
+
+
+def loss_with_aux(params, x):
+    prediction = x @ params["w"]
+    return jnp.mean(prediction**2), {"mean": prediction.mean(), "n": jnp.int32(4)}
+
+
+AUX = {"mean": jnp.float32(-7.0), "n": jnp.int32(9)}
+
+
+def test_aux_in_predict():
+    run = jax.jit(vsa_optax.value_and_grad_by_phase(loss_with_aux, has_aux=True))
+    (_, aux), _ = run(PARAMS, X, state=state_in(Phase.PREDICT), aux_in_predict=AUX)
+    assert (aux["mean"], aux["n"]) == (-7.0, 9)
+    (_, aux), _ = run(PARAMS, X, state=state_in(Phase.FULL), aux_in_predict=AUX)
+    assert (aux["mean"] > 0, aux["n"]) == (True, 4)
+
+
+def test_aux_of_a_forward_pass():
+    run = vsa_optax.value_and_grad_by_phase(loss_with_aux, has_aux=True, value_in_predict=True)
+    (value, aux), _ = run(PARAMS, X, state=state_in(Phase.PREDICT))
+    expected, expected_aux = loss_with_aux(PARAMS, X)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(aux["mean"], expected_aux["mean"], rtol=1e-6)
+
+
+def test_aux_is_never_made_up():
+    run = vsa_optax.value_and_grad_by_phase(loss_with_aux, has_aux=True)
+    with pytest.raises(ValueError, match=r"value_in_predict=True, or aux_in_predict=.*got aux_in_predict=None"):
+        run(PARAMS, X, state=OPT.init(PARAMS))
+
+
+@pytest.mark.parametrize(
+    ("aux", "message"),
+    [
+        ({"mean": jnp.float32(0)}, "structure of aux"),
+        (
+            {"mean": jnp.zeros(2), "n": jnp.int32(0)},
+            r"aux_in_predict\['mean'\] must have shape \(\).*got shape \(2,\)",
+        ),
+        ({"mean": jnp.float32(0), "n": jnp.float32(0)}, r"aux_in_predict\['n'\].*int32.*float32"),
+    ],
+)
+def test_aux_in_predict_must_match(aux, message):
+    run = vsa_optax.value_and_grad_by_phase(loss_with_aux, has_aux=True)
+    with pytest.raises(ValueError, match=message):
+        run(PARAMS, X, state=OPT.init(PARAMS), aux_in_predict=aux)
+
+
+def test_aux_that_is_no_array():
+    run = vsa_optax.value_and_grad_by_phase(lambda p, x: (loss(p, x), {"name": "text"}), has_aux=True)
+    with pytest.raises(TypeError, match=r"aux must be made of arrays.*\['name'\] is a str"):
+        run(PARAMS, X, state=OPT.init(PARAMS), aux_in_predict={"name": 0})
+
+
+def test_a_state_without_a_machine():
+    with pytest.raises(ValueError, match="expected one phase machine"):
+        vsa_optax.value_and_grad_by_phase(loss)(PARAMS, X, state=optax.adam(0.1).init(PARAMS))
+
+
+def test_static_arguments_pass_through():
+    run = vsa_optax.value_and_grad_by_phase(lambda p, x, power: jnp.sum(p["w"] ** len(power)))
+    value, _ = run(PARAMS, X, "ab", state=OPT.init(PARAMS))
+    assert value == 14.0
+
+
+def test_vmap_runs_both_sides():
+    states = jax.tree.map(lambda *x: jnp.stack(x), state_in(Phase.FULL), state_in(Phase.PREDICT))
+    values, grads = jax.vmap(lambda s: vsa_optax.value_and_grad_by_phase(loss)(PARAMS, X, state=s))(states)
+    np.testing.assert_allclose(values, [loss(PARAMS, X), 2.5], rtol=1e-6)
+    assert np.asarray(grads["w"][0]).any()
+    assert not np.asarray(grads["w"][1]).any()
+    emitted, _ = jax.vmap(lambda g, s: OPT.update(g, s, PARAMS))(grads, states)
+    for i, phase in enumerate((Phase.FULL, Phase.PREDICT)):
+        alone, _ = OPT.update(jax.tree.map(lambda g, i=i: g[i], grads), state_in(phase), PARAMS)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5), emitted, alone)
