@@ -1,8 +1,8 @@
 """Straight lines through gradients: weighted least squares in closed form.
 
 Records ``g_i`` at ages ``t_i - t_last <= 0`` with weights ``w_i`` are fitted by ``b + v * (t - t_last)``; the fit is
-then read at a later step. Both coefficients are linear in the records, so a prediction is a weighted sum of records whose
-weights are a handful of scalars: no model is stored.
+then read at a later step. Both coefficients are linear in the records, so a prediction is a weighted sum of records
+whose weights are a handful of scalars: no model is stored.
 
 The normal equations are solved by Cramer's rule in coordinates centred on the weighted mean time ``m``,
 
