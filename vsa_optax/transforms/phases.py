@@ -53,7 +53,7 @@ class AdaptiveLengthsState(NamedTuple):
 
 
 class PredictionErrorState(NamedTuple):
-    """Relative errors ``||g - ĝ|| / ||g||`` at CORRECT steps.
+    """Relative errors ``||x - x̂|| / ||x||`` of what is predicted, at CORRECT steps.
 
     Attributes:
         num_measured: ``[] int32``, errors measured.

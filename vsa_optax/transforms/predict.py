@@ -88,7 +88,7 @@ def predict_gradients(
 
     State cost:
         ``(W + 1) * P`` bytes with the window and ``3 * P`` with the recursion, for parameters of P bytes (in the
-        history's dtype); ``P`` less without the residual; and about 60 bytes of scalars (400 more when adaptive).
+        history's dtype); ``P`` less without the residual; and less than 100 bytes of scalars (412 more when adaptive).
 
     Raises:
         ValueError: an argument outside its range, where the transformation is made; at ``update``, gradients whose
