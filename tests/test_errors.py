@@ -16,15 +16,19 @@ BAD = [
     ("full_steps", 0, "an integer >= 1"),
     ("predict_steps", -1, "an integer >= 0"),
     ("predict_steps", None, "an integer >= 0"),
+    ("predict_steps", 2**40, "an integer >= 0 and < 2**31"),
     ("correct_every", 0, "an integer >= 1"),
     ("history", "kalman", "one of 'window', 'recursive'"),
     ("history_window", 1, "an integer >= 2"),
     ("history_decay", 0, "> 0 and <= 1"),
     ("history_decay", 1.01, "> 0 and <= 1"),
     ("history_decay", float("nan"), "> 0 and <= 1"),
+    ("history_decay", 10**400, "> 0 and <= 1"),
     ("history_decay", "0.9", "> 0 and <= 1"),
-    ("history_dtype", "int8", "None or a floating-point dtype"),
-    ("history_dtype", "no such", "None or a floating-point dtype"),
+    ("history_dtype", "int8", "None or one of float16, bfloat16, float32, float64"),
+    ("history_dtype", "float8_e4m3fn", "None or one of float16, bfloat16, float32, float64"),
+    ("history_dtype", "float64", "unless jax_enable_x64 is set"),
+    ("history_dtype", "no such", "None or one of float16, bfloat16, float32, float64"),
     ("residual", 1, "True or False"),
     ("residual_decay", -0.1, ">= 0 and <= 1"),
     ("residual_decay", 1.5, ">= 0 and <= 1"),
@@ -50,6 +54,7 @@ def test_bad_arguments_name_themselves(maker, name, value, valid):
         ("learning_rate", -0.1, ">= 0"),
         ("learning_rate", float("nan"), ">= 0"),
         ("learning_rate", "0.1", ">= 0"),
+        ("learning_rate", 1e300, ">= 0 and <= 3.40282e+38"),
     ],
 )
 def test_bad_arguments_of_the_wrapper(name, value, valid):
@@ -96,3 +101,51 @@ def test_gradients_unlike_the_parameters_name_the_leaf(maker, history, predict_s
 def test_integer_leaves_are_refused_by_name(maker):
     with pytest.raises(TypeError, match=r"\['count'\] has dtype int32"):
         MAKERS[maker]().init({"w": jnp.ones(2), "count": jnp.int32(3)})
+
+
+@pytest.mark.parametrize("rate", [np.float32(np.nan), np.float64(-1.0), jnp.float32(np.inf)])
+def test_arrays_as_rates_are_checked_too(rate):
+    with pytest.raises(ValueError, match="learning_rate must be a finite number >= 0"):
+        MAKERS["phase_switched"](learning_rate=rate)
+
+
+@pytest.mark.parametrize("value", [np.ones(1), jnp.ones(2), "abc", 1j, True, 2**70, object()])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_loss_that_is_no_real_number(value, adaptive):
+    opt = vsa_optax.predict_gradients(adaptive=adaptive)
+    with pytest.raises(ValueError, match="value must be one real number"):
+        opt.update(PARAMS, opt.init(PARAMS), value=value)
+
+
+@pytest.mark.parametrize("leaf", ["text", b"bytes", object(), jnp.bool_(True), np.array([1, 2])])
+def test_leaves_that_are_no_floats_name_themselves(leaf):
+    opt = vsa_optax.predict_gradients()
+    with pytest.raises(TypeError, match=r"leaf \['odd'\] has dtype"):
+        opt.init({"w": jnp.ones(2), "odd": leaf})
+    state = opt.init({"odd": jnp.ones(jnp.shape(leaf) if hasattr(leaf, "shape") else ())})
+    with pytest.raises((TypeError, ValueError), match=r"leaf \['odd'\] has"):
+        opt.update({"odd": leaf}, state)
+
+
+def test_complex_gradients_of_real_parameters():
+    opt = vsa_optax.predict_gradients()
+    with pytest.raises(TypeError, match=r"\['w'\] has dtype complex64, but init saw a parameter of dtype float32"):
+        opt.update({"w": jnp.ones(2, jnp.complex64)}, opt.init({"w": jnp.ones(2)}))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        (dict(history="recursive"), "history is 'recursive', here 'window of 8'"),
+        (dict(history_window=3), "history is 'window of 3', here 'window of 8'"),
+        (dict(predict_steps=0), "history is 'none', here 'window of 8'"),
+        (dict(residual=False), "residual is False, here True"),
+        (dict(adaptive=True), "adaptive is True, here False"),
+    ],
+)
+def test_a_state_of_other_settings(theirs, message):
+    state = vsa_optax.predict_gradients(**theirs).init(PARAMS)
+    with pytest.raises(ValueError, match=message):
+        vsa_optax.predict_gradients().update(PARAMS, state)
+    with pytest.raises(ValueError, match="state must be what init returned"):
+        vsa_optax.predict_gradients().update(PARAMS, optax.EmptyState())

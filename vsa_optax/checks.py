@@ -8,22 +8,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+_LARGEST_INTEGER = 2**31 - 1  # Steps are counted in int32.
+_SUPPORTED = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
+
 
 def check_integer(name: str, value: Any, minimum: int) -> int:
-    """``value`` as an int; ``ValueError`` unless it is an integer and at least ``minimum``."""
+    """``value`` as an int; ``ValueError`` unless it is an integer from ``minimum`` to 2**31 - 1."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = None
-    if number is None or number < minimum:
-        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+    if number is None or not minimum <= number <= _LARGEST_INTEGER:
+        raise ValueError(f"{name} must be an integer >= {minimum} and < 2**31, got {value!r}")
     return number
 
 
 def check_real(name: str, value: Any, *, low: float, high: float, low_open: bool = False) -> float:
     """``value`` as a float; ``ValueError`` unless it is a finite number in the interval."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    number = float(value) if is_real else math.nan
+    try:
+        number = float(value) if is_real else math.nan
+    except OverflowError:
+        number = math.inf
     above = number > low if low_open else number >= low
     if not (above and number <= high and math.isfinite(number)):
         bound = f"{'>' if low_open else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
@@ -46,30 +52,49 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
 
 
 def check_float_dtype(name: str, value: Any) -> jnp.dtype | None:
-    """``value`` as a dtype or None; ``ValueError`` unless it is a floating-point dtype."""
+    """``value`` as a dtype or None; ``ValueError`` unless it is one of the four floating-point dtypes in use."""
     if value is None:
         return None
     try:
         dtype = jnp.dtype(value)
     except TypeError:
         dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name} must be None or a floating-point dtype, got {value!r}")
+    if dtype is None or dtype.name not in _SUPPORTED[:4]:
+        raise ValueError(f"{name} must be None or one of {', '.join(_SUPPORTED[:4])}, got {value!r}")
+    if dtype.name == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            f"{name} must be None, float16, bfloat16 or float32 unless jax_enable_x64 is set, got {value!r}"
+        )
     return dtype
+
+
+def check_scalar(name: str, value: Any) -> jax.Array:
+    """``value`` as an array; ``ValueError`` unless it is one real number."""
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} must be one real number, got {value!r}") from None
+    is_real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    if array.shape != () or not is_real:
+        raise ValueError(f"{name} must be one real number, got shape {array.shape} and dtype {array.dtype}")
+    return array
 
 
 def check_inexact_leaves(tree: Any) -> None:
     """``TypeError`` naming the first leaf of ``tree`` that is neither real nor complex floating point."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        kind = _dtype_name(leaf)
+        if kind not in _SUPPORTED:
             raise TypeError(
-                f"leaf {_name(path)} has dtype {jnp.result_type(leaf)}; only floating-point and complex leaves have "
-                "gradients to predict: keep the others out with optax.masked or optax.partition"
+                f"leaf {_name(path)} has dtype {kind}; only leaves of dtype {', '.join(_SUPPORTED)} have gradients to "
+                "predict: keep the others out with optax.masked or optax.partition"
             )
 
 
 def check_same_tree(expected: Any, actual: Any, *, what: str, leading_axes: int = 0) -> None:
-    """``ValueError`` naming the first leaf of ``actual`` whose place or shape is not as in ``expected``.
+    """An error that names the first leaf of ``actual`` whose place, shape or kind is not as in ``expected``.
+
+    ``ValueError`` for place and shape; ``TypeError`` where real, complex and other numbers are mixed up.
 
     The first ``leading_axes`` axes of the expected leaves (a window, say) are left out of the comparison.
     """
@@ -81,6 +106,9 @@ def check_same_tree(expected: Any, actual: Any, *, what: str, leading_axes: int 
     for name, leaf in want.items():
         if name not in have:
             raise ValueError(f"{what}: leaf {name} is missing; init saw it among the parameters")
+        kind, wanted = _dtype_name(have[name]), _dtype_name(leaf)
+        if kind not in _SUPPORTED or kind.startswith("complex") != wanted.startswith("complex"):
+            raise TypeError(f"{what}: leaf {name} has dtype {kind}, but init saw a parameter of dtype {wanted}")
         shape = jnp.shape(leaf)[leading_axes:]
         if jnp.shape(have[name]) != shape:
             raise ValueError(
@@ -98,3 +126,10 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 def _name(path: Any) -> str:
     return jax.tree_util.keystr(path) or "(the tree is one leaf)"
+
+
+def _dtype_name(leaf: Any) -> str:
+    """The dtype's name, or the type's if it has none."""
+    if not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)):
+        return type(leaf).__name__
+    return str(jnp.result_type(leaf))

@@ -92,7 +92,7 @@ def value_and_grad_by_phase(
             return call(differentiated, arrays)
 
         def without_backward(arrays: Sequence[Any], aux: Any) -> Any:
-            grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), grad_shapes)
+            grads = jax.tree.map(lambda s: jnp.zeros_like(s, dtype=s.dtype), grad_shapes)
             if value_in_predict:
                 return call(fun, arrays), grads
             dtype = (out_shapes[0] if has_aux else out_shapes).dtype

@@ -17,13 +17,18 @@ def is_finite(x: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(x)) < jnp.inf
 
 
+def stored_dtype(x: jax.Array, dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike | None:
+    """What to keep ``x`` in where ``dtype`` is asked for: a complex ``x`` in the complex type of that precision."""
+    is_complex = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
+    return jnp.promote_types(dtype, jnp.complex64) if dtype is not None and is_complex else dtype
+
+
 def saturating_cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """``x`` in ``dtype``; beyond its range the largest finite value, 0 for NaN."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         part = jnp.finfo(dtype).dtype
         return jax.lax.complex(saturating_cast(x.real, part), saturating_cast(x.imag, part))
-    top = float(jnp.finfo(dtype).max)
-    return jnp.nan_to_num(jnp.clip(x, -top, top), nan=0.0).astype(dtype)
+    return jnp.nan_to_num(x.astype(dtype), nan=0.0)
 
 
 def relative_distance(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:

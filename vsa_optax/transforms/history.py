@@ -68,8 +68,18 @@ class Scalars(NamedTuple):
     gains: tuple[jax.Array, jax.Array, jax.Array] | None = None
 
 
+def describe_state(state: Any) -> str:
+    """Which history ``state`` belongs to, as `History.describe` says it."""
+    if isinstance(state, WindowHistoryState):
+        return f"window of {state.steps.shape[0]}"
+    return "recursive" if isinstance(state, RecursiveHistoryState) else type(state).__name__
+
+
 class History(Protocol):
     """A memory of gradients that predicts the coming one."""
+
+    def describe(self) -> str:
+        """The settings that the shape of the state depends on."""
 
     def init(self, params: Any) -> Any:
         """The empty history for ``params``."""
@@ -87,6 +97,11 @@ class History(Protocol):
         """The history with one more record, taken at ``step``."""
 
 
+def zeros_as_stored(params: Any, dtype: jnp.dtype | None) -> Any:
+    """Zeros for ``params`` in the dtypes that records of them are kept in."""
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=numerics.stored_dtype(leaf, dtype)), params)
+
+
 @dataclasses.dataclass(frozen=True)
 class WindowHistory:
     """Weighted least squares over the last ``length`` records, exactly.
@@ -98,11 +113,15 @@ class WindowHistory:
     decay: float
     dtype: jnp.dtype | None
 
+    def describe(self) -> str:
+        """Window and length."""
+        return f"window of {self.length}"
+
     def init(self, params: Any) -> WindowHistoryState:
         """The empty window; its leaves are laid out on the devices as the parameters are."""
 
         def empty(leaf: jax.Array) -> jax.Array:
-            zeros = jnp.zeros_like(leaf, dtype=self.dtype)
+            zeros = jnp.zeros_like(leaf, dtype=numerics.stored_dtype(leaf, self.dtype))
             return jnp.broadcast_to(zeros[None], (self.length, *zeros.shape))
 
         return WindowHistoryState(
@@ -161,11 +180,15 @@ class RecursiveHistory:
         # With both computed from the old mean, XLA copies it; a decay this small needs the digits more.
         return self.decay >= 0.5
 
+    def describe(self) -> str:
+        """Recursive."""
+        return "recursive"
+
     def init(self, params: Any) -> RecursiveHistoryState:
         """The empty recursion."""
         return RecursiveHistoryState(
-            mean=optax.tree.zeros_like(params, dtype=self.dtype),
-            velocity=optax.tree.zeros_like(params, dtype=self.dtype),
+            mean=zeros_as_stored(params, self.dtype),
+            velocity=zeros_as_stored(params, self.dtype),
             weight=jnp.zeros([], jnp.float32),
             lag=jnp.zeros([], jnp.float32),
             spread=jnp.zeros([], jnp.float32),

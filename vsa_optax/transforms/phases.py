@@ -77,7 +77,7 @@ class PhaseMachineState(NamedTuple):
         predict_steps: ``[] int32``.
         correct_steps: ``[] int32``.
         cycles: ``[] int32``, PREDICT phases completed.
-        nonfinite_count: ``[] int32``, true steps skipped for a NaN or an infinity.
+        nonfinite_count: ``[] int32``, steps skipped for a NaN or an infinity.
         errors: `PredictionErrorState`, or None with ``predict_steps=0``.
         value: ``[] float32``, the last finite ``value=`` received; meaningless before ``has_value``.
         has_value: ``[] bool``, whether one was received.
@@ -115,7 +115,8 @@ class PhaseSchedule:
         checks.check_integer("predict_steps", self.predict_steps, 0)
         checks.check_integer("correct_every", self.correct_every, 1)
         checks.check_bool("adaptive", self.adaptive)
-        checks.check_real("loss_threshold", self.loss_threshold, low=0.0, high=float("inf"))
+        threshold = checks.check_real("loss_threshold", self.loss_threshold, low=0.0, high=float("inf"))
+        object.__setattr__(self, "loss_threshold", threshold)
 
     @property
     def ever_predicts(self) -> bool:
@@ -183,7 +184,7 @@ def advance(
     full_length: Any = schedule.full_steps if adaptive is None else adaptive.full_length
     predict_length: Any = schedule.predict_steps if adaptive is None else adaptive.predict_length
     after_full = Phase.PREDICT if schedule.ever_predicts else Phase.FULL
-    wants_correction = (done > 0) & (done % schedule.correct_every == 0) & (phase != Phase.CORRECT)
+    wants_correction = (done % schedule.correct_every == 0) & (phase != Phase.CORRECT)
     in_leap = jnp.where(wants_correction, Phase.CORRECT, jnp.where(done >= predict_length, Phase.FULL, Phase.PREDICT))
     following = jnp.select(
         [phase == Phase.WARMUP, phase == Phase.FULL],

@@ -5,21 +5,19 @@ whatever enters is ignored, and what the records predict leaves in its place. St
 with a window of W records, 3 times with the recursion; one less without the residual.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import lax
 
 from vsa_optax import checks
-from vsa_optax.kernels import numerics
 from vsa_optax.transforms import phases, queries
 from vsa_optax.transforms.conditional import when
 from vsa_optax.transforms.finite import all_finite, select
-from vsa_optax.transforms.history import Scalars
+from vsa_optax.transforms.history import describe_state
+from vsa_optax.transforms.phase_step import PhaseStep, StepResult
 from vsa_optax.transforms.phases import Phase, PhaseMachineState, PhaseSchedule
 from vsa_optax.transforms.predictor import Predictor, make_predictor
 
@@ -76,7 +74,8 @@ def predict_gradients(
             all records with exponentially fading weights, the same work and memory whatever the decay).
         history_window: records W kept by the window, ``>= 2``.
         history_decay: weight of a record relative to the next newer one, in ``(0, 1]``.
-        history_dtype: floating-point dtype of records and residual; None keeps each leaf's own.
+        history_dtype: float16, bfloat16, float32 or float64 of records and residual; None keeps each leaf's own. A
+            complex leaf is kept in complex64 or complex128.
         residual: whether to add the averaged error of past predictions, measured at CORRECT steps.
         residual_decay: γ, both the average's decay and the residual's fading a step, in ``[0, 1]``.
         adaptive: whether phase lengths follow the loss: FULL grows and PREDICT shrinks while it rises, the reverse
@@ -160,8 +159,9 @@ def phase_switched(
     rate to ``learning_rate`` instead and build ``opt`` at rate 1 (``optax.adamw(1.0)``): directions are recorded
     unscaled, and the rate of step t, counted over all steps, multiplies what leaves in every phase.
 
-    A step whose gradient (or ``opt``'s answer to it) holds a NaN or an infinity leaves ``opt``'s state, the history and
-    the residual as they were and emits zeros; ``nonfinite_count`` goes up. The phase advances, except in WARMUP.
+    A step whose gradient, or ``opt``'s answer to it, holds a NaN or an infinity leaves ``opt``'s state as it was and
+    emits zeros; ``nonfinite_count`` goes up, and nothing that is not finite is recorded. The phase advances, except in
+    WARMUP. What is inside ``opt``'s state is its own: a gradient of 1e30 overflows Adam's second moment, silently.
 
     With ``predict_steps=0`` this is ``opt`` and a few counters: parameters equal those of ``opt`` alone bit for bit,
     and a NaN is counted but treated as ``opt`` treats it. Any select that kept it out made XLA contract multiply-adds
@@ -236,7 +236,7 @@ def phase_switched(
     # Without predictions both domains are opt itself.
     predicts_updates = predict_in == "update" or not schedule.ever_predicts
     recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
-    run = _Run(recorded, predictor)
+    run = PhaseStep(recorded, predictor)
     record = when(predictor.history.record)
 
     def init_fn(params: optax.Params) -> PhaseSwitchedState:
@@ -258,9 +258,10 @@ def phase_switched(
     ) -> tuple[optax.Updates, PhaseSwitchedState]:
         value = extra_args.get("value")
         if value is not None:
-            extra_args["value"] = jnp.asarray(value)
+            extra_args["value"] = checks.check_scalar("value", value)
         elif adaptive:
             raise ValueError("adaptive=True needs the loss at every step: update(..., value=loss), got value=None")
+        _check_state(state, schedule, predictor)
         if schedule.ever_predicts:
             tree, leading = predictor.history.example(state.history)
             checks.check_same_tree(tree, updates, what="gradients", leading_axes=leading)
@@ -282,158 +283,39 @@ def phase_switched(
             memory = record(is_recorded, memory, result.target, step, scalars)
         else:
             target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
-            result = _StepResult(target, inner_state, None, all_finite(updates))
+            result = StepResult(target, inner_state, None, all_finite(updates))
 
+        is_finite = result.is_finite
         if predicts_updates:
             new_updates, inner_state = result.target, result.inner_state
         else:
             new_updates, inner_state = opt.update(result.target, state.inner_state, params, **extra_args)
-            inner_state = select(result.is_finite, inner_state, state.inner_state)
+            is_finite &= all_finite(new_updates)
+            inner_state = select(is_finite, inner_state, state.inner_state)
         if schedule.ever_predicts:  # Else nothing stands between opt and the caller: a select would move its last bits.
-            new_updates = select(result.is_finite, new_updates, optax.tree.zeros_like(new_updates))
+            new_updates = select(is_finite, new_updates, optax.tree.zeros_like(new_updates))
         if learning_rate is not None:
             rate = learning_rate(step) if callable(learning_rate) else learning_rate
             new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
-        machine = phases.advance(schedule, machine, is_finite=result.is_finite, value=value)
+        machine = phases.advance(schedule, machine, is_finite=is_finite, value=value)
         return new_updates, PhaseSwitchedState(machine, memory, averaged_error, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class _StepResult(NamedTuple):
-    """What one step comes to, before it is recorded.
-
-    Attributes:
-        target: tree, what the recorded transformation emitted, or its prediction; of no use if not finite.
-        inner_state: the recorded transformation's state.
-        residual: tree or None, the predictor's residual.
-        is_finite: ``[] bool``, false if a gradient, or what the transformation made of it, holds a NaN or an infinity.
-        error: ``[] float32``, the relative prediction error.
-        is_measured: ``[] bool``, whether ``error`` was measured, which it is at CORRECT steps.
-    """
-
-    target: Any
-    inner_state: Any
-    residual: Any
-    is_finite: jax.Array
-    error: jax.Array | None = None
-    is_measured: jax.Array | None = None
-
-
-class _Run:
-    """One step of ``recorded``, or its prediction if the phase is PREDICT.
-
-    Outside jit, JAX compiles a loop or a conditional anew for each new function object: `_functions` makes them once.
-    """
-
-    def __init__(self, recorded: optax.GradientTransformationExtraArgs, predictor: Predictor) -> None:
-        self._recorded = recorded
-        self._predictor = predictor
-        self._functions_for = functools.lru_cache(maxsize=16)(self._functions)
-
-    def __call__(
-        self,
-        updates: Any,
-        inner_state: Any,
-        params: Any,
-        extra_args: dict[str, Any],
-        phase: jax.Array,
-        history: Any,
-        residual: Any,
-        scalars: Scalars,
-    ) -> _StepResult:
-        """One step in a true phase, the prediction in PREDICT."""
-        static_args = {k: v for k, v in extra_args.items() if not _is_array_tree(v)}
-        traced_args = {k: v for k, v in extra_args.items() if k not in static_args}
-        emitted = jax.eval_shape(
-            lambda u, s, p, e: self._recorded.update(u, s, p, **e, **static_args)[0],
-            updates,
-            inner_state,
-            params,
-            traced_args,
-        )
-        leaves, treedef = jax.tree.flatten(emitted)
-        predict_if, step, step_when = self._functions_for(treedef, tuple((x.shape, x.dtype) for x in leaves))
-        is_predict = phase == Phase.PREDICT
-        has_gradient = lax.cond(is_predict, _true, all_finite, updates)
-        result = _StepResult(
-            target=predict_if(is_predict, history, residual, scalars),
-            inner_state=inner_state,
-            residual=residual,
-            is_finite=has_gradient,
-            error=jnp.zeros([], jnp.float32),
-            is_measured=jnp.array(False),
-        )
-        if static_args:
-            step_when = when(functools.partial(step, **static_args))
-        runs = ~is_predict & has_gradient
-        return step_when(runs, result, updates, params, traced_args, phase, history, scalars)
-
-    def _functions(self, treedef: Any, avals: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
-        """Prediction, true step and conditional true step of a transformation that emits such leaves."""
-
-        def predicted(history: Any, residual: Any, scalars: Scalars) -> Any:
-            leaves = jax.tree.leaves(self._predictor.predict(history, residual, scalars))
-            cast = [numerics.saturating_cast(x, dtype) for x, (_, dtype) in zip(leaves, avals, strict=True)]
-            return jax.tree.unflatten(treedef, cast)
-
-        def nothing(history: Any, residual: Any, scalars: Scalars) -> Any:
-            del history, residual, scalars
-            return jax.tree.unflatten(treedef, [jnp.zeros(shape, dtype) for shape, dtype in avals])
-
-        def predict_if(pred: jax.Array, history: Any, residual: Any, scalars: Scalars) -> Any:
-            return lax.cond(pred, predicted, nothing, history, residual, scalars)
-
-        def measure(result: _StepResult, is_due: jax.Array, history: Any, scalars: Scalars) -> _StepResult:
-            # Always true here. But a conditional's result is one array: without it XLA copies each record on the way.
-            prediction = predict_if(is_due, history, result.residual, scalars)
-            residual, error, is_defined = self._predictor.measure(result.residual, result.target, prediction)
-            return result._replace(residual=residual, error=error, is_measured=is_defined)
-
-        measure_when = when(measure)
-
-        def step(
-            result: _StepResult,
-            updates: Any,
-            params: Any,
-            extra_args: dict[str, Any],
-            phase: jax.Array,
-            history: Any,
-            scalars: Scalars,
-            **static_args: Any,
-        ) -> _StepResult:
-            target, inner_state = self._recorded.update(
-                updates, result.inner_state, params, **extra_args, **static_args
-            )
-            is_finite = all_finite(target)
-            result = result._replace(target=target, inner_state=inner_state, is_finite=is_finite)
-            is_due = (phase == Phase.CORRECT) & is_finite
-            return measure_when(is_due, result, is_due, history, scalars)
-
-        return predict_if, step, when(step)
-
-
-def _true(updates: Any) -> jax.Array:
-    del updates
-    return jnp.array(True)
-
-
-def _is_array_tree(value: Any) -> bool:
-    leaves = jax.tree.leaves(value)
-    return bool(leaves) and all(isinstance(leaf, jax.Array) or hasattr(leaf, "__array__") for leaf in leaves)
-
-
 def _check_learning_rate(learning_rate: Any) -> None:
     if learning_rate is None or callable(learning_rate):
         return
-    if hasattr(learning_rate, "dtype"):  # An array, or a tracer of inject_hyperparams: its value may not be known.
+    if isinstance(learning_rate, jax.Array | np.ndarray | np.generic):
         if jnp.shape(learning_rate) != () or not jnp.issubdtype(learning_rate.dtype, jnp.floating):
             raise ValueError(
                 "learning_rate must be a schedule, a number >= 0 or a floating-point scalar array, got an array of "
                 f"shape {jnp.shape(learning_rate)} and dtype {learning_rate.dtype}"
             )
-        return
-    checks.check_real("learning_rate", learning_rate, low=0.0, high=float("inf"))
+        if isinstance(learning_rate, jax.core.Tracer):  # Of inject_hyperparams, say: its value is not known.
+            return
+        learning_rate = float(learning_rate)
+    checks.check_real("learning_rate", learning_rate, low=0.0, high=float(np.finfo(np.float32).max))
 
 
 def _check_inner_state(inner_state: Any) -> None:
@@ -451,3 +333,20 @@ def _check_inner_state(inner_state: Any) -> None:
         for kind, reason in refused.items():
             if isinstance(leaf, kind):
                 raise ValueError(f"opt must not contain {reason}")
+
+
+def _check_state(state: Any, schedule: PhaseSchedule, predictor: Predictor) -> None:
+    """``ValueError`` if the state was made by a transformation with other settings."""
+    if not isinstance(state, PhaseSwitchedState):
+        raise ValueError(f"state must be what init returned, a PhaseSwitchedState, got {type(state).__name__}")
+    wanted = predictor.history.describe() if schedule.ever_predicts else "none"
+    given = "none" if state.history is None else describe_state(state.history)
+    _check_setting("history", given, wanted)
+    _check_setting("adaptive", state.machine.adaptive is not None, schedule.adaptive)
+    if schedule.ever_predicts and predictor.history.example(state.history)[0] is not None:  # A tree may be None itself.
+        _check_setting("residual", state.residual is not None, predictor.has_residual)
+
+
+def _check_setting(name: str, given: Any, wanted: Any) -> None:
+    if given != wanted:
+        raise ValueError(f"state was made with other settings: {name} is {given!r}, here {wanted!r}")

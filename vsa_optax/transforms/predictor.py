@@ -9,11 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from vsa_optax import checks
 from vsa_optax.kernels import numerics, wls
-from vsa_optax.transforms.history import History, RecursiveHistory, Scalars, WindowHistory
+from vsa_optax.transforms.history import History, RecursiveHistory, Scalars, WindowHistory, zeros_as_stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Predictor:
 
     def init_residual(self, params: Any) -> Any:
         """Tree of zeros, or None if there is no residual."""
-        return optax.tree.zeros_like(params, dtype=self.dtype) if self.has_residual else None
+        return zeros_as_stored(params, self.dtype) if self.has_residual else None
 
     def scalars(self, history: Any, step: jax.Array) -> Scalars:
         """What ``step`` is to the history, and the residual's coefficient as the last one."""

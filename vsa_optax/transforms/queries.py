@@ -20,7 +20,7 @@ class PhaseStats(NamedTuple):
         correct_steps: int32.
         cycles: int32, PREDICT phases completed.
         speedup: float32, all steps / steps with a backward pass; 1 before any step. A count, not a time.
-        nonfinite_count: int32, true steps skipped for a NaN or an infinity.
+        nonfinite_count: int32, steps skipped for a NaN or an infinity.
         mean_prediction_error: float32, mean over CORRECT steps of ``||x - x̂|| / ||x||``, x being what is predicted, a
             gradient or an update; 0 before the first.
         last_prediction_error: float32, the same at the latest CORRECT step.

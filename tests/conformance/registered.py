@@ -1,0 +1,139 @@
+"""Our transformations as Optax's tests want optimizers: functions of a learning rate, with prediction on.
+
+Each is a plain function whose one argument is annotated as Optax annotates it: Optax's tests trace every
+numeric argument that a factory has, and look at the annotation to decide whether to try a schedule.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import vsa_optax
+
+Factory = Callable[..., optax.GradientTransformationExtraArgs]
+
+# Short phases, so that a cycle takes five steps, of which two are predicted: after two of WARMUP,
+# FULL, FULL, PREDICT, PREDICT, CORRECT.
+SETTINGS = {"warmup_steps": 2, "full_steps": 2, "predict_steps": 3, "correct_every": 2, "history_window": 3}
+# SGD with momentum: FULL, FULL, PREDICT, CORRECT. It oscillates in Rosenbrock's valley, and extrapolated by
+# two steps it does so with growing amplitude.
+ONE_STEP_AHEAD = {"predict_steps": 2, "correct_every": 1}
+STEPS_BEFORE_PREDICT = SETTINGS["warmup_steps"] + SETTINGS["full_steps"]
+
+
+class Variant(NamedTuple):
+    """A transformation of ours as a row in a table of Optax's.
+
+    Attributes:
+        factory: takes ``learning_rate``.
+        learning_rate: one with which Optax's test problems are solved within the steps that the tests allow.
+        optimizes: whether it takes the tests that optimize until convergence, 10000 or 30000 steps.
+        suites: where it takes the tests of a few steps.
+        is_started: whether its first step is of PREDICT.
+    """
+
+    factory: Factory
+    learning_rate: float
+    optimizes: bool = True
+    suites: frozenset[str] = frozenset({"contrib", "alias", "float64", "sharding"})
+    is_started: bool = False
+
+
+# The tests of a few steps in "alias" are those in "contrib" again but for complex parameters, which, like sharding, are
+# a matter of domain and history, whatever the optimizer.
+_NOT_REPEATED = frozenset({"contrib", "float64"})
+
+
+def switched(optimizer: Callable[[float], optax.GradientTransformation], **settings: Any) -> Factory:
+    """`phase_switched` round ``optimizer`` at rate 1."""
+
+    def factory(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+        return vsa_optax.phase_switched(optimizer(1.0), learning_rate=learning_rate, **settings)
+
+    return factory
+
+
+def rate_inside(**settings: Any) -> Factory:
+    """`phase_switched` round Adam, which has the learning rate itself."""
+
+    def factory(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+        return vsa_optax.phase_switched(optax.adam(learning_rate), **settings)
+
+    return factory
+
+
+def head_of_chain(**settings: Any) -> Factory:
+    """`predict_gradients` before Adam."""
+
+    def factory(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+        return optax.chain(vsa_optax.predict_gradients(**settings), optax.adam(learning_rate))
+
+    return factory
+
+
+def about_to_predict(inner: Factory) -> Factory:
+    """The same, but ``init`` takes the steps before the first of PREDICT: many of Optax's tests take only one."""
+
+    def factory(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+        opt = inner(learning_rate)
+
+        def started(params: optax.Params) -> optax.OptState:
+            def true_step(k: jax.Array, state: optax.OptState) -> optax.OptState:
+                gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, k + 1), params)
+                return opt.update(gradients, state, params)[1]
+
+            return jax.lax.fori_loop(0, STEPS_BEFORE_PREDICT, true_step, opt.init(params))
+
+        def init_fn(params: optax.Params) -> optax.OptState:
+            return jax.jit(started)(jax.tree.map(jnp.zeros_like, params))
+
+        return optax.GradientTransformationExtraArgs(init_fn, opt.update)
+
+    return factory
+
+
+_momentum = functools.partial(optax.sgd, momentum=0.9)
+_SWITCHED = {
+    "adam": (optax.adam, 3e-3, SETTINGS),
+    "adamw": (optax.adamw, 3e-3, SETTINGS),
+    "momentum": (_momentum, 2e-4, SETTINGS | ONE_STEP_AHEAD),
+}
+_CASES = [
+    ("adam", "update", "window"),
+    ("adam", "update", "recursive"),
+    ("adam", "gradient", "window"),
+    ("adam", "gradient", "recursive"),
+    ("adamw", "update", "window"),
+    ("adamw", "gradient", "recursive"),
+    ("momentum", "update", "recursive"),
+    ("momentum", "gradient", "window"),
+]
+
+VARIANTS: dict[str, Variant] = {}
+for _name, _domain, _history in _CASES:
+    _optimizer, _rate, _settings = _SWITCHED[_name]
+    _factory = switched(_optimizer, predict_in=_domain, history=_history, **_settings)
+    _variant = Variant(_factory, _rate) if _name == "adam" else Variant(_factory, _rate, suites=_NOT_REPEATED)
+    VARIANTS[f"{_name}_{_domain}_{_history}"] = _variant
+VARIANTS["head_window"] = Variant(head_of_chain(history="window", **SETTINGS), 3e-3)
+VARIANTS["head_recursive"] = Variant(head_of_chain(history="recursive", **SETTINGS), 3e-3)
+VARIANTS["rate_inside"] = Variant(rate_inside(**SETTINGS), 3e-3, optimizes=False, suites=_NOT_REPEATED)
+VARIANTS["lean"] = Variant(switched(optax.adam, history_dtype="bfloat16", residual=False, **SETTINGS), 3e-3)
+VARIANTS["default_lengths"] = Variant(switched(optax.adam), 1e-2, suites=frozenset())
+for _name in ("adam_update_recursive", "momentum_gradient_window"):
+    _factory = about_to_predict(VARIANTS[_name].factory)
+    _suites = VARIANTS[_name].suites - {"alias"}
+    VARIANTS[f"started_{_name}"] = Variant(_factory, VARIANTS[_name].learning_rate, False, _suites, is_started=True)
+
+# It needs the loss at every step, which Optax's tests give only to optimizers of certain names.
+ADAPTIVE = Variant(switched(optax.adam, adaptive=True, **SETTINGS), 3e-3)
+
+# Transformations that are no optimizers by themselves.
+BARE: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
+    f"predict_gradients_{history}": functools.partial(vsa_optax.predict_gradients, history=history, **SETTINGS)
+    for history in ("window", "recursive")
+}

@@ -1,0 +1,155 @@
+"""Optax's own generic tests, from its wheel, on our transformations; and that these predict meanwhile."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conformance.registered import ADAPTIVE, BARE, STEPS_BEFORE_PREDICT, VARIANTS
+from conformance.run_theirs import MODULES
+
+import vsa_optax
+from vsa_optax import Phase
+
+# The tests compile some 500 small programs, which takes five times as long with all of XLA's optimizations.
+_QUICK_TO_COMPILE = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+
+
+def _known(options):
+    """Those of the options that this XLA has: it ends a process that is given another."""
+    known = {}
+    for name, value in options.items():
+        try:
+            jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
+        except jax.errors.JaxRuntimeError:
+            continue
+        known[name] = value
+    return known
+
+
+class _Child:
+    """A process that runs one of the modules, and its output."""
+
+    def __init__(self, suite, options, output):
+        flags = ["--xla_force_host_platform_device_count=8", *(f"--{k}={v}".lower() for k, v in options.items())]
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+            "XLA_FLAGS": " ".join(flags),
+            "JAX_PLATFORMS": "cpu",
+            "PYTEST_ADDOPTS": "",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        }
+        command = [sys.executable, "-P", "-m", "conformance.run_theirs", suite, "-q", "-rfEx"]
+        self._output = output
+        with output.open("w") as stdout:
+            self.process = subprocess.Popen(command, env=env, stdout=stdout, stderr=subprocess.STDOUT)
+
+    def finish(self):
+        try:
+            status = self.process.wait(timeout=600)
+        except subprocess.TimeoutExpired:
+            status = "still running after 600 s"
+        return status, self._output.read_text()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def children(request, tmp_path_factory):
+    """The processes of all modules that were asked for; they run while this module's other tests do."""
+    folder = tmp_path_factory.mktemp("conformance")
+    wanted = {item.callspec.params.get("suite") for item in request.session.items if hasattr(item, "callspec")}
+    options = _known(_QUICK_TO_COMPILE)
+    started = {suite: _Child(suite, options, folder / f"{suite}.txt") for suite in MODULES if suite in wanted}
+    yield started
+    for child in started.values():
+        child.process.kill()
+        child.process.wait()
+
+
+def _run(opt, state, steps):
+    """A run on a parabola in which the gradients of PREDICT are NaN; parameters and state."""
+
+    def step(carry, _):
+        params, state = carry
+        gradients = jnp.where(vsa_optax.needs_backward(state), 2 * (params - 1), jnp.nan)
+        updates, state = opt.update(gradients, state, params, value=jnp.sum((params - 1) ** 2))
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps)[0])((jnp.zeros(3), state))
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if not variant.is_started])
+def test_what_they_run_predicts(name):
+    check_that_it_predicts(VARIANTS[name].factory(VARIANTS[name].learning_rate))
+
+
+def test_the_adaptive_one_predicts():
+    check_that_it_predicts(ADAPTIVE.factory(ADAPTIVE.learning_rate))
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_a_transformation_that_is_no_optimizer_predicts(name):
+    check_that_it_predicts(optax.chain(BARE[name](), optax.sgd(0.1)))
+
+
+def check_that_it_predicts(opt):
+    steps = 100
+    params, state = _run(opt, opt.init(jnp.zeros(3)), steps)
+    stats = vsa_optax.phase_stats(state)
+    assert int(stats.total_steps) == steps
+    assert int(stats.predict_steps) > 0.2 * steps
+    assert int(stats.correct_steps) > 0
+    assert int(stats.nonfinite_count) == 0
+    assert np.all(np.isfinite(params))
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.is_started])
+def test_the_first_step_of_a_started_one_is_predicted(name):
+    opt = VARIANTS[name].factory(1e-3)
+    state = opt.init(jnp.zeros(3))
+    stats = vsa_optax.phase_stats(state)
+    assert (int(stats.total_steps), int(stats.phase)) == (STEPS_BEFORE_PREDICT, Phase.PREDICT)
+    updates, state = jax.jit(opt.update)(jnp.full(3, jnp.nan), state, jnp.zeros(3))
+    assert int(vsa_optax.phase_stats(state).predict_steps) == 1
+    assert np.all(np.isfinite(updates))
+    assert np.all(np.asarray(updates) < 0)  # The gradients were positive.
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.optimizes])
+def test_map_params_maps_what_has_a_leaf_for_each_parameter(name):
+    opt = VARIANTS[name].factory(1e-3)
+    params = {"w": jnp.ones((2, 3)), "b": [jnp.ones(3), jnp.ones([])]}
+    state = opt.init(params)
+    marked = optax.tree.map_params(
+        opt,
+        lambda leaf, parameter: leaf.shape[leaf.ndim - parameter.ndim :] == parameter.shape,
+        state,
+        params,
+        transform_non_params=lambda leaf: None,
+    )
+    found = jax.tree.leaves(marked)
+    assert all(found)
+    records = 2 if name.endswith("recursive") else 1
+    residuals = 0 if name == "lean" else 1
+    moments = 1 if name.startswith("momentum") else 2
+    assert len(found) == (records + residuals + moments) * len(jax.tree.leaves(params))
+    assert jax.tree.structure(optax.tree.map_params(opt, lambda leaf: leaf, state)) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("suite", MODULES)
+def test_optax_tests_pass_on_ours(suite, children):
+    status, output = children[suite].finish()
+    assert status == 0, output
+    summary = output.strip().splitlines()[-1]
+    counts = {what: int(number) for number, what in re.findall(r"(\d+) (\w+)", summary.split(" in ")[0])}
+    assert counts["passed"] > 0, output
+    assert counts.keys() <= {"passed", "xfailed", "deselected"}, output

@@ -1,0 +1,188 @@
+"""Breaks the package in one place at a time and shows that the tests notice.
+
+``python tests/mutations.py`` copies the package, applies one `MUTANTS` entry after the other to the copy, runs the
+tests named beside it, and prints a table. It fails if a mutant survives or no longer fits the source, or if the tests
+fail without any change.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+class Mutant(NamedTuple):
+    """One change.
+
+    Attributes:
+        file: below ``vsa_optax``.
+        old: text that occurs once in it.
+        new: what it becomes.
+        tests: words for pytest, in the order in which they should be tried: files below ``tests``, and ``-k``.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+WLS = "test_wls.py test_predict.py -k fewer_than or vanishing or sum_to_one or variance or twin_over"
+NUMERICS = "test_wls.py -k finite or saturating or relative"
+TWIN = "test_predict.py -k twin_over"
+LINE = "test_predict.py -k move_on_a_line"
+WALK = "test_phases.py -k short_cycles or prolong or walk_equals"
+ADAPTIVE = "test_phases.py -k adaptive"
+LOSS = "test_phases.py -k adaptive or nonfinite_values"
+STEP = "test_predict.py -k leave_no_trace or own_nan or rate_of_step or inner_state_rests"
+BY_PHASE = "test_value_and_grad.py -k true_phases or predict or dtype or aux"
+OF_ERRORS = "test_errors.py"
+
+MUTANTS = [
+    Mutant("kernels/numerics.py", "jnp.max(jnp.abs(x)) < jnp.inf", "jnp.max(jnp.abs(x)) <= jnp.inf", NUMERICS),
+    Mutant("kernels/numerics.py", "jnp.max(jnp.abs(x)) < jnp.inf", "jnp.max(x) < jnp.inf", NUMERICS),
+    Mutant("kernels/numerics.py", "nan=0.0", "nan=1.0", NUMERICS),
+    Mutant("kernels/numerics.py", "x * scale - y * scale", "x * scale + y * scale", NUMERICS),
+    Mutant("kernels/numerics.py", "jnp.ones([], dtype), -exponent", "jnp.ones([], dtype), exponent", NUMERICS),
+    Mutant("kernels/numerics.py", "is_defined = of_x > 0", "is_defined = of_x >= 0", NUMERICS),
+    Mutant("kernels/numerics.py", "maxexp - 8", "maxexp + 8", "test_kernel_edges.py -k relative"),
+    Mutant("kernels/wls.py", "share * (ages - mean) ** 2", "share * (ages + mean) ** 2", WLS),
+    Mutant("kernels/wls.py", "(horizon - mean) * (ages - mean)", "(horizon + mean) * (ages - mean)", WLS),
+    Mutant("kernels/wls.py", "share * (1.0 + slope)", "share * (1.0 - slope)", WLS),
+    Mutant("kernels/wls.py", "has_slope = spread > 0", "has_slope = spread >= 0", WLS),
+    Mutant("kernels/wls.py", "(jnp.arange(ages.size) == newest)", "(jnp.arange(ages.size) != newest)", WLS),
+    Mutant("kernels/wls.py", "& (weights > 0)", "& (weights >= 0)", "test_kernel_edges.py -k no_records"),
+    Mutant("kernels/wls.py", "total + coefficient.astype", "total - coefficient.astype", WLS),
+    Mutant("kernels/wls.py", "kept + 1.0", "kept - 1.0", WLS),
+    Mutant("kernels/wls.py", "lag + elapsed", "lag - elapsed", WLS),
+    Mutant("kernels/wls.py", "kept_spread + new_lag", "kept_spread - new_lag", WLS),
+    Mutant("kernels/wls.py", "distance if mean_first else", "distance if not mean_first else", WLS),
+    Mutant("transforms/history.py", "(state.num_records - 1) % self.length", "state.num_records % self.length", WLS),
+    Mutant("transforms/history.py", "rank < state.num_records", "rank <= state.num_records", WLS),
+    Mutant(
+        "transforms/history.py", "[keep, velocity_gain, -velocity_gain]", "[keep, velocity_gain, velocity_gain]", WLS
+    ),
+    Mutant("transforms/history.py", "horizon + state.lag", "horizon - state.lag", WLS),
+    Mutant("transforms/history.py", "self.decay >= 0.5", "self.decay >= 0.0", "test_wls.py -k vanishing or lstsq_at"),
+    Mutant("transforms/phases.py", "is_finite | (phase != Phase.WARMUP)", "is_finite | (phase == Phase.WARMUP)", WALK),
+    Mutant("transforms/phases.py", "% schedule.correct_every == 0", "% schedule.correct_every != 0", WALK),
+    Mutant("transforms/phases.py", "& (phase != Phase.CORRECT)", "& (phase == Phase.CORRECT)", WALK),
+    Mutant("transforms/phases.py", "done >= predict_length", "done > predict_length", WALK),
+    Mutant("transforms/phases.py", "done >= full_length", "done > full_length", WALK),
+    Mutant(
+        "transforms/phases.py", "state.cycles + (was_leap", "state.cycles - (was_leap", "test_kernel_edges.py -k cycle"
+    ),
+    Mutant("transforms/phases.py", "was_leap & starts_full", "was_leap | starts_full", "test_kernel_edges.py -k cycle"),
+    Mutant("transforms/phases.py", "state.nonfinite_count + ~is_finite", "state.nonfinite_count + is_finite", WALK),
+    Mutant("transforms/phases.py", "last - first > schedule", "last + first > schedule", ADAPTIVE),
+    Mutant("transforms/phases.py", "first - last > 0.05", "first - last > -0.05", ADAPTIVE),
+    Mutant(
+        "transforms/phases.py", "jnp.where(is_known, loss, last_value)", "jnp.where(is_known, last_value, loss)", LOSS
+    ),
+    Mutant("transforms/phases.py", "(error - state.errors.mean)", "(error + state.errors.mean)", TWIN),
+    Mutant("transforms/predictor.py", "[decay, 1 - decay, decay - 1]", "[decay, 1 - decay, 1 - decay]", TWIN),
+    Mutant("transforms/predictor.py", "** scalars.horizon", "** -scalars.horizon", TWIN),
+    Mutant("transforms/conditional.py", "return loop[0]", "return ~loop[0]", LINE),
+    Mutant("transforms/finite.py", "finite &= numerics", "finite |= numerics", STEP),
+    Mutant("transforms/finite.py", "jnp.where(take_new, n, o)", "jnp.where(take_new, o, n)", STEP),
+    Mutant(
+        "transforms/predict.py",
+        "(machine.phase != Phase.PREDICT) & result",
+        "(machine.phase == Phase.PREDICT) & result",
+        LINE,
+    ),
+    Mutant("transforms/phase_step.py", "runs = ~is_predict & has_gradient", "runs = ~is_predict | has_gradient", LINE),
+    Mutant("transforms/phase_step.py", "lax.cond(is_predict, _true", "lax.cond(~is_predict, _true", LINE),
+    Mutant(
+        "transforms/phase_step.py", "(phase == Phase.CORRECT) & is_finite", "(phase != Phase.CORRECT) & is_finite", TWIN
+    ),
+    Mutant("transforms/predict.py", "jnp.asarray(rate, u.dtype) * u", "-jnp.asarray(rate, u.dtype) * u", STEP),
+    Mutant("transforms/queries.py", "total - machine.predict_steps", "total + machine.predict_steps", WALK),
+    Mutant("transforms/queries.py", "opt_state).phase != Phase", "opt_state).phase == Phase", LINE),
+    Mutant(
+        "transforms/queries.py",
+        "len(found) != 1",
+        "len(found) > 1",
+        "test_value_and_grad.py test_nesting.py -k machine",
+    ),
+    Mutant("value_and_grad.py", "is_predict = machine.phase == Phase", "is_predict = machine.phase != Phase", BY_PHASE),
+    Mutant("value_and_grad.py", "machine.value, jnp.nan", "machine.value, 0.0", BY_PHASE),
+    Mutant("value_and_grad.py", "if has_aux and not value_in_predict:", "if not value_in_predict:", BY_PHASE),
+    Mutant("checks.py", "number > low if low_open", "number >= low if low_open", OF_ERRORS),
+    Mutant("checks.py", "not minimum <= number", "not minimum < number", OF_ERRORS + " -k numpy or wrapper"),
+]
+
+
+def mutated(mutant: Mutant) -> str:
+    """The file's text with the change made; ``ValueError`` if the old text is not there exactly once."""
+    text = (ROOT / "vsa_optax" / mutant.file).read_text()
+    if (count := text.count(mutant.old)) != 1:
+        raise ValueError(f"{mutant.file}: {mutant.old!r} occurs {count} times")
+    return text.replace(mutant.old, mutant.new)
+
+
+def first_failure(tests: str, folder: pathlib.Path) -> str:
+    """The first of ``tests`` that fails on the copy in ``folder``, or nothing."""
+    files, _, chosen = tests.partition(" -k ")
+    words = [str(folder / "tests" / name) for name in files.split()] + (["-k", chosen] if chosen else [])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    if done.returncode not in (0, 1):  # Nothing selected, or pytest itself at fault: no verdict.
+        raise RuntimeError(f"pytest ended with {done.returncode} for {tests}:\n{done.stdout}\n{done.stderr}")
+    failed = re.search(r"^(?:FAILED|ERROR) (?:\S*/)?(\S+?\.py\S*)", done.stdout, re.MULTILINE)
+    return "" if done.returncode == 0 else failed[1] if failed else "unknown"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; 1 if a mutant survives, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="only mutants whose file and texts contain this")
+    options = parser.parse_args(argv)
+    chosen = [mutant for mutant in MUTANTS if options.only in " ".join(mutant)]
+    if not chosen:
+        parser.error(f"argument --only: no mutant contains {options.only!r}")
+    for mutant in chosen:
+        mutated(mutant)
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        for part in ("vsa_optax", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        for tests in dict.fromkeys(mutant.tests for mutant in chosen):
+            if failure := first_failure(tests, folder):
+                print(f"fails without any change: {failure}")
+                return 1
+        for number, mutant in enumerate(chosen):
+            target = folder / "vsa_optax" / mutant.file
+            whole, begin = target.read_text(), time.perf_counter()
+            target.write_text(mutated(mutant))
+            failure = first_failure(mutant.tests, folder)
+            target.write_text(whole)
+            survivors += not failure
+            print(
+                f"{number:3} {'killed  ' if failure else 'SURVIVED'} {time.perf_counter() - begin:6.1f} s  "
+                f"{mutant.file}: {mutant.old!r} -> {mutant.new!r}  {failure}",
+                flush=True,
+            )
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants killed")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

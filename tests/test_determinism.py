@@ -1,0 +1,125 @@
+"""On eight devices: replicated, the bits are those of one; sharded, the state is laid out as the parameters are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import vsa_optax
+
+STEPS = 16
+SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, history_window=4)
+CASES = [
+    dict(history="window", predict_in="update"),
+    dict(history="recursive", predict_in="gradient"),
+]
+SPECS = {"w": P("data", None), "v": P(None, "data"), "b": P("data"), "scale": P()}
+
+
+def make_params():
+    rng = np.random.default_rng(0)
+    shapes = {"w": (16, 6), "v": (6, 24), "b": (16,), "scale": ()}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def make_batch():
+    return jnp.asarray(np.random.default_rng(1).normal(size=(32, 16)), jnp.float32)
+
+
+def mesh_of(count):
+    return Mesh(np.array(jax.devices()[:count]), ("data",))
+
+
+def loss(params, x):
+    hidden = jnp.tanh((x + params["b"]) @ params["w"])
+    return params["scale"] * jnp.mean((hidden @ params["v"] - 1.0) ** 2)
+
+
+def make_optimizer(case):
+    return vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=0.01, **SHORT, **case)
+
+
+def train(opt, params, batch, *, steps=STEPS):
+    @jax.jit
+    def step(params, state, batch):
+        value, grads = vsa_optax.value_and_grad_by_phase(loss)(params, batch, state=state)
+        updates, state = opt.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    state = opt.init(params)
+    for _ in range(steps):
+        params, state = step(params, state, batch)
+    return params, state
+
+
+def test_there_are_eight_devices():
+    assert len(jax.devices()) == 8
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_replicated_over_eight_devices_the_bits_are_those_of_one(case):
+    results = []
+    for count in (1, 8):
+        replicated = NamedSharding(mesh_of(count), P())
+        params, batch = jax.device_put((make_params(), make_batch()), replicated)
+        results.append(train(make_optimizer(case), params, batch))
+    for one, eight in zip(*map(jax.tree.leaves, results), strict=True):
+        assert len(eight.sharding.device_set) == 8
+        assert len(one.sharding.device_set) == 1
+        for shard in eight.addressable_shards:
+            np.testing.assert_array_equal(shard.data, one)
+    stats = vsa_optax.phase_stats(results[1][1])
+    assert stats.predict_steps > 0
+    assert stats.correct_steps > 0
+
+
+def assert_laid_out(tree, leading):
+    """Each leaf is split as its parameter is, its first ``leading`` axes not at all."""
+    for name, spec in SPECS.items():
+        leaf = tree[name]
+        wanted = NamedSharding(mesh_of(8), P(*[None] * leading, *spec))
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim), (name, leaf.sharding)
+        sizes = {shard.data.size for shard in leaf.addressable_shards}
+        assert sizes == {leaf.size // (8 if "data" in spec else 1)}
+
+
+def assert_state_laid_out(state):
+    if isinstance(state.history, vsa_optax.transforms.history.WindowHistoryState):
+        assert_laid_out(state.history.records, 1)
+    else:
+        assert_laid_out(state.history.mean, 0)
+        assert_laid_out(state.history.velocity, 0)
+    assert_laid_out(state.residual, 0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_state_is_sharded_as_the_parameters_are(case):
+    """From `init` on, called outside jit, and after every step; no device holds a whole record."""
+    mesh = mesh_of(8)
+    params = jax.device_put(make_params(), {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()})
+    batch = jax.device_put(make_batch(), NamedSharding(mesh, P()))
+    opt = make_optimizer(case)
+    assert_state_laid_out(opt.init(params))
+    sharded, state = train(opt, params, batch)
+    assert_laid_out(sharded, 0)
+    assert_state_laid_out(state)
+    whole, reference_state = train(opt, make_params(), make_batch())
+    for name in SPECS:
+        np.testing.assert_allclose(sharded[name], whole[name], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(vsa_optax.phase_stats(state)[:7], vsa_optax.phase_stats(reference_state)[:7])
+    assert vsa_optax.phase_stats(state).predict_steps > 0
+
+
+@pytest.mark.parametrize("history", ["window", "recursive"])
+def test_init_under_jit_takes_the_layout_it_is_told(history):
+    """A jitted `init` makes zeros that depend on no parameter: like Optax's, it must be told where they go."""
+    mesh = mesh_of(8)
+    params = jax.device_put(make_params(), {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()})
+    opt = make_optimizer(dict(history=history, predict_in="update"))
+    laid_out = jax.tree.map(
+        lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else NamedSharding(mesh, P()), opt.init(params)
+    )
+    assert_state_laid_out(jax.jit(opt.init, out_shardings=laid_out)(params))

@@ -1,0 +1,50 @@
+"""What `import vsa_optax` costs, and what it does not bring along."""
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+
+OPTIONAL = ("flax", "matplotlib", "sklearn", "tqdm", "orbax", "chex")
+TIMED = """
+import time
+import optax
+begin = time.perf_counter()
+import vsa_optax
+print(time.perf_counter() - begin)
+"""
+LISTED = f"""
+import json, sys
+import optax
+before = set(sys.modules)
+import vsa_optax
+top = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(json.dumps([sorted(top), [name for name in {OPTIONAL} if name in sys.modules and name not in before]]))
+"""
+
+
+def output_of(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_takes_at_most_50_ms_more_than_optax():
+    """The fastest of up to five processes: what else the machine does can only make an import slower."""
+    seconds = []
+    while len(seconds) < 5 and min(seconds, default=1.0) > 0.05:
+        seconds.append(float(output_of(TIMED)))
+    assert min(seconds) <= 0.05, seconds
+
+
+def test_import_brings_nothing_that_optax_does_not():
+    added, optional = json.loads(output_of(LISTED))
+    assert optional == []
+    beyond = [name for name in added if name not in sys.stdlib_module_names and name != "vsa_optax"]
+    assert beyond == []
+
+
+def test_the_runtime_needs_jax_and_optax_only():
+    wanted = importlib.metadata.requires("vsa-optax")
+    assert wanted is not None
+    names = [re.match(r"[\w-]+", line)[0] for line in wanted if "extra ==" not in line]
+    assert sorted(names) == ["jax", "optax"]

@@ -1,0 +1,144 @@
+"""Every public function, called with every kind of argument it takes: checked by mypy, and run."""
+
+from collections.abc import Callable
+from typing import Any, assert_type
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import vsa_optax
+from vsa_optax import (
+    Phase,
+    PhaseStats,
+    needs_backward,
+    phase_stats,
+    phase_switched,
+    predict_gradients,
+    value_and_grad_by_phase,
+)
+
+Params = dict[str, jax.Array]
+
+
+def loss(params: Params, x: jax.Array, *, scale: float = 1.0) -> jax.Array:
+    """``[] float32``."""
+    return scale * jnp.mean((x @ params["w"]) ** 2)
+
+
+def loss_with_aux(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """``[] float32`` and a tree."""
+    return loss(params, x), {"mean": jnp.mean(x)}
+
+
+def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
+    """Both factories, with defaults and with every argument."""
+    schedule: optax.Schedule = optax.cosine_decay_schedule(0.1, 100)
+    return [
+        predict_gradients(),
+        predict_gradients(
+            warmup_steps=2,
+            full_steps=1,
+            predict_steps=4,
+            correct_every=2,
+            history="recursive",
+            history_window=4,
+            history_decay=1,
+            history_dtype=jnp.bfloat16,
+            residual=False,
+            residual_decay=0.5,
+            adaptive=True,
+            loss_threshold=0.2,
+        ),
+        predict_gradients(history_dtype="float16"),
+        predict_gradients(history_dtype=np.dtype("float32")),
+        predict_gradients(history_dtype=None),
+        phase_switched(optax.adamw(1.0)),
+        phase_switched(optax.adamw(1.0), learning_rate=0.1),
+        phase_switched(optax.adamw(1.0), learning_rate=schedule),
+        phase_switched(optax.adamw(1.0), learning_rate=jnp.float32(0.1)),
+        phase_switched(optax.with_extra_args_support(optax.sgd(0.1)), learning_rate=None),
+        phase_switched(
+            optax.sgd(1.0),
+            learning_rate=lambda count: 0.1 / (1.0 + count),
+            predict_in="gradient",
+            warmup_steps=2,
+            full_steps=1,
+            predict_steps=4,
+            correct_every=2,
+            history="window",
+            history_window=4,
+            history_decay=0.9,
+            history_dtype=None,
+            residual=True,
+            residual_decay=0.5,
+            adaptive=True,
+            loss_threshold=0.2,
+        ),
+    ]
+
+
+def use_queries(state: optax.OptState) -> PhaseStats:
+    """Both queries, every field, and the phases."""
+    assert_type(needs_backward(state), jax.Array)
+    stats = phase_stats(state)
+    assert_type(stats, PhaseStats)
+    counts: list[jax.Array] = [
+        stats.total_steps,
+        stats.warmup_steps,
+        stats.full_steps,
+        stats.predict_steps,
+        stats.correct_steps,
+        stats.cycles,
+        stats.nonfinite_count,
+    ]
+    measures: list[jax.Array] = [stats.speedup, stats.mean_prediction_error, stats.last_prediction_error]
+    assert all(x.shape == () for x in [*counts, *measures])
+    phase: Phase = Phase(int(stats.phase))
+    name: str = phase.name
+    assert name in {p.name for p in (Phase.WARMUP, Phase.FULL, Phase.PREDICT, Phase.CORRECT)}
+    number: int = Phase.PREDICT  # A Phase is an int.
+    assert number == 2
+    return stats
+
+
+def use_value_and_grad(params: Params, x: jax.Array, state: optax.OptState) -> None:
+    """Every signature of the function and of what it returns."""
+    by_phase: Callable[..., tuple[Any, Any]] = value_and_grad_by_phase(loss)
+    value, grads = by_phase(params, x, state=state, scale=2.0)
+    assert value.shape == ()
+    assert grads["w"].shape == params["w"].shape
+    value, grads = value_and_grad_by_phase(loss, 0)(params, x, state=state)
+    value, grads = value_and_grad_by_phase(loss, argnums=(0, 1))(params, x, state=state)
+    value, grads = value_and_grad_by_phase(loss, [1])(params, x, state=state)
+    value, grads = value_and_grad_by_phase(loss, value_in_predict=True)(params, x, state=state)
+    aux = {"mean": jnp.zeros([])}
+    (value, aux), grads = value_and_grad_by_phase(loss_with_aux, has_aux=True)(
+        params, x, state=state, aux_in_predict=aux
+    )
+    (value, aux), grads = value_and_grad_by_phase(loss_with_aux, 0, True, value_in_predict=True)(params, x, state=state)
+    assert aux["mean"].shape == ()
+
+
+def main() -> None:
+    """The start of each transformation, and two steps of one of them."""
+    version: str = vsa_optax.__version__
+    names: list[str] = vsa_optax.__all__
+    assert version
+    assert names
+    params: Params = {"w": jnp.ones(3)}
+    x = jnp.ones((2, 3))
+    states = [opt.init(params) for opt in use_transformations()]
+    assert len(states) > 1
+    opt, state = use_transformations()[1], states[1]
+    use_value_and_grad(params, x, state)
+    value, grads = value_and_grad_by_phase(loss)(params, x, state=state)
+    updates, state = opt.update(grads, state, params, value=value)
+    updates, state = opt.update(grads, state, params, value=1.0)
+    assert use_queries(state).total_steps == 2
+    params = optax.apply_updates(params, updates)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""One step of a transformation, or its prediction, chosen by the phase without copying anybody's state."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from vsa_optax.kernels import numerics
+from vsa_optax.transforms.conditional import when
+from vsa_optax.transforms.finite import all_finite, select
+from vsa_optax.transforms.history import Scalars
+from vsa_optax.transforms.phases import Phase
+from vsa_optax.transforms.predictor import Predictor
+
+
+class StepResult(NamedTuple):
+    """What one step comes to, before it is recorded.
+
+    Attributes:
+        target: tree, what the recorded transformation emitted, or its prediction; of no use if not finite.
+        inner_state: the recorded transformation's state.
+        residual: tree or None, the predictor's residual.
+        is_finite: ``[] bool``, false if a gradient, or what the transformation made of it, holds a NaN or an infinity.
+        error: ``[] float32``, the relative prediction error.
+        is_measured: ``[] bool``, whether ``error`` was measured, which it is at CORRECT steps.
+    """
+
+    target: Any
+    inner_state: Any
+    residual: Any
+    is_finite: jax.Array
+    error: jax.Array | None = None
+    is_measured: jax.Array | None = None
+
+
+class PhaseStep:
+    """One step of ``recorded``, or its prediction if the phase is PREDICT.
+
+    Outside jit, JAX compiles a loop or a conditional anew for each new function object: `_functions` makes them once.
+    """
+
+    def __init__(self, recorded: optax.GradientTransformationExtraArgs, predictor: Predictor) -> None:
+        self._recorded = recorded
+        self._predictor = predictor
+        self._functions_for = functools.lru_cache(maxsize=16)(self._functions)
+
+    def __call__(
+        self,
+        updates: Any,
+        inner_state: Any,
+        params: Any,
+        extra_args: dict[str, Any],
+        phase: jax.Array,
+        history: Any,
+        residual: Any,
+        scalars: Scalars,
+    ) -> StepResult:
+        """One step in a true phase, the prediction in PREDICT."""
+        static_args = {k: v for k, v in extra_args.items() if not _is_array_tree(v)}
+        traced_args = {k: v for k, v in extra_args.items() if k not in static_args}
+        emitted = jax.eval_shape(
+            lambda u, s, p, e: self._recorded.update(u, s, p, **e, **static_args)[0],
+            updates,
+            inner_state,
+            params,
+            traced_args,
+        )
+        leaves, treedef = jax.tree.flatten(emitted)
+        predict_if, step, step_when = self._functions_for(treedef, tuple(leaves))
+        is_predict = phase == Phase.PREDICT
+        has_gradient = lax.cond(is_predict, _true, all_finite, updates)
+        result = StepResult(
+            target=predict_if(is_predict, history, residual, scalars),
+            inner_state=inner_state,
+            residual=residual,
+            is_finite=has_gradient,
+            error=jnp.zeros([], jnp.float32),
+            is_measured=jnp.array(False),
+        )
+        if static_args:
+            step_when = when(functools.partial(step, **static_args))
+        runs = ~is_predict & has_gradient
+        return step_when(runs, result, updates, params, traced_args, phase, history, scalars)
+
+    def _functions(self, treedef: Any, avals: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
+        """Prediction, true step and conditional true step of a transformation that emits leaves like ``avals``."""
+
+        def predicted(history: Any, residual: Any, scalars: Scalars) -> Any:
+            leaves = jax.tree.leaves(self._predictor.predict(history, residual, scalars))
+            cast = [numerics.saturating_cast(x, aval.dtype) for x, aval in zip(leaves, avals, strict=True)]
+            return jax.tree.unflatten(treedef, cast)
+
+        def nothing(history: Any, residual: Any, scalars: Scalars) -> Any:
+            del history, residual, scalars
+            return jax.tree.unflatten(treedef, [jnp.zeros_like(aval, dtype=aval.dtype) for aval in avals])
+
+        def predict_if(pred: jax.Array, history: Any, residual: Any, scalars: Scalars) -> Any:
+            return lax.cond(pred, predicted, nothing, history, residual, scalars)
+
+        def measure(result: StepResult, is_due: jax.Array, history: Any, scalars: Scalars) -> StepResult:
+            # Always true here. But a conditional's result is one array: without it XLA copies each record on the way.
+            prediction = predict_if(is_due, history, result.residual, scalars)
+            residual, error, is_defined = self._predictor.measure(result.residual, result.target, prediction)
+            return result._replace(residual=residual, error=error, is_measured=is_defined)
+
+        measure_when = when(measure)
+
+        def step(
+            result: StepResult,
+            updates: Any,
+            params: Any,
+            extra_args: dict[str, Any],
+            phase: jax.Array,
+            history: Any,
+            scalars: Scalars,
+            **static_args: Any,
+        ) -> StepResult:
+            target, inner_state = self._recorded.update(
+                updates, result.inner_state, params, **extra_args, **static_args
+            )
+            is_finite = all_finite(target)
+            inner_state = select(is_finite, inner_state, result.inner_state)
+            result = result._replace(target=target, inner_state=inner_state, is_finite=is_finite)
+            is_due = (phase == Phase.CORRECT) & is_finite
+            return measure_when(is_due, result, is_due, history, scalars)
+
+        return predict_if, step, when(step)
+
+
+def _true(updates: Any) -> jax.Array:
+    del updates
+    return jnp.array(True)
+
+
+def _is_array_tree(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(isinstance(leaf, jax.Array) or hasattr(leaf, "__array__") for leaf in leaves)
