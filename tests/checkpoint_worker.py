@@ -1,0 +1,50 @@
+"""A training run that can be killed at any moment and started again; prints a line for each step's milestones.
+
+Arguments: folder, number of steps, steps between two checkpoints (0 for none). The last line is the final state's hash.
+"""
+
+import hashlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import vsa_optax
+from vsa_optax import checkpoint
+
+SETTINGS = dict(learning_rate=0.02, warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, history_window=5)
+X = jax.random.normal(jax.random.key(1), (16, 4))
+
+
+def loss(params):
+    return jnp.mean((jnp.tanh(X @ params["w"]) - jnp.sin(X)) ** 2) + jnp.sum(params["b"] ** 2)
+
+
+def train(folder, steps, save_every):
+    opt = vsa_optax.phase_switched(optax.adamw(1.0), **SETTINGS)
+
+    @jax.jit
+    def step(params, opt_state):
+        value, grads = vsa_optax.value_and_grad_by_phase(loss)(params, state=opt_state)
+        updates, opt_state = opt.update(grads, opt_state, params, value=value)
+        return optax.apply_updates(params, updates), opt_state
+
+    params = {"w": jnp.eye(4), "b": jnp.ones(3), "empty": jnp.zeros((0, 2))}
+    state = params, opt.init(params)
+    done = 0
+    if save_every and checkpoint.latest_step(folder) is not None:
+        done, state = checkpoint.restore(folder, state, config=SETTINGS)
+    print("from", done, flush=True)
+    for count in range(done + 1, steps + 1):
+        state = step(*state)
+        if save_every and count % save_every == 0:
+            print("saving", count, flush=True)
+            checkpoint.save(folder, count, state, config=SETTINGS, keep=2)
+            print("saved", count, flush=True)
+    digest = hashlib.sha256(b"".join(jax.device_get(leaf).tobytes() for leaf in jax.tree.leaves(state)))
+    print("end", digest.hexdigest(), flush=True)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
