@@ -69,6 +69,13 @@ def test_a_rate_that_is_no_scalar():
         MAKERS["phase_switched"](learning_rate=jnp.ones(2))
 
 
+@pytest.mark.parametrize("maker", MAKERS)
+def test_the_bounds_themselves_are_valid(maker):
+    smallest = dict(warmup_steps=2, full_steps=1, predict_steps=0, correct_every=1, history_window=2)
+    MAKERS[maker](**smallest, residual_decay=0, loss_threshold=0)
+    MAKERS[maker](full_steps=2**31 - 1, history_decay=1, residual_decay=1)
+
+
 def test_numpy_settings_are_welcome():
     MAKERS["phase_switched"](warmup_steps=np.int64(3), history_decay=np.float32(0.5), learning_rate=np.float32(0.1))
 
