@@ -19,7 +19,7 @@ def all_finite(tree: Any) -> jax.Array:
 def select(take_new: jax.Array, new: Any, old: Any) -> Any:
     """``new`` where ``take_new``, else ``old``, in the dtypes of ``old``.
 
-    Fuses into the loop that computes ``new``; a conditional would cost copies, and change ``new``'s last bits.
+    One pass over the tree; a conditional would cost copies besides.
     """
 
     def pick(n: Any, o: Any) -> jax.Array:
