@@ -1,0 +1,77 @@
+"""Quantisers that lose least on Gaussian data: 3, 9 or 27 levels, which one, two or three trits number.
+
+Lloyd's conditions fix the levels for a unit Gaussian: each is the mean of its cell, and cells part halfway between
+levels. A block is scaled to rms 1, quantised, and given a scale of its own:
+
+    mmse       <y, q> / <q, q>      least error for the levels chosen
+    unbiased   <y, y> / <y, q>      E[scale q] = y over random rotations of y
+
+The distortions ``E|x - decoded|^2 / E|x|^2`` of a Gaussian are
+
+    levels             3        9        27
+    mmse          0.1902   0.02785   0.00348
+    unbiased      0.2348   0.02865   0.00349
+
+References:
+    Lloyd, "Least squares quantization in PCM" (1982); Max, "Quantizing for minimum distortion" (1960). The unbiased
+    scale: Vargaftik et al., "DRIVE" (arXiv 2105.08339), theorem 2.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_POSITIVE_LEVELS = {
+    1: (1.224006,),
+    2: (0.443639, 0.918796, 1.476392, 2.254664),
+    3: (
+        *(0.155561, 0.312389, 0.471823, 0.635364, 0.804782, 0.982281, 1.170756),
+        *(1.374235, 1.598704, 1.853829, 2.157094, 2.546247, 3.135707),
+    ),
+}
+
+
+def levels(trits: int) -> np.ndarray:
+    """``[3**trits] f32``, ascending and symmetric around 0."""
+    positive = np.array(_POSITIVE_LEVELS[trits], np.float32)
+    return np.concatenate([-positive[::-1], np.zeros(1, np.float32), positive])
+
+
+def quantize(y: jax.Array, trits: int, *, unbiased: bool) -> tuple[jax.Array, jax.Array]:
+    """Level numbers and scales of blocks.
+
+    Args:
+        y: ``[..., B] f32``.
+        trits: 1, 2 or 3 a coordinate.
+        unbiased: which scale.
+
+    Returns:
+        ``(numbers, scales)``: ``[..., B] uint8`` below ``3**trits``, and ``[...] f32``. The decoded block is
+        ``scale * levels[number]``. A block of zeros has scale 0, a block that holds a NaN or an infinity a scale of
+        NaN.
+    """
+    table = levels(trits)
+    cuts = (table[1:] + table[:-1]) / 2
+    peak = jnp.max(jnp.abs(y), axis=-1)
+    is_usable = (peak > 0) & (peak < jnp.inf)
+    # The power of two keeps squares of very small and very large blocks in range; it changes no digit.
+    exponent = jnp.clip(jnp.frexp(jnp.where(is_usable, peak, 1.0))[1], -125, 125)
+    shrunk = y * jnp.ldexp(jnp.ones_like(peak), -exponent)[..., None]
+    rms = jnp.sqrt(jnp.mean(shrunk**2, axis=-1))
+    unit = shrunk * jnp.where(is_usable, 1.0 / rms, 0.0)[..., None]
+    numbers = jnp.zeros(y.shape, jnp.uint8)
+    for cut in cuts:
+        numbers += (unit > cut).astype(jnp.uint8)
+    chosen = jnp.asarray(table)[numbers]
+    alignment = jnp.mean(unit * chosen, axis=-1)
+    gain = 1.0 / alignment if unbiased else alignment / jnp.mean(chosen**2, axis=-1)
+    scales = jnp.ldexp(gain * rms, exponent)
+    return numbers, jnp.where(peak == 0, 0.0, jnp.where(is_usable, scales, jnp.nan))
+
+
+def round_stochastically(x: jax.Array, random_bits: jax.Array) -> jax.Array:
+    """``x`` f32 in bfloat16, up or down with the odds that keep its mean; ``random_bits`` uint32 of the same shape."""
+    largest = float(jnp.finfo(jnp.bfloat16).max)
+    raised = lax.bitcast_convert_type(jnp.clip(x, -largest, largest), jnp.uint32) + (random_bits >> 16)
+    return lax.bitcast_convert_type((raised >> 16).astype(jnp.uint16), jnp.bfloat16)

@@ -1,0 +1,111 @@
+"""A vector as packed trits and a scale a block, and weighted sums of such vectors back.
+
+Axes: n coordinates, t trits, m bytes, b blocks, k vectors.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from vsa_optax.kernels import blocks, lloyd_max, packing, rotation, signs
+from vsa_optax.kernels.blocks import BlockRun
+
+
+@functools.partial(jax.jit, static_argnames=("trits", "block_size", "unbiased"))
+def encode(x: jax.Array, key: jax.Array, *, trits: int, block_size: int, unbiased: bool) -> tuple[jax.Array, jax.Array]:
+    """Rotates, quantises and packs.
+
+    Args:
+        x: ``[n] f32``, n at least 1.
+        key: of the rotation.
+        trits: 1, 2 or 3.
+        block_size: a power of two.
+        unbiased: two rounds, the unbiased scale and its stochastic rounding, instead of what loses least.
+
+    Returns:
+        ``(codes, scales)``: ``[t, m] uint8``, the digits of the level numbers, lowest first; ``[b] bfloat16``.
+    """
+    runs = blocks.split_into_blocks(x.size, block_size)
+    words = _random_words(key, runs, unbiased=unbiased)
+
+    def encode_block(block: jax.Array, words: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return lloyd_max.quantize(rotation.rotate(block, words), trits, unbiased=unbiased)
+
+    numbers, scales = [], []
+    for i, piece in enumerate(blocks.cut(x, runs)):
+        in_run = blocks.map_blocks(encode_block, (piece, words[i]), runs[i].width)
+        numbers.append(in_run[0])
+        scales.append(in_run[1])
+    rest, planes = blocks.join(numbers), []
+    for _ in range(trits):
+        planes.append(packing.pack_digits(rest % jnp.uint8(3)))
+        rest = rest // jnp.uint8(3)
+    scale = blocks.join(scales)
+    if unbiased:
+        random_bits = jax.random.bits(jax.random.fold_in(key, len(runs)), scale.shape, jnp.uint32)
+        return jnp.stack(planes), lloyd_max.round_stochastically(scale, random_bits)
+    return jnp.stack(planes), scale.astype(jnp.bfloat16)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "block_size", "unbiased"))
+def decode_sum(
+    codes: jax.Array,
+    scales: jax.Array,
+    coefficients: jax.Array,
+    key: jax.Array,
+    *,
+    size: int,
+    block_size: int,
+    unbiased: bool,
+) -> jax.Array:
+    """The weighted sum of k vectors that were encoded with one key, for one rotation.
+
+    Args:
+        codes: ``[k, t, m] uint8``.
+        scales: ``[k, b] bfloat16``.
+        coefficients: ``[k] f32``.
+        key: of the rotation.
+        size: n.
+        block_size: as in `encode`.
+        unbiased: as in `encode`.
+
+    Returns:
+        ``[n] f32``.
+    """
+    runs = blocks.split_into_blocks(size, block_size)
+    words = _random_words(key, runs, unbiased=unbiased)
+    levels = jnp.asarray(lloyd_max.levels(codes.shape[1]))
+    digits = packing.unpack_digits(codes, blocks.padded_size(runs))
+    numbers = digits[:, 0]
+    for i in range(1, codes.shape[1]):
+        numbers = numbers + digits[:, i] * jnp.uint8(3**i)
+
+    def decode_block(numbers: jax.Array, weights: jax.Array, words: list[jax.Array]) -> jax.Array:
+        # The largest weight is taken out and put back at the end, so that no sum on the way overflows.
+        largest = jnp.max(jnp.abs(weights))
+        shares = weights / jnp.where(largest > 0, largest, 1.0)
+        total = shares[0] * levels[numbers[0]]
+        for i in range(1, weights.size):
+            total = total + shares[i] * levels[numbers[i]]
+        return largest * rotation.rotate_back(total, words)
+
+    weights = (coefficients[:, None] * scales.astype(jnp.float32)).T
+    decoded = []
+    of_runs = zip(blocks.cut(numbers, runs), blocks.cut_scales(weights.T, runs), strict=True)
+    for i, (in_run, of_blocks) in enumerate(of_runs):
+        operands = (in_run.swapaxes(0, 1), of_blocks.T, words[i])
+        decoded.append(blocks.map_blocks(decode_block, operands, runs[i].width))
+    return blocks.join(decoded)[:size]
+
+
+def _random_words(key: jax.Array, runs: Sequence[BlockRun], *, unbiased: bool) -> list[list[jax.Array]]:
+    """For each run, the words of each round."""
+    return [
+        [
+            signs.random_words(jax.random.fold_in(jax.random.fold_in(key, i), turn), run)
+            for turn in range(2 if unbiased else 1)
+        ]
+        for i, run in enumerate(runs)
+    ]

@@ -1,0 +1,197 @@
+"""Balanced-ternary quantisation, and packing of trits, five in a byte.
+
+A quantiser turns real numbers into trits -1, 0, 1 and a scale; `dequantize` multiplies them. These are the plain
+quantisers, without a rotation: `vsa_optax.TritCodec` loses less.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vsa_optax import checks
+from vsa_optax.kernels import packing
+
+_LLOYD_MAX_CUT = 0.612003  # Halfway from 0 to the outer one of a unit Gaussian's three best levels.
+
+
+class Trits(NamedTuple):
+    """Quantised numbers.
+
+    Attributes:
+        values: ``[*shape] int8``, -1, 0 or 1.
+        scale: float32, ``[]`` or with the reduced axes kept as 1; NaN where a number was not finite.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+
+def quantize_deterministic(
+    x: jax.Array,
+    *,
+    rule: str = "mean",
+    threshold: float = 0.7,
+    axis: int | tuple[int, ...] | None = None,
+) -> Trits:
+    """Trits by a threshold, with the scale that loses least for them.
+
+        values = sign(x) where |x| > cut, else 0,      scale = mean of |x| where values != 0
+
+    Biased towards zero. On Gaussian numbers the mean squared error is 0.190 of the variance with either rule.
+
+    Args:
+        x: ``[*shape]`` real.
+        rule: ``"mean"``, for ``cut = threshold * mean |x|``; ``"lloyd_max"``, for ``cut = 0.612 * rms(x)``, the best
+            one for Gaussian numbers.
+        threshold: ``>= 0``, used by ``"mean"``.
+        axis: axes that share a scale; None for all.
+
+    Returns:
+        `Trits`. Zeros have scale 0; a NaN or an infinity makes the scale NaN.
+
+    Raises:
+        ValueError: an argument outside its range.
+        TypeError: ``x`` is not real floating point.
+
+    Example:
+        >>> values, scale = quantize_deterministic(jnp.array([0.1, -2.0, 0.0, 4.0]))
+        >>> values.tolist(), float(scale)
+        ([0, -1, 0, 1], 3.0)
+
+    References:
+        Li et al., "Ternary weight networks" (arXiv 1605.04711), equations 5 and 6, whose factor is 0.7. Max,
+        "Quantizing for minimum distortion" (1960).
+    """
+    checks.check_choice("rule", rule, ("mean", "lloyd_max"))
+    factor = checks.check_real("threshold", threshold, low=0.0, high=float("inf"))
+    magnitude, peak = _magnitude(x, axis)
+    unit = magnitude / jnp.where((peak > 0) & (peak < jnp.inf), peak, 1.0)
+    if rule == "mean":
+        cut = factor * jnp.mean(unit, axis=axis, keepdims=True)
+    else:
+        cut = _LLOYD_MAX_CUT * jnp.sqrt(jnp.mean(unit**2, axis=axis, keepdims=True))
+    is_kept = unit > cut
+    num_kept = jnp.sum(is_kept, axis=axis, keepdims=True)
+    mean = jnp.sum(jnp.where(is_kept, unit, 0.0), axis=axis, keepdims=True) / jnp.maximum(num_kept, 1)
+    return _trits(jnp.where(is_kept, jnp.sign(x), 0), mean * peak, peak, axis)
+
+
+def quantize_stochastic(x: jax.Array, key: jax.Array, *, axis: int | tuple[int, ...] | None = None) -> Trits:
+    """Trits at random, with the odds that make them right on average.
+
+        P(values = sign(x)) = |x| / scale, else 0,     scale = max |x|
+
+    Unbiased: ``E[dequantize(values, scale)] = x`` exactly. On 1000 Gaussian numbers the mean squared error is 1.6 times
+    the variance, eight times that of `quantize_deterministic`, and it grows with the largest of them.
+
+    Args:
+        x: ``[*shape]`` real.
+        key: a JAX random key.
+        axis: axes that share a scale; None for all.
+
+    Returns:
+        `Trits`. Zeros have scale 0; a NaN or an infinity makes the scale NaN.
+
+    Raises:
+        TypeError: ``x`` is not real floating point.
+
+    Example:
+        >>> x = jnp.array([0.5, -1.0, 0.0])
+        >>> values, scale = jax.vmap(lambda k: quantize_stochastic(x, k))(jax.random.split(jax.random.key(0), 10_000))
+        >>> jnp.round(jnp.mean(values * scale[:, None], axis=0), 1).tolist()
+        [0.5, -1.0, 0.0]
+
+    References:
+        Wen et al., "TernGrad" (arXiv 1705.07878), equations 2 and 3.
+    """
+    magnitude, peak = _magnitude(x, axis)
+    odds = magnitude / jnp.where(peak > 0, peak, 1.0)
+    is_kept = jax.random.uniform(key, jnp.shape(x)) < odds
+    return _trits(jnp.where(is_kept, jnp.sign(x), 0), peak, peak, axis)
+
+
+def dequantize(values: jax.Array, scale: jax.Array) -> jax.Array:
+    """``scale * values``.
+
+    Args:
+        values: ``[*shape] int8``.
+        scale: float, of a shape that broadcasts to the values'.
+
+    Returns:
+        ``[*shape] f32``.
+
+    Example:
+        >>> dequantize(jnp.array([1, 0, -1], jnp.int8), jnp.float32(0.5)).tolist()
+        [0.5, 0.0, -0.5]
+    """
+    return jnp.asarray(scale).astype(jnp.float32) * jnp.asarray(values).astype(jnp.float32)
+
+
+def pack(values: jax.Array) -> jax.Array:
+    """Five trits in a byte: trit j of byte i is element ``j * ceil(n / 5) + i``.
+
+    Args:
+        values: ``[..., n]`` integers -1, 0 or 1, anything else being undefined.
+
+    Returns:
+        ``[..., ceil(n / 5)] uint8``: 1.6 bits a trit.
+
+    Raises:
+        ValueError: no axis to pack.
+        TypeError: not integers.
+
+    Example:
+        >>> trits = jnp.array([1, 0, -1, 1, 1, 0, 0], jnp.int8)
+        >>> pack(trits).shape, unpack(pack(trits), 7).tolist()
+        ((2,), [1, 0, -1, 1, 1, 0, 0])
+    """
+    array = _integers("values", values)
+    return packing.pack_digits((array + 1).astype(jnp.uint8))
+
+
+def unpack(packed: jax.Array, size: int) -> jax.Array:
+    """What `pack` packed.
+
+    Args:
+        packed: ``[..., ceil(size / 5)] uint8``.
+        size: n, ``>= 0``, static.
+
+    Returns:
+        ``[..., size] int8``.
+
+    Raises:
+        ValueError: ``size`` does not go with the number of bytes.
+        TypeError: not integers.
+    """
+    array = _integers("packed", packed)
+    checks.check_integer("size", size, 0)
+    if array.shape[-1] != packing.packed_size(size):
+        raise ValueError(
+            f"size must need the {array.shape[-1]} bytes that were given, so be from "
+            f"{max(0, 5 * array.shape[-1] - 4)} to {5 * array.shape[-1]}, got {size!r}"
+        )
+    return packing.unpack_digits(array.astype(jnp.uint8), size).astype(jnp.int8) - jnp.int8(1)
+
+
+def _magnitude(x: Any, axis: int | tuple[int, ...] | None) -> tuple[jax.Array, jax.Array]:
+    """``|x|`` in f32, and its largest value along ``axis``, which is kept."""
+    array = jnp.asarray(x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"x must be real floating point, got dtype {array.dtype}")
+    magnitude = jnp.abs(array.astype(jnp.float32))
+    return magnitude, jnp.max(magnitude, axis=axis, keepdims=True, initial=0.0)
+
+
+def _trits(values: jax.Array, scale: jax.Array, peak: jax.Array, axis: int | tuple[int, ...] | None) -> Trits:
+    scale = jnp.where(peak < jnp.inf, scale, jnp.nan)
+    return Trits(values.astype(jnp.int8), scale.reshape(()) if axis is None else scale)
+
+
+def _integers(name: str, x: Any) -> jax.Array:
+    array = jnp.asarray(x)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got dtype {array.dtype}")
+    if array.ndim == 0:
+        raise ValueError(f"{name} must have at least one axis, got a scalar")
+    return array
