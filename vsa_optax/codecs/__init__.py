@@ -1,0 +1,1 @@
+"""Pytrees of gradients to compact payloads and back."""

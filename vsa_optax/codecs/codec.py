@@ -1,0 +1,125 @@
+"""What every codec offers, and what a payload knows of the arrays it was made of."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vsa_optax import checks
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """A lossy code for trees of gradients; arrays of zeros in the place of a payload's decode to zeros."""
+
+    def encode(self, tree: Any, step: int | jax.Array = 0) -> Any:
+        """A payload, a pytree of arrays; ``step`` chooses the random key."""
+
+    def decode(self, payload: Any) -> Any:
+        """A tree like the one that was encoded, in its dtypes."""
+
+    def decode_sum(self, payloads: Any, coefficients: jax.Array) -> Any:
+        """``sum_i coefficients[i] * decode(payloads[i])`` in f32; payloads of one step, stacked on a leading axis."""
+
+    def nbytes(self, tree: Any) -> int:
+        """The bytes of a payload for arrays of these shapes and dtypes."""
+
+    def specs(self, payload: Any) -> Any:
+        """The tree that was encoded, with a `LeafSpec` for each array."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafSpec:
+    """Shape and dtype of an array, in its place in a tree: a pytree node without children."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def num_reals(self) -> int:
+        """Coordinates, a complex number counting as two."""
+        return math.prod(self.shape) * (2 if self.dtype.kind == "c" else 1)
+
+
+jax.tree_util.register_dataclass(LeafSpec, data_fields=[], meta_fields=["shape", "dtype"])
+
+
+def spec_of(leaf: Any) -> LeafSpec:
+    """The leaf's shape and dtype."""
+    return LeafSpec(tuple(jnp.shape(leaf)), np.dtype(jnp.result_type(leaf)))
+
+
+def is_spec(node: Any) -> bool:
+    """Whether the node of a tree is a `LeafSpec`."""
+    return isinstance(node, LeafSpec)
+
+
+def shapes_of(specs: Any) -> Any:
+    """A tree of `LeafSpec` as one of ``jax.ShapeDtypeStruct``."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=is_spec)
+
+
+def as_reals(leaf: Any) -> jax.Array:
+    """``[num_reals] f32``: the leaf's coordinates, imaginary parts behind the real ones."""
+    array = jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag])
+    return array.astype(jnp.float32).reshape(-1)
+
+
+def from_reals(reals: jax.Array, spec: LeafSpec) -> jax.Array:
+    """The inverse of `as_reals`, in complex64 if the leaf was complex, else in f32."""
+    if spec.dtype.kind == "c":
+        parts = reals.reshape(2, *spec.shape)
+        return jax.lax.complex(parts[0], parts[1])
+    return reals.reshape(spec.shape)
+
+
+def as_decoded(leaf: jax.Array, spec: LeafSpec) -> jax.Array:
+    """The leaf in the dtype that was encoded; beyond its range the largest finite value, while a NaN stays one."""
+    if spec.dtype.kind != "c" and jnp.finfo(spec.dtype).max < jnp.finfo(jnp.float32).max:
+        largest = float(jnp.finfo(spec.dtype).max)
+        leaf = jnp.clip(leaf, -largest, largest)
+    return leaf.astype(spec.dtype)
+
+
+def check_codec(name: str, codec: Any) -> Codec:
+    """``codec``; ``ValueError`` unless it is one."""
+    if isinstance(codec, type) or not isinstance(codec, Codec):
+        raise ValueError(f"{name} must be a codec, such as TritCodec() or HypervectorCodec(), got {codec!r}")
+    return codec
+
+
+def check_step(step: Any) -> jax.Array:
+    """``step`` as ``[] int32``; ``ValueError`` unless it is one integer."""
+    array = jnp.asarray(step)
+    if array.shape != () or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"step must be one integer, got shape {array.shape} and dtype {array.dtype}")
+    return array.astype(jnp.int32)
+
+
+def check_payload(payload: Any, codec: Any, kind: type) -> None:
+    """``ValueError`` unless ``payload`` is one that ``codec`` made."""
+    maker = payload.codec if isinstance(payload, kind) else None  # type: ignore[attr-defined] # Both kinds have one.
+    if maker is None:
+        raise ValueError(f"payload must be a {kind.__name__}, got {type(payload).__name__}")
+    if maker != codec:
+        raise ValueError(f"payload was encoded by {maker}, not by {codec}")
+
+
+def zero_payload(codec: Codec, tree: Any, num: int | None = None) -> Any:
+    """A payload of zeros for arrays like the leaves of ``tree``; ``num`` of them, stacked, unless that is None."""
+    batch = () if num is None else (num,)
+    payload = jax.eval_shape(codec.encode, tree)
+    return jax.tree.map(lambda x: jnp.zeros((*batch, *x.shape), x.dtype), payload)
+
+
+def nbytes_of(encode: Callable[..., Any], tree: Any) -> int:
+    """The summed bytes of the arrays that ``encode`` makes of arrays like the leaves of ``tree``."""
+    checks.check_inexact_leaves(tree)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(encode, shapes)))

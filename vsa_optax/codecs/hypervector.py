@@ -1,0 +1,249 @@
+"""A gradient as one hypervector: bind each chunk with a key of its own, and bundle.
+
+Enters a tree of arrays, leaves one array of D dimensions that adds like the gradient itself. Costs O(1) work a
+coordinate; keys are generated on the fly.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vsa_optax import checks
+from vsa_optax.codecs import codec as codecs
+from vsa_optax.codecs.trit import CodedLeaf
+from vsa_optax.kernels import signs, trit_blocks, wls
+
+_BLOCK = 1024  # Of the bundle, if it is kept in trits.
+
+
+@dataclasses.dataclass(frozen=True)
+class HypervectorPayload:
+    """What `HypervectorCodec.encode` returns: a pytree of arrays, and a vector.
+
+    Payloads of one step can be added, subtracted and multiplied by numbers; what is decoded then is the sum, difference
+    or multiple. To reduce over devices, reduce ``bundle``: ``dataclasses.replace(p, bundle=lax.psum(p.bundle, axis))``;
+    the step is no vector.
+
+    Attributes:
+        step: ``[] int32``, which of the codec's random keys.
+        bundle: ``[D] float32``, or a `CodedLeaf` of it if the codec uses ternary.
+        specs: static, the encoded tree with a `LeafSpec` for each array.
+        codec: static, the codec that made it.
+    """
+
+    step: jax.Array
+    bundle: Any
+    specs: Any
+    codec: "HypervectorCodec"
+
+    def __add__(self, other: Any) -> "HypervectorPayload":
+        """The payload of the sum."""
+        if not isinstance(other, HypervectorPayload):
+            return NotImplemented
+        codecs.check_payload(other, self.codec, HypervectorPayload)
+        checks.check_same_tree(codecs.shapes_of(self.specs), codecs.shapes_of(other.specs), what="payload")
+        return dataclasses.replace(self, bundle=self._dense() + other._dense())
+
+    def __mul__(self, factor: jax.typing.ArrayLike) -> "HypervectorPayload":
+        """The payload of a multiple."""
+        if isinstance(factor, HypervectorPayload):
+            return NotImplemented
+        return dataclasses.replace(self, bundle=self._dense() * factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "HypervectorPayload":
+        """The payload of the negative."""
+        return self * -1.0
+
+    def __sub__(self, other: Any) -> "HypervectorPayload":
+        """The payload of the difference."""
+        return self + -other if isinstance(other, HypervectorPayload) else NotImplemented
+
+    def _dense(self) -> jax.Array:
+        if self.codec.use_ternary:
+            raise TypeError("payloads add only with use_ternary=False: trits are no vectors; add what they decode to")
+        return self.bundle
+
+
+jax.tree_util.register_dataclass(HypervectorPayload, data_fields=["step", "bundle", "specs"], meta_fields=["codec"])
+
+
+@dataclasses.dataclass(frozen=True)
+class HypervectorCodec:
+    """Keeps a whole gradient as one hypervector that adds: a linear sketch.
+
+    The N coordinates of the tree are cut into ``ceil(N / D)`` chunks of D, each bound with a random ±1 key, and the
+    chunks bundled into one vector:
+
+        bundle = sum_c key_c * x_c,      decoded x_c = key_c * bundle / m
+
+    where m is how many chunks meet at a coordinate of the bundle. The other ``m - 1`` stay in the decoded chunk, as
+    noise of random sign.
+
+    ==============  ===============================================  ====================
+    ``shrink``      error                                            mean over steps
+    ==============  ===============================================  ====================
+    ``True``        ``1 - D / N``                                    ``D / N`` times x
+    ``False``       ``N / D - 1``; more if that is no whole number   x
+    ==============  ===============================================  ====================
+
+    with error meaning ``E ||x - decoded||^2 / ||x||^2``, **for any data**. A tenth of the dimensions keeps a cosine of
+    0.32 to the gradient; at the same bytes `vsa_optax.TritCodec` keeps 0.986. What the hypervector offers instead is
+    linearity, ``decode(encode(a) + encode(b)) = decode(encode(a + b))``: sums over devices, momentum and error feedback
+    work on the sketch. A leaf that is small beside the others drowns in their noise.
+
+    **Ternary.** With ``use_ternary=True`` the bundle itself is kept in trits (1.62 bits a dimension), as by
+    `TritCodec`; such payloads do not add.
+
+    **Determinism.** Keys are drawn from ``seed`` and ``step``, the same in jit, scan and another process of the same
+    backend. Only payloads of one step add.
+
+    **Dtypes.** Arithmetic is f32; leaves come back in their own dtype. A complex leaf is coded as twice as many reals.
+
+    **Not finite.** A NaN or an infinity anywhere in the tree makes the whole decoded tree NaN.
+
+    Attributes:
+        compression_ratio: D / N, in (0, 1].
+        dimension: D, ``>= 1``, instead of ``compression_ratio``; never more than N is used.
+        use_ternary: whether the bundle is kept in trits.
+        shrink: whether the decoded gradient has the least error (Wiener's factor 1 / m), or the right mean.
+        seed: of the random keys, ``>= 0``.
+
+    State cost:
+        none; a payload has ``4 * D`` bytes (``0.2 * D`` with ``use_ternary``), and 4 for the step.
+
+    Raises:
+        ValueError: an attribute outside its range; at ``decode``, a payload that another codec made.
+        TypeError: at ``encode``, a leaf that is neither floating point nor complex.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vsa_optax
+        >>> codec = vsa_optax.HypervectorCodec(compression_ratio=0.5)
+        >>> a, b = jax.random.normal(jax.random.key(0), (2, 1000))
+        >>> together = codec.decode(codec.encode(a) + codec.encode(b))
+        >>> bool(jnp.allclose(together, codec.decode(codec.encode(a + b)), atol=1e-5)), codec.nbytes(a)
+        (True, 2004)
+
+    References:
+        Bind and bundle of the Multiply-Add-Permute architecture: Gayler, "Multiplicative binding, representation
+        operators and analogy" (1998). As a sketch: Charikar et al., "Finding frequent items in data streams" (2002), of
+        which this is one row with a balanced hash.
+    """
+
+    compression_ratio: float = 0.1
+    _: dataclasses.KW_ONLY
+    dimension: int | None = None
+    use_ternary: bool = False
+    shrink: bool = True
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        checks.check_real("compression_ratio", self.compression_ratio, low=0.0, high=1.0, low_open=True)
+        if self.dimension is not None:
+            checks.check_integer("dimension", self.dimension, 1)
+        checks.check_bool("use_ternary", self.use_ternary)
+        checks.check_bool("shrink", self.shrink)
+        checks.check_integer("seed", self.seed, 0)
+
+    def encode(self, tree: Any, step: int | jax.Array = 0) -> HypervectorPayload:
+        """The tree's payload; another ``step`` is another key, and only payloads of one step add.
+
+        Args:
+            tree: of floating-point or complex arrays, any shapes.
+            step: ``[] int``.
+        """
+        checks.check_inexact_leaves(tree)
+        step = codecs.check_step(step)
+        reals = [codecs.as_reals(leaf) for leaf in jax.tree.leaves(tree)]
+        flat = jnp.concatenate([*reals, jnp.zeros([0], jnp.float32)])
+        bundle: Any = self._bundle(flat, step)
+        if self.use_ternary:
+            key = signs.stream(self.seed, step, 1)
+            codes, scales = trit_blocks.encode(bundle, key, trits=1, block_size=_BLOCK, unbiased=not self.shrink)
+            bundle = CodedLeaf(codes, scales, codecs.spec_of(bundle))
+        return HypervectorPayload(step, bundle, jax.tree.map(codecs.spec_of, tree), self)
+
+    def decode(self, payload: HypervectorPayload) -> Any:
+        """The tree, in the dtypes it had; no original is needed."""
+        stacked = jax.tree.map(lambda x: x[None], payload)
+        sums = self.decode_sum(stacked, jnp.ones([1], jnp.float32))
+        return jax.tree.map(codecs.as_decoded, sums, payload.specs)
+
+    def decode_sum(self, payloads: HypervectorPayload, coefficients: jax.Array) -> Any:
+        """``sum_i coefficients[i] * decode(payloads[i])``, for the price of one.
+
+        Args:
+            payloads: of one and the same step, each array stacked on a leading axis ``[n, ...]``.
+            coefficients: ``[n] f32``.
+
+        Returns:
+            The tree in f32, or complex64 where it was complex.
+        """
+        codecs.check_payload(payloads, self, HypervectorPayload)
+        specs, treedef = jax.tree.flatten(payloads.specs, is_leaf=codecs.is_spec)
+        sizes = [spec.num_reals for spec in specs]
+        step = payloads.step[0]
+        bundle = payloads.bundle
+        if isinstance(bundle, CodedLeaf):
+            total = trit_blocks.decode_sum(
+                bundle.codes,
+                bundle.scales,
+                coefficients,
+                signs.stream(self.seed, step, 1),
+                size=bundle.spec.num_reals,
+                block_size=_BLOCK,
+                unbiased=not self.shrink,
+            )
+        else:
+            total = wls.combine(list(coefficients), list(bundle))
+        flat = self._unbind(total, sum(sizes), step)
+        ends = [sum(sizes[:i]) for i in range(1, len(sizes))]
+        pieces = [codecs.from_reals(p, s) for p, s in zip(jnp.split(flat, ends), specs, strict=bool(specs))]
+        return jax.tree.unflatten(treedef, pieces)
+
+    def nbytes(self, tree: Any) -> int:
+        """The bytes of a payload for arrays, or ``jax.ShapeDtypeStruct``, of these shapes and dtypes."""
+        return codecs.nbytes_of(self.encode, tree)
+
+    def specs(self, payload: HypervectorPayload) -> Any:
+        """Shapes and dtypes of the encoded tree."""
+        return payload.specs
+
+    def _dimension(self, size: int) -> int:
+        wanted = math.ceil(self.compression_ratio * size) if self.dimension is None else self.dimension
+        return max(1, min(wanted, size))
+
+    def _keys(self, size: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Sign bits ``[chunks, D]``, and where in the vector the first chunk begins.
+
+        If the last chunk is not full, some coordinates meet more others than the rest. A random beginning gives each
+        the same odds, so that the error is the same for any data.
+        """
+        dimension = self._dimension(size)
+        key = signs.stream(self.seed, step, 0)
+        bits = signs.random_sign_bits(key, (max(1, -(-size // dimension)), dimension))
+        return bits, jax.random.randint(jax.random.fold_in(key, 0), [], 0, max(size, 1))
+
+    def _bundle(self, flat: jax.Array, step: jax.Array) -> jax.Array:
+        """``[D]``: the sum of the bound chunks."""
+        bits, begin = self._keys(flat.size, step)
+        if bits.size != flat.size:
+            flat = jnp.pad(jnp.roll(flat, -begin), (0, bits.size - flat.size))
+        ones = jnp.ones([bits.shape[0]], jnp.float32)
+        return jnp.matmul(ones, signs.flip(flat.reshape(bits.shape), bits), precision=jax.lax.Precision.HIGHEST)
+
+    def _unbind(self, bundle: jax.Array, size: int, step: jax.Array) -> jax.Array:
+        """``[size]``: the chunks that the bundle may have been made of."""
+        bits, begin = self._keys(size, step)
+        # A NaN at one place of the bundle would be a NaN here and there in the tree: make it one everywhere.
+        bundle = jnp.where(jnp.all(jnp.isfinite(bundle)), bundle, jnp.nan)
+        if self.shrink:
+            chunks, dimension = bits.shape
+            num_met = chunks - (jnp.arange(dimension) >= size - (chunks - 1) * dimension)
+            bundle = bundle / num_met
+        flat = signs.flip(jnp.broadcast_to(bundle, bits.shape), bits).reshape(-1)[:size]
+        return flat if bits.size == size else jnp.roll(flat, begin)

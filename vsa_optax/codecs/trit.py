@@ -1,0 +1,219 @@
+"""A gradient in about 1.6, 3.2 or 4.8 bits a coordinate: bind, rotate, quantise, pack.
+
+Enters a tree of arrays, leaves a payload of packed trits and a bfloat16 scale a block. Costs O(log block_size) work a
+coordinate, and no memory beside the data.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vsa_optax import checks
+from vsa_optax.codecs import codec as codecs
+from vsa_optax.kernels import signs, trit_blocks, wls
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedLeaf:
+    """One array as trits.
+
+    Attributes:
+        codes: ``[trits, ceil(padded / 5)] uint8``, the base-three digits of the level numbers, lowest digit first.
+        scales: ``[blocks] bfloat16``.
+        spec: static, the array's shape and dtype.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    spec: codecs.LeafSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class RawLeaf:
+    """One array as it is.
+
+    Attributes:
+        values: ``[*shape]``.
+        spec: static, the array's shape and dtype.
+    """
+
+    values: jax.Array
+    spec: codecs.LeafSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class TritPayload:
+    """What `TritCodec.encode` returns: a pytree of arrays.
+
+    Attributes:
+        step: ``[] int32``, which of the codec's random rotations.
+        leaves: the encoded tree, each array a `CodedLeaf`, or a `RawLeaf` if it is smaller than a block.
+        codec: static, the codec that made it.
+    """
+
+    step: jax.Array
+    leaves: Any
+    codec: "TritCodec"
+
+
+jax.tree_util.register_dataclass(CodedLeaf, data_fields=["codes", "scales"], meta_fields=["spec"])
+jax.tree_util.register_dataclass(RawLeaf, data_fields=["values"], meta_fields=["spec"])
+jax.tree_util.register_dataclass(TritPayload, data_fields=["step", "leaves"], meta_fields=["codec"])
+
+
+@dataclasses.dataclass(frozen=True)
+class TritCodec:
+    """Keeps gradients in one, two or three trits a coordinate, faithfully.
+
+    Each leaf is cut into blocks. A block is bound with a random ±1 key and mixed by a Walsh-Hadamard transform, which
+    makes its coordinates close to Gaussian whatever they were; it is scaled to rms 1, and each coordinate becomes the
+    nearest of 3, 9 or 27 Lloyd-Max levels. Five trits go into a byte, and each block keeps a bfloat16 scale.
+
+    ==========  ============  ====================  ======================
+    ``trits``   bits          error, ``unbiased=``  ``unbiased=True``
+                a coordinate  ``False``
+    ==========  ============  ====================  ======================
+    1           1.62          0.190                 0.235
+    2           3.22          0.0278                0.0286
+    3           4.82          0.0035                0.0035
+    ==========  ============  ====================  ======================
+
+    with error meaning ``||x - decoded||^2 / ||x||^2``, for any dense data.
+
+    **Unbiased.** With ``unbiased=True`` the mean of ``decode(encode(x, step))`` over steps is x: the scale is chosen
+    for that and rounded stochastically, and the rotation has two rounds, since after one the mean of a block with two
+    or three non-zero coordinates is off by up to a third. What remains is below what 20,000 rotations resolve.
+
+    **Which leaves.** Leaves with fewer than ``block_size`` coordinates stay as they are, and count in `nbytes` as what
+    they are. What is left of a larger leaf beyond whole blocks is cut into narrower ones.
+
+    **Determinism.** Rotations are drawn from ``seed``, ``step`` and the leaf's position in the tree, the same in jit,
+    scan and another process of the same backend.
+
+    **Dtypes.** Arithmetic is f32; leaves come back in their own dtype. A complex leaf is coded as twice as many reals,
+    float64 loses what f32 cannot hold.
+
+    **Not finite.** A block with a NaN, an infinity or, in float64, a number beyond f32's range decodes to NaN
+    throughout. Finite blocks survive from 1e-35 to 1e35.
+
+    Attributes:
+        trits: a coordinate, 1, 2 or 3.
+        block_size: coordinates that share a scale, a power of two from 2 to 65536.
+        unbiased: whether the decoded gradient has the right mean, or the least error.
+        seed: of the random rotations, ``>= 0``.
+
+    State cost:
+        none; a payload has ``(1.6 * trits + 16 / block_size) / 8`` bytes a coordinate, and 4 for the step.
+
+    Raises:
+        ValueError: an attribute outside its range; at ``decode``, a payload that another codec made.
+        TypeError: at ``encode``, a leaf that is neither floating point nor complex.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, vsa_optax
+        >>> codec = vsa_optax.TritCodec(trits=2)
+        >>> grads = {"kernel": jax.random.normal(jax.random.key(0), (256, 256)), "bias": jnp.ones(256)}
+        >>> payload = codec.encode(grads, step=0)
+        >>> error = codec.decode(payload)["kernel"] - grads["kernel"]
+        >>> bool(jnp.mean(error**2) < 0.03), round(8 * codec.nbytes(grads["kernel"]) / 256**2, 2)
+        (True, 3.22)
+
+    References:
+        Blockwise rotation before quantising: Suresh et al. (arXiv 1611.00429). The unbiased scale: Vargaftik et al.,
+        "DRIVE" (arXiv 2105.08339) and "EDEN" (arXiv 2108.08842), whose levels are powers of two in number.
+    """
+
+    trits: int = 2
+    _: dataclasses.KW_ONLY
+    block_size: int = 1024
+    unbiased: bool = False
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if checks.check_integer("trits", self.trits, 1) > 3:
+            raise ValueError(f"trits must be 1, 2 or 3, got {self.trits!r}")
+        size = checks.check_integer("block_size", self.block_size, 2)
+        if size > 65536 or size & (size - 1):
+            raise ValueError(f"block_size must be a power of two from 2 to 65536, got {self.block_size!r}")
+        checks.check_bool("unbiased", self.unbiased)
+        checks.check_integer("seed", self.seed, 0)
+
+    def encode(self, tree: Any, step: int | jax.Array = 0) -> TritPayload:
+        """The tree's payload; another ``step`` is another rotation.
+
+        Args:
+            tree: of floating-point or complex arrays, any shapes.
+            step: ``[] int``.
+        """
+        checks.check_inexact_leaves(tree)
+        step = codecs.check_step(step)
+        leaves, treedef = jax.tree.flatten(tree)
+        coded = [self._encode_leaf(leaf, step, i) for i, leaf in enumerate(leaves)]
+        return TritPayload(step, jax.tree.unflatten(treedef, coded), self)
+
+    def decode(self, payload: TritPayload) -> Any:
+        """The tree, in the dtypes it had; no original is needed."""
+        stacked = jax.tree.map(lambda x: x[None], payload)
+        sums = self.decode_sum(stacked, jnp.ones([1], jnp.float32))
+        return jax.tree.map(
+            lambda leaf, x: leaf.values if isinstance(leaf, RawLeaf) else codecs.as_decoded(x, leaf.spec),
+            payload.leaves,
+            sums,
+            is_leaf=_is_coded,
+        )
+
+    def decode_sum(self, payloads: TritPayload, coefficients: jax.Array) -> Any:
+        """``sum_i coefficients[i] * decode(payloads[i])``, for the price of one rotation.
+
+        Args:
+            payloads: of one and the same step, each array stacked on a leading axis ``[n, ...]``.
+            coefficients: ``[n] f32``.
+
+        Returns:
+            The tree in f32, or complex64 where it was complex.
+        """
+        codecs.check_payload(payloads, self, TritPayload)
+        leaves, treedef = jax.tree.flatten(payloads.leaves, is_leaf=_is_coded)
+        sums = [self._decode_leaf(leaf, coefficients, payloads.step[0], i) for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(treedef, sums)
+
+    def nbytes(self, tree: Any) -> int:
+        """The bytes of a payload for arrays, or ``jax.ShapeDtypeStruct``, of these shapes and dtypes."""
+        return codecs.nbytes_of(self.encode, tree)
+
+    def specs(self, payload: TritPayload) -> Any:
+        """Shapes and dtypes of the encoded tree."""
+        return jax.tree.map(lambda leaf: leaf.spec, payload.leaves, is_leaf=_is_coded)
+
+    def _encode_leaf(self, leaf: Any, step: jax.Array, index: int) -> CodedLeaf | RawLeaf:
+        spec = codecs.spec_of(leaf)
+        if spec.num_reals < self.block_size:
+            return RawLeaf(jnp.asarray(leaf), spec)
+        codes, scales = trit_blocks.encode(
+            codecs.as_reals(leaf),
+            signs.stream(self.seed, step, index),
+            trits=self.trits,
+            block_size=self.block_size,
+            unbiased=self.unbiased,
+        )
+        return CodedLeaf(codes, scales, spec)
+
+    def _decode_leaf(self, leaf: CodedLeaf | RawLeaf, coefficients: jax.Array, step: jax.Array, index: int) -> Any:
+        if isinstance(leaf, RawLeaf):
+            return wls.combine(list(coefficients), list(leaf.values))
+        reals = trit_blocks.decode_sum(
+            leaf.codes,
+            leaf.scales,
+            coefficients,
+            signs.stream(self.seed, step, index),
+            size=leaf.spec.num_reals,
+            block_size=self.block_size,
+            unbiased=self.unbiased,
+        )
+        return codecs.from_reals(reals, leaf.spec)
+
+
+def _is_coded(node: Any) -> bool:
+    return isinstance(node, CodedLeaf | RawLeaf)
