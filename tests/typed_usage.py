@@ -10,13 +10,18 @@ import optax
 
 import vsa_optax
 from vsa_optax import (
+    HypervectorCodec,
     Phase,
     PhaseStats,
+    TritCodec,
+    compress_gradients,
     needs_backward,
     phase_stats,
     phase_switched,
     predict_gradients,
+    trits,
     value_and_grad_by_phase,
+    vsa,
 )
 
 Params = dict[str, jax.Array]
@@ -33,7 +38,7 @@ def loss_with_aux(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, ja
 
 
 def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
-    """Both factories, with defaults and with every argument."""
+    """All factories, with defaults and with every argument."""
     schedule: optax.Schedule = optax.cosine_decay_schedule(0.1, 100)
     return [
         predict_gradients(),
@@ -46,11 +51,16 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
             history_window=4,
             history_decay=1,
             history_dtype=jnp.bfloat16,
+            history_codec=None,
             residual=False,
             residual_decay=0.5,
             adaptive=True,
             loss_threshold=0.2,
         ),
+        predict_gradients(history_codec=TritCodec(2)),
+        predict_gradients(history_codec=HypervectorCodec()),
+        compress_gradients(TritCodec()),
+        compress_gradients(HypervectorCodec(), error_feedback=True),
         predict_gradients(history_dtype="float16"),
         predict_gradients(history_dtype=np.dtype("float32")),
         predict_gradients(history_dtype=None),
@@ -71,12 +81,41 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
             history_window=4,
             history_decay=0.9,
             history_dtype=None,
+            history_codec=TritCodec(trits=3),
             residual=True,
             residual_decay=0.5,
             adaptive=True,
             loss_threshold=0.2,
         ),
     ]
+
+
+def use_codecs(params: Params) -> None:
+    """Both codecs with every argument, and their payloads."""
+    trit = TritCodec(trits=1, block_size=32, unbiased=True, seed=0)
+    decoded = trit.decode(trit.encode(params, step=jnp.int32(3)))
+    assert decoded["w"].shape == params["w"].shape
+    size: int = trit.nbytes(params) + TritCodec(3).nbytes(jax.ShapeDtypeStruct((7,), jnp.float32))
+    assert size > 0
+    sketch = HypervectorCodec(compression_ratio=0.5, dimension=None, use_ternary=False, shrink=False, seed=1)
+    payload = sketch.encode(params) + 2.0 * sketch.encode(params, 0) - sketch.encode(params)
+    assert sketch.decode(-payload)["w"].shape == params["w"].shape
+    assert HypervectorCodec(0.5, dimension=2, use_ternary=True).nbytes(params) > 0
+
+
+def use_arrays(x: jax.Array) -> None:
+    """Every function of the two modules of array algebra."""
+    key = jax.random.key(0)
+    a, b = vsa.random_hypervectors(key, 2, 64, model="ternary", dtype=jnp.bfloat16)
+    pair = vsa.bundle(jnp.stack([vsa.bind(a, b), vsa.permute(a, 2)]), weights=jnp.ones(2), majority="bipolar")
+    assert vsa.unbind(pair, vsa.inverse(b)).shape == (64,)
+    assert vsa.dot_similarity(a, b).shape == vsa.cosine_similarity(a, b).shape == ()
+    found = vsa.cleanup(pair, jnp.stack([a, b]))
+    assert found.vector.shape == (64,)
+    values, scale = trits.quantize_deterministic(x, rule="mean", threshold=0.7, axis=0)
+    assert trits.dequantize(values, scale).shape == x.shape
+    values, scale = trits.quantize_stochastic(x, key, axis=None)
+    assert trits.unpack(trits.pack(values), values.shape[-1]).shape == x.shape
 
 
 def use_queries(state: optax.OptState) -> PhaseStats:
@@ -129,6 +168,8 @@ def main() -> None:
     assert names
     params: Params = {"w": jnp.ones(3)}
     x = jnp.ones((2, 3))
+    use_codecs(params)
+    use_arrays(x)
     states = [opt.init(params) for opt in use_transformations()]
     assert len(states) > 1
     opt, state = use_transformations()[1], states[1]

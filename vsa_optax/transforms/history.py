@@ -9,7 +9,7 @@ a loop over a leaf, XLA computes them anew for each element.
 """
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,20 @@ class WindowHistoryState(NamedTuple):
 
     Attributes:
         records: tree of ``[W, *shape]``, in the leaf's dtype or ``history_dtype``; slots not yet written are 0.
+        steps: ``[W] int32``, the step of each record.
+        num_records: ``[] int32``, records written so far; the next goes to slot ``num_records % W``.
+    """
+
+    records: Any
+    steps: jax.Array
+    num_records: jax.Array
+
+
+class CodedWindowHistoryState(NamedTuple):
+    """The last W records as payloads of a codec, in a ring.
+
+    Attributes:
+        records: a payload, each of its arrays ``[W, ...]``; slots not yet written are 0.
         steps: ``[W] int32``, the step of each record.
         num_records: ``[] int32``, records written so far; the next goes to slot ``num_records % W``.
     """
@@ -52,6 +66,9 @@ class RecursiveHistoryState(NamedTuple):
     last_step: jax.Array
 
 
+_Ring = TypeVar("_Ring", WindowHistoryState, CodedWindowHistoryState)
+
+
 class Scalars(NamedTuple):
     """What one step is to the history.
 
@@ -70,8 +87,9 @@ class Scalars(NamedTuple):
 
 def describe_state(state: Any) -> str:
     """Which history ``state`` belongs to, as `History.describe` says it."""
-    if isinstance(state, WindowHistoryState):
-        return f"window of {state.steps.shape[0]}"
+    if isinstance(state, WindowHistoryState | CodedWindowHistoryState):
+        coded = "coded " if isinstance(state, CodedWindowHistoryState) else ""
+        return f"{coded}window of {state.steps.shape[0]}"
     return "recursive" if isinstance(state, RecursiveHistoryState) else type(state).__name__
 
 
@@ -124,17 +142,18 @@ class WindowHistory:
             zeros = jnp.zeros_like(leaf, dtype=numerics.stored_dtype(leaf, self.dtype))
             return jnp.broadcast_to(zeros[None], (self.length, *zeros.shape))
 
-        return WindowHistoryState(
-            records=jax.tree.map(empty, params),
-            steps=jnp.zeros([self.length], jnp.int32),
-            num_records=jnp.zeros([], jnp.int32),
-        )
+        steps, num_records = self.init_ring()
+        return WindowHistoryState(jax.tree.map(empty, params), steps, num_records)
+
+    def init_ring(self) -> tuple[jax.Array, jax.Array]:
+        """Steps and number of records of the empty window."""
+        return jnp.zeros([self.length], jnp.int32), jnp.zeros([], jnp.int32)
 
     def example(self, state: WindowHistoryState) -> tuple[Any, int]:
         """The records."""
         return state.records, 1
 
-    def scalars(self, state: WindowHistoryState, step: jax.Array) -> Scalars:
+    def scalars(self, state: WindowHistoryState | CodedWindowHistoryState, step: jax.Array) -> Scalars:
         """One coefficient a slot."""
         newest = (state.num_records - 1) % self.length
         rank = (newest - jnp.arange(self.length, dtype=jnp.int32)) % self.length
@@ -149,11 +168,11 @@ class WindowHistory:
         rows = [jax.tree.map(lambda r, i=i: r[i], state.records) for i in slots]
         return [scalars.coefficients[i] for i in slots], rows
 
-    def record(self, state: WindowHistoryState, tree: Any, step: jax.Array, scalars: Scalars) -> WindowHistoryState:
+    def record(self, state: _Ring, tree: Any, step: jax.Array, scalars: Scalars) -> _Ring:
         """Overwrites the oldest slot."""
         del scalars
         slot = state.num_records % self.length
-        return WindowHistoryState(
+        return state._replace(
             records=jax.tree.map(
                 lambda r, x: r.at[slot].set(numerics.saturating_cast(x, r.dtype)), state.records, tree
             ),

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from vsa_optax import checks
+from vsa_optax.codecs.codec import Codec
 from vsa_optax.transforms import phases, queries
 from vsa_optax.transforms.conditional import when
 from vsa_optax.transforms.finite import all_finite, select
@@ -27,8 +28,10 @@ class PhaseSwitchedState(NamedTuple):
 
     Attributes:
         machine: `PhaseMachineState`, scalars.
-        history: `WindowHistoryState` or `RecursiveHistoryState`; None with ``predict_steps=0``.
-        residual: tree of ``[*shape]`` in the history's dtype, the averaged prediction error; None if switched off.
+        history: `WindowHistoryState`, `CodedWindowHistoryState` or `RecursiveHistoryState`; None with
+            ``predict_steps=0``.
+        residual: tree of ``[*shape]`` in the history's dtype, the averaged prediction error, or a codec's payload of
+            it; None if switched off.
         inner_state: the wrapped optimizer's state.
     """
 
@@ -48,6 +51,7 @@ def predict_gradients(
     history_window: int = 8,
     history_decay: float = 0.95,
     history_dtype: jax.typing.DTypeLike | None = None,
+    history_codec: Codec | None = None,
     residual: bool = True,
     residual_decay: float = 0.95,
     adaptive: bool = False,
@@ -76,6 +80,9 @@ def predict_gradients(
         history_decay: weight of a record relative to the next newer one, in ``(0, 1]``.
         history_dtype: float16, bfloat16, float32 or float64 of records and residual; None keeps each leaf's own. A
             complex leaf is kept in complex64 or complex128.
+        history_codec: a codec, such as `vsa_optax.TritCodec`, that keeps the window's records; None keeps them as they
+            are. The residual is coded likewise, and ``history_dtype`` has no effect. Needs ``history="window"``. A
+            prediction then costs one decoding, whatever W.
         residual: whether to add the averaged error of past predictions, measured at CORRECT steps.
         residual_decay: γ, both the average's decay and the residual's fading a step, in ``[0, 1]``.
         adaptive: whether phase lengths follow the loss: FULL grows and PREDICT shrinks while it rises, the reverse
@@ -87,7 +94,8 @@ def predict_gradients(
 
     State cost:
         ``(W + 1) * P`` bytes with the window and ``3 * P`` with the recursion, for parameters of P bytes (in the
-        history's dtype); ``P`` less without the residual; and less than 100 bytes of scalars (412 more when adaptive).
+        history's dtype, or as ``history_codec.nbytes`` counts them); ``P`` less without the residual; and less than 100
+        bytes of scalars (412 more when adaptive).
 
     Raises:
         ValueError: an argument outside its range, where the transformation is made; at ``update``, gradients whose
@@ -123,6 +131,7 @@ def predict_gradients(
         history_window=history_window,
         history_decay=history_decay,
         history_dtype=history_dtype,
+        history_codec=history_codec,
         residual=residual,
         residual_decay=residual_decay,
         adaptive=adaptive,
@@ -143,6 +152,7 @@ def phase_switched(
     history_window: int = 8,
     history_decay: float = 0.95,
     history_dtype: jax.typing.DTypeLike | None = None,
+    history_codec: Codec | None = None,
     residual: bool = True,
     residual_decay: float = 0.95,
     adaptive: bool = False,
@@ -184,6 +194,7 @@ def phase_switched(
         history_window: see `predict_gradients`.
         history_decay: see `predict_gradients`.
         history_dtype: see `predict_gradients`.
+        history_codec: see `predict_gradients`.
         residual: see `predict_gradients`.
         residual_decay: see `predict_gradients`.
         adaptive: see `predict_gradients`.
@@ -230,6 +241,7 @@ def phase_switched(
         history_window=history_window,
         history_decay=history_decay,
         history_dtype=history_dtype,
+        history_codec=history_codec,
         residual=residual,
         residual_decay=residual_decay,
     )

@@ -11,22 +11,30 @@ import jax
 import jax.numpy as jnp
 
 from vsa_optax import checks
+from vsa_optax.codecs import codec as codecs
 from vsa_optax.kernels import numerics, wls
+from vsa_optax.transforms.coded_history import CodedWindowHistory
 from vsa_optax.transforms.history import History, RecursiveHistory, Scalars, WindowHistory, zeros_as_stored
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """A history, and the residual's settings."""
+    """A history, and the residual's settings.
+
+    With a codec the residual is a payload, encoded anew at CORRECT steps.
+    """
 
     history: History
     dtype: jnp.dtype | None
+    codec: codecs.Codec | None
     has_residual: bool
     residual_decay: float
 
     def init_residual(self, params: Any) -> Any:
-        """Tree of zeros, or None if there is no residual."""
-        return zeros_as_stored(params, self.dtype) if self.has_residual else None
+        """Zeros: a tree, or a payload if there is a codec; None if there is no residual."""
+        if not self.has_residual:
+            return None
+        return codecs.zero_payload(self.codec, params) if self.codec else zeros_as_stored(params, self.dtype)
 
     def scalars(self, history: Any, step: jax.Array) -> Scalars:
         """What ``step`` is to the history, and the residual's coefficient as the last one."""
@@ -40,7 +48,7 @@ class Predictor:
         """Tree of predictions, in at least f32; zeros while nothing is recorded."""
         coefficients, trees = self.history.terms(history, scalars)
         if self.has_residual:
-            coefficients, trees = [*coefficients, scalars.coefficients[-1]], [*trees, residual]
+            coefficients, trees = [*coefficients, scalars.coefficients[-1]], [*trees, self._decoded(residual)]
         return jax.tree.map(lambda *arrays: wls.combine(coefficients, arrays), *trees)
 
     def measure(self, residual: Any, target: Any, prediction: Any) -> tuple[Any, jax.Array, jax.Array]:
@@ -58,7 +66,11 @@ class Predictor:
         def moved(r: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
             return numerics.saturating_cast(wls.combine([decay, 1 - decay, decay - 1], [r, g, p]), r.dtype)
 
-        return jax.tree.map(moved, residual, target, prediction), error, is_defined
+        averaged = jax.tree.map(moved, self._decoded(residual), target, prediction)
+        return self.codec.encode(averaged) if self.codec else averaged, error, is_defined
+
+    def _decoded(self, residual: Any) -> Any:
+        return self.codec.decode(residual) if self.codec else residual
 
 
 def make_predictor(
@@ -67,6 +79,7 @@ def make_predictor(
     history_window: int,
     history_decay: float,
     history_dtype: Any,
+    history_codec: Any,
     residual: bool,
     residual_decay: float,
 ) -> Predictor:
@@ -77,5 +90,13 @@ def make_predictor(
     dtype = checks.check_float_dtype("history_dtype", history_dtype)
     checks.check_bool("residual", residual)
     fading = checks.check_real("residual_decay", residual_decay, low=0.0, high=1.0)
-    memory: History = WindowHistory(length, decay, dtype) if history == "window" else RecursiveHistory(decay, dtype)
-    return Predictor(memory, dtype, residual, fading)
+    window = WindowHistory(length, decay, dtype)
+    memory: History = window if history == "window" else RecursiveHistory(decay, dtype)
+    if history_codec is not None:
+        if history != "window":
+            raise ValueError(
+                "history_codec must be None with history='recursive', which would code its own decoded sums anew at "
+                f"every step, got {history_codec!r}"
+            )
+        memory = CodedWindowHistory(window, codecs.check_codec("history_codec", history_codec))
+    return Predictor(memory, dtype, history_codec, residual, fading)
