@@ -200,11 +200,10 @@ def permute(x: ArrayLike, shifts: int | jax.Array = 1) -> jax.Array:
         ([3, 1, 2], [1, 2, 3])
     """
     array = _vectors("x", _array("x", x))
-    size = max(array.shape[-1], 1)
     if isinstance(shifts, jax.Array) and shifts.ndim == 0 and jnp.issubdtype(shifts.dtype, jnp.integer):
-        wide = shifts.astype(jnp.int32) if shifts.dtype.itemsize < 4 else shifts  # d may not fit into fewer bits.
-        return jnp.roll(array, wide % size, axis=-1)
-    return jnp.roll(array, checks.check_integer("shifts", shifts, -(2**31)) % size, axis=-1)
+        wide = shifts.astype(jnp.int32) if shifts.dtype.itemsize < 4 else shifts  # d may not fit into fewer bits, and
+        return jnp.roll(array, wide % max(array.shape[-1], 1), axis=-1)  # a traced uint32 is taken for an int32.
+    return jnp.roll(array, checks.check_integer("shifts", shifts, -(2**31)), axis=-1)
 
 
 def dot_similarity(x: ArrayLike, y: ArrayLike) -> jax.Array:
@@ -306,7 +305,7 @@ def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     limit = jnp.finfo(x.dtype).maxexp - 8
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0)
     exponent = jnp.clip(jnp.frexp(largest)[1], -limit, limit)
-    x = x * lax.stop_gradient(jnp.ldexp(jnp.ones([], x.dtype), -exponent))
+    x = x * jnp.ldexp(jnp.ones([], x.dtype), -exponent)
     square = jnp.sum(x * x, axis=-1)
     return x, jnp.sqrt(jnp.where(square > 0, square, 1))
 
