@@ -34,6 +34,7 @@ class Variant(NamedTuple):
         optimizes: whether it takes the tests that optimize until convergence, 10000 or 30000 steps.
         suites: where it takes the tests of a few steps.
         is_started: whether its first step is of PREDICT.
+        predicts: whether it has a phase machine at all.
     """
 
     factory: Factory
@@ -41,6 +42,7 @@ class Variant(NamedTuple):
     optimizes: bool = True
     suites: frozenset[str] = frozenset({"contrib", "alias", "float64", "sharding"})
     is_started: bool = False
+    predicts: bool = True
 
 
 # The tests of a few steps in "alias" are those in "contrib" again but for complex parameters, which, like sharding, are
@@ -71,6 +73,15 @@ def head_of_chain(**settings: Any) -> Factory:
 
     def factory(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
         return optax.chain(vsa_optax.predict_gradients(**settings), optax.adam(learning_rate))
+
+    return factory
+
+
+def compressed(codec: Any, **settings: Any) -> Factory:
+    """`compress_gradients` before Adam."""
+
+    def factory(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+        return optax.chain(vsa_optax.compress_gradients(codec, **settings), optax.adam(learning_rate))
 
     return factory
 
@@ -123,6 +134,15 @@ VARIANTS["head_window"] = Variant(head_of_chain(history="window", **SETTINGS), 3
 VARIANTS["head_recursive"] = Variant(head_of_chain(history="recursive", **SETTINGS), 3e-3)
 VARIANTS["rate_inside"] = Variant(rate_inside(**SETTINGS), 3e-3, optimizes=False, suites=_NOT_REPEATED)
 VARIANTS["lean"] = Variant(switched(optax.adam, history_dtype="bfloat16", residual=False, **SETTINGS), 3e-3)
+# Blocks of two, so that even the two parameters of Optax's test problems are coded.
+_TRITS = vsa_optax.TritCodec(trits=3, block_size=2)
+_UNBIASED = vsa_optax.TritCodec(trits=2, block_size=2, unbiased=True)
+_SKETCH = vsa_optax.HypervectorCodec(compression_ratio=0.5)
+_FEW = frozenset({"float64", "sharding"})
+VARIANTS["coded_history"] = Variant(switched(optax.adam, history_codec=_TRITS, **SETTINGS), 3e-3, suites=_FEW)
+VARIANTS["compressed"] = Variant(compressed(_TRITS), 3e-3, suites=_FEW | {"contrib"}, predicts=False)
+VARIANTS["compressed_unbiased"] = Variant(compressed(_UNBIASED, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
+VARIANTS["compressed_sketch"] = Variant(compressed(_SKETCH, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["default_lengths"] = Variant(switched(optax.adam), 1e-2, suites=frozenset())
 for _name in ("adam_update_recursive", "momentum_gradient_window"):
     _factory = about_to_predict(VARIANTS[_name].factory)
@@ -136,4 +156,8 @@ ADAPTIVE = Variant(switched(optax.adam, adaptive=True, **SETTINGS), 3e-3)
 BARE: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
     f"predict_gradients_{history}": functools.partial(vsa_optax.predict_gradients, history=history, **SETTINGS)
     for history in ("window", "recursive")
+}
+BARE_CODECS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
+    "compress_gradients": functools.partial(vsa_optax.compress_gradients, _TRITS),
+    "compress_gradients_feedback": functools.partial(vsa_optax.compress_gradients, _SKETCH, error_feedback=True),
 }

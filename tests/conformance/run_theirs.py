@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 import pytest
-from conformance.registered import ADAPTIVE, BARE, VARIANTS
+from conformance.registered import ADAPTIVE, BARE, BARE_CODECS, VARIANTS
 
 MODULES = {
     "contrib": "optax.contrib._common_test",
@@ -105,10 +105,10 @@ class OurTables:
         ours: list[tuple[Any, ...]]
         if isinstance(kind, optax.GradientTransformation):
             ours = [(name, variant.factory(variant.learning_rate)) for name, variant in checked.items()]
-            ours += [(name, factory()) for name, factory in BARE.items()]
+            ours += [(name, factory()) for name, factory in (BARE | BARE_CODECS).items()]
         elif callable(kind):
             ours = [(name, v.factory, {"learning_rate": v.learning_rate}) for name, v in checked.items()]
-            ours += [(name, factory, {}) for name, factory in BARE.items()]
+            ours += [(name, factory, {}) for name, factory in (BARE | BARE_CODECS).items()]
         else:
             return self._named_parameters(*cases)
         return lambda test: self._generate(test, ours)

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from vsa_optax import checks
 
@@ -34,10 +35,17 @@ class Codec(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LeafSpec:
-    """Shape and dtype of an array, in its place in a tree: a pytree node without children."""
+    """Shape and dtype of an array, in its place in a tree: a pytree node without children.
+
+    Attributes:
+        shape: of the array.
+        dtype: of the array.
+        sharding: how it is laid out over the explicit axes of a mesh; None without such axes, which is the usual case.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    sharding: PartitionSpec | None = None
 
     @property
     def num_reals(self) -> int:
@@ -45,12 +53,14 @@ class LeafSpec:
         return math.prod(self.shape) * (2 if self.dtype.kind == "c" else 1)
 
 
-jax.tree_util.register_dataclass(LeafSpec, data_fields=[], meta_fields=["shape", "dtype"])
+jax.tree_util.register_dataclass(LeafSpec, data_fields=[], meta_fields=["shape", "dtype", "sharding"])
 
 
 def spec_of(leaf: Any) -> LeafSpec:
     """The leaf's shape and dtype."""
-    return LeafSpec(tuple(jnp.shape(leaf)), np.dtype(jnp.result_type(leaf)))
+    layout = jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else PartitionSpec()
+    sharding = layout if any(axis is not None for axis in layout) else None
+    return LeafSpec(tuple(jnp.shape(leaf)), np.dtype(jnp.result_type(leaf)), sharding)
 
 
 def is_spec(node: Any) -> bool:
@@ -64,8 +74,10 @@ def shapes_of(specs: Any) -> Any:
 
 
 def as_reals(leaf: Any) -> jax.Array:
-    """``[num_reals] f32``: the leaf's coordinates, imaginary parts behind the real ones."""
+    """``[num_reals] f32``: the leaf's coordinates, imaginary parts behind the real ones; all on every device."""
     array = jnp.asarray(leaf)
+    if spec_of(array).sharding is not None:
+        array = jax.sharding.reshard(array, PartitionSpec(*[None] * array.ndim))
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         array = jnp.stack([array.real, array.imag])
     return array.astype(jnp.float32).reshape(-1)
@@ -75,8 +87,10 @@ def from_reals(reals: jax.Array, spec: LeafSpec) -> jax.Array:
     """The inverse of `as_reals`, in complex64 if the leaf was complex, else in f32."""
     if spec.dtype.kind == "c":
         parts = reals.reshape(2, *spec.shape)
-        return jax.lax.complex(parts[0], parts[1])
-    return reals.reshape(spec.shape)
+        leaf = jax.lax.complex(parts[0], parts[1])
+    else:
+        leaf = reals.reshape(spec.shape)
+    return leaf if spec.sharding is None else jax.sharding.reshard(leaf, spec.sharding)
 
 
 def as_decoded(leaf: jax.Array, spec: LeafSpec) -> jax.Array:

@@ -53,6 +53,7 @@ def quantize(y: jax.Array, trits: int, *, unbiased: bool) -> tuple[jax.Array, ja
     """
     table = levels(trits)
     cuts = (table[1:] + table[:-1]) / 2
+    middle = np.uint8(len(table) // 2)
     peak = jnp.max(jnp.abs(y), axis=-1)
     is_usable = (peak > 0) & (peak < jnp.inf)
     # The power of two keeps squares of very small and very large blocks in range; it changes no digit.
@@ -60,9 +61,10 @@ def quantize(y: jax.Array, trits: int, *, unbiased: bool) -> tuple[jax.Array, ja
     shrunk = y * jnp.ldexp(jnp.ones_like(peak), -exponent)[..., None]
     rms = jnp.sqrt(jnp.mean(shrunk**2, axis=-1))
     unit = shrunk * jnp.where(is_usable, 1.0 / rms, 0.0)[..., None]
-    numbers = jnp.zeros(y.shape, jnp.uint8)
-    for cut in cuts:
-        numbers += (unit > cut).astype(jnp.uint8)
+    distance, magnitude = jnp.zeros(y.shape, jnp.uint8), jnp.abs(unit)
+    for cut in cuts[middle:]:
+        distance += (magnitude > cut).astype(jnp.uint8)
+    numbers = jnp.where(unit < 0, middle - distance, middle + distance)
     chosen = jnp.asarray(table)[numbers]
     alignment = jnp.mean(unit * chosen, axis=-1)
     gain = 1.0 / alignment if unbiased else alignment / jnp.mean(chosen**2, axis=-1)
