@@ -18,6 +18,19 @@ def test_relative_distance_where_the_scale_itself_would_overflow(magnitude):
     np.testing.assert_allclose(distance, 1.0, rtol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("size", [2048, 4096, 5000, 1 << 16])
+def test_is_finite_of_large_arrays(size, bad):
+    """A maximum over 4096 numbers or more loses a NaN on some CPUs."""
+    is_finite = jax.jit(numerics.is_finite)
+    x = np.linspace(-1, 1, size, dtype=np.float32)
+    assert is_finite(x)
+    for place in range(0, size, size // 13):
+        spoiled = x.copy()
+        spoiled[place] = bad
+        assert not is_finite(spoiled), place
+
+
 @pytest.mark.parametrize("source", [jnp.float16, jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("target", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_saturating_cast_between_any_two_dtypes(source, target):

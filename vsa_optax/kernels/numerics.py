@@ -9,12 +9,10 @@ import jax.numpy as jnp
 def is_finite(x: jax.Array) -> jax.Array:
     """``[] bool``: no NaN and no infinity in ``x``; true for a zero-size array.
 
-    The largest magnitude carries a NaN through, and is a reduction that XLA vectorises: 2.5 times as fast on a CPU as
-    ``all(isfinite(x))``.
+    The largest magnitude would be no slower a test and is no test: on a CPU, JAX 0.10 loses the NaN in a maximum over
+    4096 numbers or more.
     """
-    if x.size == 0:
-        return jnp.array(True)
-    return jnp.max(jnp.abs(x)) < jnp.inf
+    return jnp.all(jnp.isfinite(x))
 
 
 def stored_dtype(x: jax.Array, dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike | None:
