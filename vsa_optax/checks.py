@@ -14,12 +14,25 @@ _SUPPORTED = ("float16", "bfloat16", "float32", "float64", "complex64", "complex
 
 def check_integer(name: str, value: Any, minimum: int) -> int:
     """``value`` as an int; ``ValueError`` unless it is an integer from ``minimum`` to 2**31 - 1."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
+    number = _as_integer(value)
     if number is None or not minimum <= number <= _LARGEST_INTEGER:
         raise ValueError(f"{name} must be an integer >= {minimum} and < 2**31, got {value!r}")
+    return number
+
+
+def check_trits(name: str, value: Any) -> int:
+    """``value``; ``ValueError`` unless it is 1, 2 or 3."""
+    number = _as_integer(value)
+    if number not in (1, 2, 3):
+        raise ValueError(f"{name} must be 1, 2 or 3, got {value!r}")
+    return number
+
+
+def check_block_size(name: str, value: Any) -> int:
+    """``value``; ``ValueError`` unless it is a power of two from 2 to 65536."""
+    number = _as_integer(value)
+    if number is None or not 2 <= number <= 65536 or number & (number - 1):
+        raise ValueError(f"{name} must be a power of two from 2 to 65536, got {value!r}")
     return number
 
 
@@ -118,6 +131,13 @@ def check_same_tree(expected: Any, actual: Any, *, what: str, leading_axes: int 
     given: Any = jax.tree.structure(actual)
     if seen != given:
         raise ValueError(f"{what}: the same leaves in other containers: {given}, but init saw {seen}")
+
+
+def _as_integer(value: Any) -> int | None:
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:

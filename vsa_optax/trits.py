@@ -66,7 +66,7 @@ def quantize_deterministic(
     checks.check_choice("rule", rule, ("mean", "lloyd_max"))
     factor = checks.check_real("threshold", threshold, low=0.0, high=float("inf"))
     magnitude, peak = _magnitude(x, axis)
-    unit = magnitude / jnp.where((peak > 0) & (peak < jnp.inf), peak, 1.0)
+    unit = magnitude / jnp.where(peak > 0, peak, 1.0)
     if rule == "mean":
         cut = factor * jnp.mean(unit, axis=axis, keepdims=True)
     else:
@@ -74,7 +74,7 @@ def quantize_deterministic(
     is_kept = unit > cut
     num_kept = jnp.sum(is_kept, axis=axis, keepdims=True)
     mean = jnp.sum(jnp.where(is_kept, unit, 0.0), axis=axis, keepdims=True) / jnp.maximum(num_kept, 1)
-    return _trits(jnp.where(is_kept, jnp.sign(x), 0), mean * peak, peak, axis)
+    return _trits(jnp.where(is_kept, jnp.sign(x), 0), mean * peak, axis)
 
 
 def quantize_stochastic(x: jax.Array, key: jax.Array, *, axis: int | tuple[int, ...] | None = None) -> Trits:
@@ -108,7 +108,7 @@ def quantize_stochastic(x: jax.Array, key: jax.Array, *, axis: int | tuple[int, 
     magnitude, peak = _magnitude(x, axis)
     odds = magnitude / jnp.where(peak > 0, peak, 1.0)
     is_kept = jax.random.uniform(key, jnp.shape(x)) < odds
-    return _trits(jnp.where(is_kept, jnp.sign(x), 0), peak, peak, axis)
+    return _trits(jnp.where(is_kept, jnp.sign(x), 0), peak, axis)
 
 
 def dequantize(values: jax.Array, scale: jax.Array) -> jax.Array:
@@ -175,16 +175,17 @@ def unpack(packed: jax.Array, size: int) -> jax.Array:
 
 
 def _magnitude(x: Any, axis: int | tuple[int, ...] | None) -> tuple[jax.Array, jax.Array]:
-    """``|x|`` in f32, and its largest value along ``axis``, which is kept."""
+    """``|x|`` in f32, and its largest value along ``axis``, which is kept; NaN where ``x`` is not finite."""
     array = jnp.asarray(x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"x must be real floating point, got dtype {array.dtype}")
     magnitude = jnp.abs(array.astype(jnp.float32))
-    return magnitude, jnp.max(magnitude, axis=axis, keepdims=True, initial=0.0)
+    peak = jnp.max(magnitude, axis=axis, keepdims=True, initial=0.0)
+    is_finite = jnp.all(jnp.isfinite(magnitude), axis=axis, keepdims=True)  # A maximum may lose a NaN.
+    return magnitude, jnp.where(is_finite, peak, jnp.nan)
 
 
-def _trits(values: jax.Array, scale: jax.Array, peak: jax.Array, axis: int | tuple[int, ...] | None) -> Trits:
-    scale = jnp.where(peak < jnp.inf, scale, jnp.nan)
+def _trits(values: jax.Array, scale: jax.Array, axis: int | tuple[int, ...] | None) -> Trits:
     return Trits(values.astype(jnp.int8), scale.reshape(()) if axis is None else scale)
 
 

@@ -132,11 +132,8 @@ class TritCodec:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if checks.check_integer("trits", self.trits, 1) > 3:
-            raise ValueError(f"trits must be 1, 2 or 3, got {self.trits!r}")
-        size = checks.check_integer("block_size", self.block_size, 2)
-        if size > 65536 or size & (size - 1):
-            raise ValueError(f"block_size must be a power of two from 2 to 65536, got {self.block_size!r}")
+        checks.check_trits("trits", self.trits)
+        checks.check_block_size("block_size", self.block_size)
         checks.check_bool("unbiased", self.unbiased)
         checks.check_integer("seed", self.seed, 0)
 
@@ -161,7 +158,7 @@ class TritCodec:
             lambda leaf, x: leaf.values if isinstance(leaf, RawLeaf) else codecs.as_decoded(x, leaf.spec),
             payload.leaves,
             sums,
-            is_leaf=_is_coded,
+            is_leaf=is_coded,
         )
 
     def decode_sum(self, payloads: TritPayload, coefficients: jax.Array) -> Any:
@@ -175,7 +172,7 @@ class TritCodec:
             The tree in f32, or complex64 where it was complex.
         """
         codecs.check_payload(payloads, self, TritPayload)
-        leaves, treedef = jax.tree.flatten(payloads.leaves, is_leaf=_is_coded)
+        leaves, treedef = jax.tree.flatten(payloads.leaves, is_leaf=is_coded)
         sums = [self._decode_leaf(leaf, coefficients, payloads.step[0], i) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(treedef, sums)
 
@@ -185,7 +182,7 @@ class TritCodec:
 
     def specs(self, payload: TritPayload) -> Any:
         """Shapes and dtypes of the encoded tree."""
-        return jax.tree.map(lambda leaf: leaf.spec, payload.leaves, is_leaf=_is_coded)
+        return jax.tree.map(lambda leaf: leaf.spec, payload.leaves, is_leaf=is_coded)
 
     def _encode_leaf(self, leaf: Any, step: jax.Array, index: int) -> CodedLeaf | RawLeaf:
         spec = codecs.spec_of(leaf)
@@ -215,5 +212,6 @@ class TritCodec:
         return codecs.from_reals(reals, leaf.spec)
 
 
-def _is_coded(node: Any) -> bool:
+def is_coded(node: Any) -> bool:
+    """Whether the node of a payload's tree is one array."""
     return isinstance(node, CodedLeaf | RawLeaf)

@@ -55,11 +55,11 @@ def quantize(y: jax.Array, trits: int, *, unbiased: bool) -> tuple[jax.Array, ja
     cuts = (table[1:] + table[:-1]) / 2
     middle = np.uint8(len(table) // 2)
     peak = jnp.max(jnp.abs(y), axis=-1)
-    is_usable = (peak > 0) & (peak < jnp.inf)
     # The power of two keeps squares of very small and very large blocks in range; it changes no digit.
-    exponent = jnp.clip(jnp.frexp(jnp.where(is_usable, peak, 1.0))[1], -125, 125)
+    exponent = jnp.clip(jnp.frexp(jnp.where((peak > 0) & (peak < jnp.inf), peak, 1.0))[1], -125, 125)
     shrunk = y * jnp.ldexp(jnp.ones_like(peak), -exponent)[..., None]
-    rms = jnp.sqrt(jnp.mean(shrunk**2, axis=-1))
+    rms = jnp.sqrt(jnp.mean(shrunk**2, axis=-1))  # Not finite if y is not; a maximum may lose a NaN.
+    is_usable = (rms > 0) & (rms < jnp.inf)
     unit = shrunk * jnp.where(is_usable, 1.0 / rms, 0.0)[..., None]
     distance, magnitude = jnp.zeros(y.shape, jnp.uint8), jnp.abs(unit)
     for cut in cuts[middle:]:
@@ -69,7 +69,7 @@ def quantize(y: jax.Array, trits: int, *, unbiased: bool) -> tuple[jax.Array, ja
     alignment = jnp.mean(unit * chosen, axis=-1)
     gain = 1.0 / alignment if unbiased else alignment / jnp.mean(chosen**2, axis=-1)
     scales = jnp.ldexp(gain * rms, exponent)
-    return numbers, jnp.where(peak == 0, 0.0, jnp.where(is_usable, scales, jnp.nan))
+    return numbers, jnp.where(rms == 0, 0.0, jnp.where(is_usable, scales, jnp.nan))
 
 
 def round_stochastically(x: jax.Array, random_bits: jax.Array) -> jax.Array:

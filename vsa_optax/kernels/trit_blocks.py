@@ -28,7 +28,7 @@ def encode(x: jax.Array, key: jax.Array, *, trits: int, block_size: int, unbiase
         ``(codes, scales)``: ``[t, m] uint8``, the digits of the level numbers, lowest first; ``[b] bfloat16``.
     """
     runs = blocks.split_into_blocks(x.size, block_size)
-    words = _random_words(key, runs, unbiased=unbiased)
+    words = random_words(key, runs, rounds=2 if unbiased else 1)
 
     def encode_block(block: jax.Array, words: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         return lloyd_max.quantize(rotation.rotate(block, words), trits, unbiased=unbiased)
@@ -38,15 +38,11 @@ def encode(x: jax.Array, key: jax.Array, *, trits: int, block_size: int, unbiase
         in_run = blocks.map_blocks(encode_block, (piece, words[i]), runs[i].width)
         numbers.append(in_run[0])
         scales.append(in_run[1])
-    rest, planes = blocks.join(numbers), []
-    for _ in range(trits):
-        planes.append(packing.pack_digits(rest % jnp.uint8(3)))
-        rest = rest // jnp.uint8(3)
-    scale = blocks.join(scales)
+    codes, scale = pack_numbers(blocks.join(numbers), trits), blocks.join(scales)
     if unbiased:
         random_bits = jax.random.bits(jax.random.fold_in(key, len(runs)), scale.shape, jnp.uint32)
-        return jnp.stack(planes), lloyd_max.round_stochastically(scale, random_bits)
-    return jnp.stack(planes), scale.astype(jnp.bfloat16)
+        return codes, lloyd_max.round_stochastically(scale, random_bits)
+    return codes, scale.astype(jnp.bfloat16)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "block_size", "unbiased"))
@@ -75,12 +71,9 @@ def decode_sum(
         ``[n] f32``.
     """
     runs = blocks.split_into_blocks(size, block_size)
-    words = _random_words(key, runs, unbiased=unbiased)
+    words = random_words(key, runs, rounds=2 if unbiased else 1)
     levels = jnp.asarray(lloyd_max.levels(codes.shape[1]))
-    digits = packing.unpack_digits(codes, blocks.padded_size(runs))
-    numbers = digits[:, 0]
-    for i in range(1, codes.shape[1]):
-        numbers = numbers + digits[:, i] * jnp.uint8(3**i)
+    numbers = unpack_numbers(codes, blocks.padded_size(runs))
 
     def decode_block(numbers: jax.Array, weights: jax.Array, words: list[jax.Array]) -> jax.Array:
         # The largest weight is taken out and put back at the end, so that no sum on the way overflows.
@@ -91,21 +84,36 @@ def decode_sum(
             total = total + shares[i] * levels[numbers[i]]
         return largest * rotation.rotate_back(total, words)
 
-    weights = (coefficients[:, None] * scales.astype(jnp.float32)).T
+    weights = coefficients[:, None] * scales.astype(jnp.float32)
     decoded = []
-    of_runs = zip(blocks.cut(numbers, runs), blocks.cut_scales(weights.T, runs), strict=True)
+    of_runs = zip(blocks.cut(numbers, runs), blocks.cut_scales(weights, runs), strict=True)
     for i, (in_run, of_blocks) in enumerate(of_runs):
         operands = (in_run.swapaxes(0, 1), of_blocks.T, words[i])
         decoded.append(blocks.map_blocks(decode_block, operands, runs[i].width))
     return blocks.join(decoded)[:size]
 
 
-def _random_words(key: jax.Array, runs: Sequence[BlockRun], *, unbiased: bool) -> list[list[jax.Array]]:
-    """For each run, the words of each round."""
+def pack_numbers(numbers: jax.Array, trits: int) -> jax.Array:
+    """``[t, m] uint8`` from ``[n] uint8`` level numbers below ``3**t``: the packed digits, lowest first."""
+    planes = []
+    for _ in range(trits):
+        planes.append(packing.pack_digits(numbers % jnp.uint8(3)))
+        numbers = numbers // jnp.uint8(3)
+    return jnp.stack(planes)
+
+
+def unpack_numbers(codes: jax.Array, size: int) -> jax.Array:
+    """``[..., size] uint8`` from ``[..., t, m] uint8``, the inverse of `pack_numbers`."""
+    digits = packing.unpack_digits(codes, size)
+    numbers = digits[..., 0, :]
+    for i in range(1, codes.shape[-2]):
+        numbers = numbers + digits[..., i, :] * jnp.uint8(3**i)
+    return numbers
+
+
+def random_words(key: jax.Array, runs: Sequence[BlockRun], *, rounds: int) -> list[list[jax.Array]]:
+    """For each run, the words of each round of a rotation."""
     return [
-        [
-            signs.random_words(jax.random.fold_in(jax.random.fold_in(key, i), turn), run)
-            for turn in range(2 if unbiased else 1)
-        ]
+        [signs.random_words(jax.random.fold_in(jax.random.fold_in(key, i), turn), run) for turn in range(rounds)]
         for i, run in enumerate(runs)
     ]
