@@ -103,14 +103,14 @@ def leaf_names(tree):
 
 
 def in_processes(function, jobs):
-    """``function(*job)`` for each job, in two processes of one thread each; yields results in the jobs' order.
+    """``function(*job)`` for each job, in processes of one thread, one a core; yields results in the jobs' order.
 
-    Two such processes do more work a second than one process whose operations are spread over two cores.
+    They do more work a second than one process whose operations are spread over the cores.
     """
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         for future in [pool.submit(function, *job) for job in jobs]:
             yield future.result()
 

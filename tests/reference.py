@@ -57,3 +57,88 @@ def walk_phases(steps, *, warmup_steps=10, full_steps=5, predict_steps=20, corre
     while len(out) < steps:
         out += "F" * full_steps + "".join(leap)
     return out[:steps]
+
+
+def sylvester(order):
+    """The Hadamard matrix of ±1 as a Kronecker power; ``order`` is a power of two."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < order:
+        matrix = np.kron(matrix, [[1.0, 1.0], [1.0, -1.0]])
+    return matrix
+
+
+def signs_of(words, size):
+    """``[size]`` of ±1: coordinate i is negative if bit ``31 - i % 32`` of word ``i // 32`` is set."""
+    return np.array([1.0 - 2.0 * ((int(words[i // 32]) >> (31 - i % 32)) & 1) for i in range(size)])
+
+
+def rotate(x, words):
+    """``H (s * x) / sqrt(B)``, one such round after the other, in float64."""
+    for of_round in words:
+        x = sylvester(len(x)) @ (signs_of(of_round, len(x)) * x) / np.sqrt(len(x))
+    return x
+
+
+def rotate_back(y, words):
+    for of_round in reversed(words):
+        y = signs_of(of_round, len(y)) * (sylvester(len(y)) @ y / np.sqrt(len(y)))
+    return y
+
+
+def quantize(y, levels, unbiased):
+    """Numbers of the nearest levels once y has rms 1, and the scale: ``<y, y> / <y, q>`` or ``<y, q> / <q, q>``."""
+    y = np.asarray(y, np.float64)
+    if not y.any():
+        return np.full(len(y), len(levels) // 2), 0.0
+    numbers = np.argmin(abs(y[:, None] / np.sqrt(np.mean(y**2)) - levels), axis=1)
+    q = levels[numbers]
+    return numbers, (y @ y) / (y @ q) if unbiased else (y @ q) / (q @ q)
+
+
+def pack_digits(digits):
+    """Digits 0, 1, 2 in planes: byte i holds digits i, m + i, 2m + i, ... of m bytes, the first counting 1."""
+    m = -(-len(digits) // 5)
+    return [sum(3**j * int(digits[j * m + i]) for j in range(5) if j * m + i < len(digits)) for i in range(m)]
+
+
+def unpack_digits(packed, size):
+    return np.array([int(packed[i % len(packed)]) // 3 ** (i // len(packed)) % 3 for i in range(size)])
+
+
+def encode_trits(x, widths, words, levels, unbiased):
+    """Numbers of all blocks together and the scale of each, for blocks of these widths with these words."""
+    padded = np.concatenate([np.asarray(x, np.float64), np.zeros(sum(widths) - len(x))])
+    pieces = np.split(padded, np.cumsum(widths)[:-1])
+    coded = [quantize(rotate(piece, w), levels, unbiased) for piece, w in zip(pieces, words, strict=True)]
+    return np.concatenate([numbers for numbers, _ in coded]), np.array([scale for _, scale in coded])
+
+
+def decode_trits(numbers, scales, size, widths, words, levels):
+    pieces = np.split(levels[numbers], np.cumsum(widths)[:-1])
+    decoded = [s * rotate_back(q, w) for s, q, w in zip(scales, pieces, words, strict=True)]
+    return np.concatenate(decoded)[:size]
+
+
+def bundle(x, signs, begin):
+    """``[D]``: chunks of ``x``, the first of which begins at ``begin``, times ``[chunks, D]`` signs, summed."""
+    total = np.zeros(signs.shape[1])
+    for i in range(len(x)):
+        total[i % len(total)] += signs.flat[i] * x[(begin + i) % len(x)]
+    return total
+
+
+def unbundle(total, size, signs, begin, shrink):
+    """The chunks again, each divided by the number of coordinates that met where it was, if ``shrink``."""
+    met = np.bincount(np.arange(size) % len(total), minlength=len(total))
+    x = np.zeros(size)
+    for i in range(size):
+        at = i % len(total)
+        x[(begin + i) % size] = signs.flat[i] * total[at] / (met[at] if shrink else 1)
+    return x
+
+
+def quantize_trits(x, cut):
+    """Trits where ``|x| > cut``, and the mean magnitude of those."""
+    x = np.asarray(x, np.float64)
+    kept = abs(x) > cut
+    return np.where(kept, np.sign(x), 0), abs(x[kept]).mean() if kept.any() else 0.0

@@ -40,7 +40,7 @@ def encode(x: jax.Array, key: jax.Array, *, trits: int, block_size: int, unbiase
         scales.append(in_run[1])
     codes, scale = pack_numbers(blocks.join(numbers), trits), blocks.join(scales)
     if unbiased:
-        random_bits = jax.random.bits(jax.random.fold_in(key, len(runs)), scale.shape, jnp.uint32)
+        random_bits = jax.random.bits(jax.random.fold_in(key, 2 * len(runs)), scale.shape, jnp.uint32)
         return codes, lloyd_max.round_stochastically(scale, random_bits)
     return codes, scale.astype(jnp.bfloat16)
 
@@ -114,6 +114,6 @@ def unpack_numbers(codes: jax.Array, size: int) -> jax.Array:
 def random_words(key: jax.Array, runs: Sequence[BlockRun], *, rounds: int) -> list[list[jax.Array]]:
     """For each run, the words of each round of a rotation."""
     return [
-        [signs.random_words(jax.random.fold_in(jax.random.fold_in(key, i), turn), run) for turn in range(rounds)]
+        [signs.random_words(jax.random.fold_in(key, 2 * i + turn), run) for turn in range(rounds)]
         for i, run in enumerate(runs)
     ]
