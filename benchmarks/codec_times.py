@@ -99,8 +99,10 @@ def by_size(rounds):
             return codec.decode(codec.encode(x, 1)) if codec else x + 1
 
         repeats = {size: max(1, SIZE // size) for size in SIZES}
-        data = {size: jax.random.normal(jax.random.key(0), [size]) for size in SIZES}
-        taken = milliseconds({size: in_place(whole, data[size], repeats[size]) for size in SIZES}, rounds)
+        taken = {}
+        for size in SIZES:  # One after the other: memory that a large call gives back makes the next small one slower.
+            x = jax.random.normal(jax.random.key(0), [size])
+            taken |= milliseconds({size: in_place(whole, x, repeats[size])}, rounds)
         costs = {size: 1e6 * np.array(values) / (size * repeats[size]) for size, values in taken.items()}
         middles = [np.median(values) for values in costs.values()]
         ratio = max(middles) / min(middles)

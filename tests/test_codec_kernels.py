@@ -10,7 +10,7 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vsa_optax.kernels import blocks, hadamard, lloyd_max, rotation, signs
+from vsa_optax.kernels import blocks, hadamard, lloyd_max, rotation, signs, trit_blocks
 
 TRITS = [1, 2, 3]
 DISTORTIONS = {False: {1: 0.1902, 2: 0.02785, 3: 0.00348}, True: {1: 0.2348, 2: 0.02865, 3: 0.00349}}
@@ -174,6 +174,14 @@ def test_signs_are_fair_and_unlike_each_other():
     columns = x[0].reshape(-1, 32).T  # Bits of one word are independent of each other.
     correlation = columns @ columns.T / columns.shape[1]
     assert abs(correlation[np.triu_indices(32, 1)]).max() < 4.5 / math.sqrt(columns.shape[1])
+
+
+def test_each_block_and_round_has_words_of_its_own():
+    runs = blocks.split_into_blocks(5 * 64 + 32, 64)
+    of_runs = trit_blocks.random_words(signs.stream(0, 1, 2), runs, rounds=2)
+    assert [[words.shape for words in of_run] for of_run in of_runs] == [[(5, 2)] * 2, [(1, 1)] * 2]
+    words = np.concatenate([np.ravel(words) for of_run in of_runs for words in of_run])
+    assert len(set(words.tolist())) == 2 * (5 * 2 + 1)
 
 
 @pytest.mark.parametrize("rounds", [1, 2])

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from vsa_optax import HypervectorCodec, TritCodec, checkpoint
 from vsa_optax.codecs.trit import CodedLeaf, RawLeaf
-from vsa_optax.kernels import blocks, lloyd_max, rotation, signs
+from vsa_optax.kernels import blocks, lloyd_max, rotation, signs, trit_blocks
 
 try:
     from jax import shard_map
@@ -59,13 +59,12 @@ def assert_same_bits(actual, expected):
 
 def words_of(codec, runs, step, leaf):
     """For each block, the words of its rounds."""
-    key = signs.stream(codec.seed, step, leaf)
-    out = []
-    for i, run in enumerate(runs):
-        keys = [jax.random.fold_in(key, 2 * i + turn) for turn in range(1 + codec.unbiased)]
-        of_rounds = [np.asarray(signs.random_words(key, run)) for key in keys]
-        out += [[words[block] for words in of_rounds] for block in range(run.num)]
-    return out
+    of_runs = trit_blocks.random_words(signs.stream(codec.seed, step, leaf), runs, rounds=1 + codec.unbiased)
+    return [
+        [np.asarray(words[i]) for words in of_run]
+        for run, of_run in zip(runs, of_runs, strict=True)
+        for i in range(run.num)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def quantize_deterministic(
 
         values = sign(x) where |x| > cut, else 0,      scale = mean of |x| where values != 0
 
-    Biased towards zero. On Gaussian numbers the mean squared error is 0.190 of the variance with either rule.
+    Biased towards zero. On Gaussian numbers the mean squared error is 0.192 of the variance, 0.190 with Lloyd-Max.
 
     Args:
         x: ``[*shape]`` real.
@@ -82,8 +82,8 @@ def quantize_stochastic(x: jax.Array, key: jax.Array, *, axis: int | tuple[int, 
 
         P(values = sign(x)) = |x| / scale, else 0,     scale = max |x|
 
-    Unbiased: ``E[dequantize(values, scale)] = x`` exactly. On 1000 Gaussian numbers the mean squared error is 1.6 times
-    the variance, eight times that of `quantize_deterministic`, and it grows with the largest of them.
+    Unbiased: ``E[dequantize(values, scale)] = x`` exactly. On 1000 Gaussian numbers the mean squared error is 1.7 times
+    the variance, nine times that of `quantize_deterministic`, and it grows with the largest of them.
 
     Args:
         x: ``[*shape]`` real.

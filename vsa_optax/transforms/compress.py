@@ -36,7 +36,8 @@ def compress_gradients(codec: codecs.Codec, *, error_feedback: bool = False) -> 
 
         x_t = g_t + e_t,    sent_t = decode(encode(x_t, t)),    e_{t+1} = x_t - sent_t
 
-    so that everything arrives in the end: at any time ``sum sent + e = sum g``, up to rounding.
+    so that everything arrives in the end: at any time ``sum sent + e = sum g``, up to rounding. In front of Adam that
+    did not help with `TritCodec`, and did harm with `HypervectorCodec`, whose residual is many steps old when sent.
 
     Nothing is sent anywhere; this is the numerical effect of a codec, to try it in a training step, or to keep an
     optimizer behind it honest about what it would receive.
