@@ -45,6 +45,10 @@ ADAPTIVE = "test_phases.py -k adaptive"
 LOSS = "test_phases.py -k adaptive or nonfinite_values"
 STEP = "test_predict.py -k leave_no_trace or own_nan or rate_of_step or inner_state_rests"
 BY_PHASE = "test_value_and_grad.py -k true_phases or predict or dtype or aux"
+VSA_BUNDLE = "test_vsa.py -k twin_in_any_order or weights or ties_are or nan_never"
+VSA_SIMILARITY = "test_vsa.py -k similarities or magnitude or with_nothing or precision or not_finite or exceeds"
+TRIT_TWIN = "test_trit_codec.py test_codec_kernels.py -k twin"
+HYPERVECTOR = "test_hypervector_codec.py -k twin or error or linear"
 OF_ERRORS = "test_errors.py"
 
 MUTANTS = [
@@ -55,6 +59,42 @@ MUTANTS = [
     Mutant("kernels/numerics.py", "jnp.ones([], dtype), -exponent", "jnp.ones([], dtype), exponent", NUMERICS),
     Mutant("kernels/numerics.py", "is_defined = of_x > 0", "is_defined = of_x >= 0", NUMERICS),
     Mutant("kernels/numerics.py", "maxexp - 8", "maxexp + 8", "test_kernel_edges.py -k relative"),
+    Mutant("vsa.py", "-1, 2, jnp.int32", "-1, 1, jnp.int32", "test_vsa.py -k random"),
+    Mutant("vsa.py", "    return x * y", "    return x + y", "test_vsa.py -k bind or broadcast"),
+    Mutant("vsa.py", 'key=_inverse(_real("key", key))', 'key=_real("key", key)', "test_vsa.py -k inverse_of_any"),
+    Mutant(
+        "vsa.py", "jnp.where(vanishes, 0, 1 /", "jnp.where(vanishes, 1, 1 /", "test_vsa.py -k inverse_of_any or unbind"
+    ),
+    Mutant("vsa.py", "1 - 2 * (jnp.arange", "2 * (jnp.arange", VSA_BUNDLE),
+    Mutant("vsa.py", "jnp.where(total == 0, ties", "jnp.where(total <= 0, ties", VSA_BUNDLE),
+    Mutant("vsa.py", "jnp.sign(total))", "jnp.where(total > 0, 1.0, -1.0))", VSA_BUNDLE),
+    Mutant("vsa.py", "jnp.roll(array, wide %", "jnp.roll(array, -wide %", "test_vsa.py -k permute"),
+    Mutant("vsa.py", "jnp.clip(_dot(x, y) / norms, -1, 1)", "_dot(x, y) / norms", VSA_SIMILARITY),
+    Mutant("vsa.py", "jnp.ones([], x.dtype), -exponent", "jnp.ones([], x.dtype), exponent", VSA_SIMILARITY),
+    Mutant("vsa.py", "jnp.argmax(similarity", "jnp.argmin(similarity", "test_vsa.py -k cleanup"),
+    Mutant("kernels/hadamard.py", "[matrix, -matrix]", "[matrix, matrix]", "test_codec_kernels.py -k hadamard"),
+    Mutant("kernels/hadamard.py", "math.sqrt(factor)", "float(factor)", "test_codec_kernels.py -k hadamard"),
+    Mutant("kernels/lloyd_max.py", "1.224006", "1.264006", "test_codec_kernels.py -k levels or lloyd"),
+    Mutant("kernels/lloyd_max.py", "1.0 / alignment if unbiased", "alignment if unbiased", TRIT_TWIN),
+    Mutant(
+        "kernels/lloyd_max.py",
+        "middle - distance, middle + distance",
+        "middle + distance, middle - distance",
+        TRIT_TWIN,
+    ),
+    Mutant("kernels/packing.py", "jnp.uint8(3**j)", "jnp.uint8(2**j)", "test_trits.py -k pack"),
+    Mutant("kernels/packing.py", "rest * 171", "rest * 170", "test_trits.py -k pack"),
+    Mutant("kernels/rotation.py", "reversed(words)", "words", TRIT_TWIN),
+    Mutant("kernels/trit_blocks.py", "largest * rotation", "rotation", TRIT_TWIN),
+    Mutant("kernels/trit_blocks.py", "total + shares[i]", "total - shares[i]", "test_trit_codec.py -k sum"),
+    Mutant("codecs/hypervector.py", "bundle = bundle / num_met", "bundle = bundle * num_met", HYPERVECTOR),
+    Mutant("codecs/hypervector.py", "jnp.roll(flat, -begin)", "jnp.roll(flat, begin)", HYPERVECTOR),
+    Mutant(
+        "transforms/compress.py",
+        "lambda x, s: x - s.astype",
+        "lambda x, s: x + s.astype",
+        "test_compress.py -k conserv or feedback",
+    ),
     Mutant("kernels/wls.py", "share * (ages - mean) ** 2", "share * (ages + mean) ** 2", WLS),
     Mutant("kernels/wls.py", "(horizon - mean) * (ages - mean)", "(horizon + mean) * (ages - mean)", WLS),
     Mutant("kernels/wls.py", "share * (1.0 + slope)", "share * (1.0 - slope)", WLS),

@@ -88,8 +88,8 @@ def compress_gradients(codec: codecs.Codec, *, error_feedback: bool = False) -> 
     def init_fn(params: optax.Params) -> CompressState:
         checks.check_inexact_leaves(params)
         zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=_wide(leaf)), params)
-        zero = jnp.zeros([], jnp.int32)
-        return CompressState(zero, zero, zeros if error_feedback else None)
+        # Two arrays: one buffer cannot be donated twice.
+        return CompressState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), zeros if error_feedback else None)
 
     def update_fn(
         updates: optax.Updates, state: CompressState, params: optax.Params | None = None, **extra_args: Any
