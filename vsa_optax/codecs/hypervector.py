@@ -211,6 +211,7 @@ class HypervectorCodec:
 
     def specs(self, payload: HypervectorPayload) -> Any:
         """Shapes and dtypes of the encoded tree."""
+        codecs.check_payload(payload, self, HypervectorPayload)
         return payload.specs
 
     def _dimension(self, size: int) -> int:

@@ -182,6 +182,7 @@ class TritCodec:
 
     def specs(self, payload: TritPayload) -> Any:
         """Shapes and dtypes of the encoded tree."""
+        codecs.check_payload(payload, self, TritPayload)
         return jax.tree.map(lambda leaf: leaf.spec, payload.leaves, is_leaf=is_coded)
 
     def _encode_leaf(self, leaf: Any, step: jax.Array, index: int) -> CodedLeaf | RawLeaf:

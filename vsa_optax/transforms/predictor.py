@@ -67,7 +67,11 @@ class Predictor:
             return numerics.saturating_cast(wls.combine([decay, 1 - decay, decay - 1], [r, g, p]), r.dtype)
 
         averaged = jax.tree.map(moved, self._decoded(residual), target, prediction)
-        return self.codec.encode(averaged) if self.codec else averaged, error, is_defined
+        if self.codec:
+            # A rotation may overflow where the numbers do not: such a block is kept as zeros.
+            coded = self.codec.encode(averaged)
+            averaged = jax.tree.map(lambda x: numerics.saturating_cast(x, x.dtype), coded)
+        return averaged, error, is_defined
 
     def _decoded(self, residual: Any) -> Any:
         return self.codec.decode(residual) if self.codec else residual
