@@ -142,12 +142,14 @@ class HypervectorCodec:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        checks.check_real("compression_ratio", self.compression_ratio, low=0.0, high=1.0, low_open=True)
+        # NumPy's numbers are made Python's, so that equal settings are equal codecs.
+        ratio = checks.check_real("compression_ratio", self.compression_ratio, low=0.0, high=1.0, low_open=True)
+        object.__setattr__(self, "compression_ratio", ratio)
         if self.dimension is not None:
-            checks.check_integer("dimension", self.dimension, 1)
+            object.__setattr__(self, "dimension", checks.check_integer("dimension", self.dimension, 1))
         checks.check_bool("use_ternary", self.use_ternary)
         checks.check_bool("shrink", self.shrink)
-        checks.check_integer("seed", self.seed, 0)
+        object.__setattr__(self, "seed", checks.check_integer("seed", self.seed, 0))
 
     def encode(self, tree: Any, step: int | jax.Array = 0) -> HypervectorPayload:
         """The tree's payload; another ``step`` is another key, and only payloads of one step add.
@@ -169,6 +171,7 @@ class HypervectorCodec:
 
     def decode(self, payload: HypervectorPayload) -> Any:
         """The tree, in the dtypes it had; no original is needed."""
+        codecs.check_payload(payload, self, HypervectorPayload)
         stacked = jax.tree.map(lambda x: x[None], payload)
         sums = self.decode_sum(stacked, jnp.ones([1], jnp.float32))
         return jax.tree.map(codecs.as_decoded, sums, payload.specs)

@@ -132,10 +132,11 @@ class TritCodec:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        checks.check_trits("trits", self.trits)
-        checks.check_block_size("block_size", self.block_size)
+        # NumPy's integers are made Python's, so that equal settings are equal codecs.
+        object.__setattr__(self, "trits", checks.check_trits("trits", self.trits))
+        object.__setattr__(self, "block_size", checks.check_block_size("block_size", self.block_size))
         checks.check_bool("unbiased", self.unbiased)
-        checks.check_integer("seed", self.seed, 0)
+        object.__setattr__(self, "seed", checks.check_integer("seed", self.seed, 0))
 
     def encode(self, tree: Any, step: int | jax.Array = 0) -> TritPayload:
         """The tree's payload; another ``step`` is another rotation.
@@ -152,6 +153,7 @@ class TritCodec:
 
     def decode(self, payload: TritPayload) -> Any:
         """The tree, in the dtypes it had; no original is needed."""
+        codecs.check_payload(payload, self, TritPayload)
         stacked = jax.tree.map(lambda x: x[None], payload)
         sums = self.decode_sum(stacked, jnp.ones([1], jnp.float32))
         return jax.tree.map(
