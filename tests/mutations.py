@@ -93,7 +93,7 @@ MUTANTS = [
         "transforms/compress.py",
         "lambda x, s: x - s.astype",
         "lambda x, s: x + s.astype",
-        "test_compress.py -k conserv or feedback",
+        "test_compress.py -k stays_behind",
     ),
     Mutant("kernels/wls.py", "share * (ages - mean) ** 2", "share * (ages + mean) ** 2", WLS),
     Mutant("kernels/wls.py", "(horizon - mean) * (ages - mean)", "(horizon + mean) * (ages - mean)", WLS),

@@ -29,7 +29,7 @@ def sylvester(order):
 
 
 @pytest.mark.parametrize("order", POWERS)
-def test_the_transform_is_a_product_with_the_matrix(order):
+def test_the_hadamard_transform_is_a_product_with_the_matrix(order):
     """On random rows and, up to 64, on the unit vectors, so that each entry of the matrix is seen."""
     x = draw(order, 2, 3, order)
     y = walsh_hadamard(x)

@@ -82,7 +82,7 @@ def predict_gradients(
             complex leaf is kept in complex64 or complex128.
         history_codec: a codec, such as `vsa_optax.TritCodec`, that keeps the window's records; None keeps them as they
             are. The residual is coded likewise, and ``history_dtype`` has no effect. Needs ``history="window"``. A
-            prediction then costs one decoding, whatever W.
+            prediction then costs one decoding, whatever W, and the residual's.
         residual: whether to add the averaged error of past predictions, measured at CORRECT steps.
         residual_decay: γ, both the average's decay and the residual's fading a step, in ``[0, 1]``.
         adaptive: whether phase lengths follow the loss: FULL grows and PREDICT shrinks while it rises, the reverse
