@@ -1,7 +1,7 @@
 """How fast the codecs run on an accelerator, against a copy of the same array.
 
 Run `python benchmarks/codec_speed.py | tee benchmarks/codec_speed_gpu.log`. Times on one CPU core are in
-`codec_fidelity.py`.
+`codec_times.py`.
 """
 
 import argparse

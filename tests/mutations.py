@@ -47,8 +47,10 @@ STEP = "test_predict.py -k leave_no_trace or own_nan or rate_of_step or inner_st
 BY_PHASE = "test_value_and_grad.py -k true_phases or predict or dtype or aux"
 VSA_BUNDLE = "test_vsa.py -k twin_in_any_order or weights or ties_are or nan_never"
 VSA_SIMILARITY = "test_vsa.py -k similarities or magnitude or with_nothing or precision or not_finite or exceeds"
-TRIT_TWIN = "test_trit_codec.py test_codec_kernels.py -k twin"
-HYPERVECTOR = "test_hypervector_codec.py -k twin or error or linear"
+KERNEL_TWIN = "test_codec_kernels.py -k twin"
+TRIT_TWIN = "test_trit_codec.py -k twin"
+HYPERVECTOR_TWIN = "test_hypervector_codec.py -k twin"
+CODED = "test_coded_history.py -k decoded_records"
 OF_ERRORS = "test_errors.py"
 
 MUTANTS = [
@@ -56,7 +58,7 @@ MUTANTS = [
     Mutant("kernels/numerics.py", "jnp.all(jnp.isfinite(x))", "~jnp.any(jnp.isnan(x))", NUMERICS),
     Mutant("kernels/numerics.py", "nan=0.0", "nan=1.0", NUMERICS),
     Mutant("kernels/numerics.py", "x * scale - y * scale", "x * scale + y * scale", NUMERICS),
-    Mutant("kernels/numerics.py", "jnp.ones([], dtype), -exponent", "jnp.ones([], dtype), exponent", NUMERICS),
+    Mutant("kernels/numerics.py", "-power_of_two(largest)", "power_of_two(largest)", NUMERICS),
     Mutant("kernels/numerics.py", "is_defined = of_x > 0", "is_defined = of_x >= 0", NUMERICS),
     Mutant("kernels/numerics.py", "maxexp - 8", "maxexp + 8", "test_kernel_edges.py -k relative"),
     Mutant("vsa.py", "-1, 2, jnp.int32", "-1, 1, jnp.int32", "test_vsa.py -k random"),
@@ -70,31 +72,144 @@ MUTANTS = [
     Mutant("vsa.py", "jnp.sign(total))", "jnp.where(total > 0, 1.0, -1.0))", VSA_BUNDLE),
     Mutant("vsa.py", "jnp.roll(array, wide %", "jnp.roll(array, -wide %", "test_vsa.py -k permute"),
     Mutant("vsa.py", "jnp.clip(_dot(x, y) / norms, -1, 1)", "_dot(x, y) / norms", VSA_SIMILARITY),
-    Mutant("vsa.py", "jnp.ones([], x.dtype), -exponent", "jnp.ones([], x.dtype), exponent", VSA_SIMILARITY),
+    Mutant("vsa.py", "-numerics.power_of_two", "numerics.power_of_two", VSA_SIMILARITY),
     Mutant("vsa.py", "jnp.argmax(similarity", "jnp.argmin(similarity", "test_vsa.py -k cleanup"),
     Mutant("kernels/hadamard.py", "[matrix, -matrix]", "[matrix, matrix]", "test_codec_kernels.py -k hadamard"),
-    Mutant("kernels/hadamard.py", "math.sqrt(factor)", "float(factor)", "test_codec_kernels.py -k hadamard"),
-    Mutant("kernels/lloyd_max.py", "1.224006", "1.264006", "test_codec_kernels.py -k levels or lloyd"),
-    Mutant("kernels/lloyd_max.py", "1.0 / alignment if unbiased", "alignment if unbiased", TRIT_TWIN),
+    Mutant(
+        "kernels/hadamard.py",
+        "np.float32(math.sqrt(factor))",
+        "np.float32(factor)",
+        "test_codec_kernels.py -k hadamard",
+    ),
+    Mutant("kernels/hadamard.py", "-1, 1)", "-1, -1)", "test_codec_kernels.py -k hadamard"),
+    Mutant(
+        "kernels/signs.py", "words[..., None] << jnp", "words[..., None] >> jnp", "test_codec_kernels.py -k neighbours"
+    ),
+    Mutant("kernels/lloyd_max.py", "0.443639", "0.443939", "test_codec_kernels.py -k lloyds"),
+    Mutant("kernels/lloyd_max.py", "alignment / jnp.mean(chosen**2, axis=-1)", "alignment", KERNEL_TWIN),
+    Mutant("kernels/lloyd_max.py", "1.0 / alignment if", "1.0 / jnp.mean(chosen**2, axis=-1) if", KERNEL_TWIN),
+    Mutant("kernels/lloyd_max.py", "(table[1:] + table[:-1]) / 2", "table[:-1]", KERNEL_TWIN),
+    Mutant("kernels/lloyd_max.py", "random_bits >> 16", "random_bits >> 17", "test_codec_kernels.py -k rounding"),
     Mutant(
         "kernels/lloyd_max.py",
-        "middle - distance, middle + distance",
-        "middle + distance, middle - distance",
+        "jnp.where(is_usable, scales, jnp.nan)",
+        "jnp.where(is_usable, scales, 0.0)",
+        "test_codec_kernels.py -k not_finite",
+    ),
+    Mutant(
+        "kernels/lloyd_max.py",
+        "numerics.power_of_two(peak)",
+        "0 * numerics.power_of_two(peak)",
+        "test_codec_kernels.py -k twin or powers",
+    ),
+    Mutant("kernels/packing.py", "(rest * 171) >> 9", "(rest * 170) >> 9", "test_trits.py -k every_byte"),
+    Mutant("kernels/packing.py", "jnp.uint8(3**j)", "jnp.uint8(2**j)", "test_trits.py -k inverts"),
+    Mutant(
+        "kernels/blocks.py",
+        "SMALLEST_BLOCK = 32",
+        "SMALLEST_BLOCK = 16",
+        "test_codec_kernels.py -k are_cut or least_cost",
+    ),
+    Mutant("kernels/blocks.py", "return min(whole,", "return max(whole,", "test_codec_kernels.py -k least_cost"),
+    Mutant("kernels/blocks.py", "8 * width // 5 + 16", "8 * width // 5", "test_codec_kernels.py -k least_cost"),
+    Mutant("kernels/blocks.py", "start += num * width", "start += width", "test_codec_kernels.py -k inverts_cut"),
+    Mutant(
+        "kernels/rotation.py",
+        "for of_round in reversed(words)",
+        "for of_round in words[::1]",
+        "test_codec_kernels.py -k rotations",
+    ),
+    Mutant("kernels/trit_blocks.py", "total + shares[i]", "total - shares[i]", "test_trit_codec.py -k sum_of_payloads"),
+    Mutant("kernels/trit_blocks.py", "return largest * rotation", "return rotation", TRIT_TWIN),
+    Mutant(
+        "kernels/trit_blocks.py",
+        "fold_in(key, 2 * i + turn)",
+        "fold_in(key, turn)",
+        "test_codec_kernels.py -k words_of_its_own",
+    ),
+    Mutant(
+        "kernels/trit_blocks.py",
+        "lloyd_max.round_stochastically(scale, random_bits)",
+        "scale.astype(jnp.bfloat16)",
         TRIT_TWIN,
     ),
-    Mutant("kernels/packing.py", "jnp.uint8(3**j)", "jnp.uint8(2**j)", "test_trits.py -k pack"),
-    Mutant("kernels/packing.py", "rest * 171", "rest * 170", "test_trits.py -k pack"),
-    Mutant("kernels/rotation.py", "reversed(words)", "words", TRIT_TWIN),
-    Mutant("kernels/trit_blocks.py", "largest * rotation", "rotation", TRIT_TWIN),
-    Mutant("kernels/trit_blocks.py", "total + shares[i]", "total - shares[i]", "test_trit_codec.py -k sum"),
-    Mutant("codecs/hypervector.py", "bundle = bundle / num_met", "bundle = bundle * num_met", HYPERVECTOR),
-    Mutant("codecs/hypervector.py", "jnp.roll(flat, -begin)", "jnp.roll(flat, begin)", HYPERVECTOR),
+    Mutant("codecs/trit.py", "spec.num_reals < self.block_size", "spec.num_reals <= self.block_size", TRIT_TWIN),
+    Mutant("codecs/trit.py", "payloads.step[0], i)", "payloads.step[0], 0)", TRIT_TWIN),
+    Mutant(
+        "codecs/codec.py",
+        "jnp.stack([array.real, array.imag])",
+        "jnp.stack([array.imag, array.real])",
+        "test_trit_codec.py -k structure",
+    ),
+    Mutant("codecs/codec.py", "jnp.clip(leaf, -largest, largest)", "leaf", "test_trit_codec.py -k range_of_a_half"),
+    Mutant("codecs/hypervector.py", "jnp.roll(flat, -begin)", "jnp.roll(flat, begin)", HYPERVECTOR_TWIN),
+    Mutant("codecs/hypervector.py", "bundle / jnp.maximum(num_met, 1)", "bundle / chunks", HYPERVECTOR_TWIN),
+    Mutant(
+        "codecs/hypervector.py",
+        "jnp.maximum(num_met, 1)",
+        "num_met",
+        "test_hypervector_codec.py -k without_coordinates",
+    ),
+    Mutant("codecs/hypervector.py", "* size, 6)", "* size, 15)", "test_hypervector_codec.py -k noise_in_its_digits"),
+    Mutant("codecs/hypervector.py", "0, max(size, 1))", "0, 1)", "test_hypervector_codec.py -k table or follow"),
+    Mutant("codecs/hypervector.py", "math.ceil(share)", "math.floor(share)", "test_hypervector_codec.py -k ratio_sets"),
+    Mutant(
+        "codecs/hypervector.py",
+        "jnp.where(jnp.all(jnp.isfinite(bundle)), bundle, jnp.nan)",
+        "bundle",
+        "test_hypervector_codec.py -k everything",
+    ),
+    Mutant("codecs/hypervector.py", "self + -other", "self + other", "test_hypervector_codec.py -k vectors"),
+    Mutant(
+        "transforms/compress.py", "x - s.astype(x.dtype)", "x + s.astype(x.dtype)", "test_compress.py -k stays_behind"
+    ),
     Mutant(
         "transforms/compress.py",
-        "lambda x, s: x - s.astype",
-        "lambda x, s: x + s.astype",
+        "jnp.asarray(g, e.dtype) + e",
+        "jnp.asarray(g, e.dtype)",
         "test_compress.py -k stays_behind",
     ),
+    Mutant(
+        "transforms/compress.py", "select(is_finite, lost, state.residual)", "lost", "test_compress.py -k not_finite"
+    ),
+    Mutant(
+        "transforms/compress.py",
+        "encode(pending, state.step)",
+        "encode(pending, 0)",
+        "test_compress.py -k without_feedback",
+    ),
+    Mutant(
+        "transforms/compress.py",
+        "jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32),",
+        "*[jnp.zeros([], jnp.int32)] * 2,",
+        "test_compress.py -k donation",
+    ),
+    Mutant(
+        "transforms/coded_history.py",
+        "coefficients[: self.window.length]",
+        "coefficients[-self.window.length :]",
+        CODED,
+    ),
+    Mutant(
+        "transforms/coded_history.py", "self.codec.encode(kept), step", "self.codec.encode(kept, step), step", CODED
+    ),
+    Mutant("transforms/coded_history.py", "numerics.saturating_cast(x, s.dtype)", "x", "test_coded_history.py -k half"),
+    Mutant(
+        "transforms/predictor.py",
+        "[*trees, self._decoded(residual)]",
+        "[*trees, jax.tree.map(jnp.zeros_like, self._decoded(residual))]",
+        CODED,
+    ),
+    Mutant(
+        "transforms/predictor.py",
+        "lambda x: numerics.saturating_cast(x, x.dtype), coded",
+        "lambda x: x, coded",
+        "test_coded_history.py -k stays_finite",
+    ),
+    Mutant("trits.py", "_LLOYD_MAX_CUT = 0.612003", "_LLOYD_MAX_CUT = 0.712003", "test_trits.py -k twin"),
+    Mutant("trits.py", "mean * peak", "mean", "test_trits.py -k twin"),
+    Mutant("trits.py", "jnp.shape(x)) < odds", "jnp.shape(x)) > odds", "test_trits.py -k right_on_average"),
+    Mutant("trits.py", "jnp.where(is_finite, peak, jnp.nan)", "peak", "test_trits.py -k not_finite"),
     Mutant("kernels/wls.py", "share * (ages - mean) ** 2", "share * (ages + mean) ** 2", WLS),
     Mutant("kernels/wls.py", "(horizon - mean) * (ages - mean)", "(horizon + mean) * (ages - mean)", WLS),
     Mutant("kernels/wls.py", "share * (1.0 + slope)", "share * (1.0 - slope)", WLS),

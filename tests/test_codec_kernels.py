@@ -223,7 +223,7 @@ def test_blocks_cover_a_vector_at_the_least_cost(size, block_size):
     smallest = min(32, block_size)
     assert min(widths) >= smallest
     assert blocks.padded_size(runs) == sum(widths) >= size
-    assert blocks.num_blocks(runs) == len(widths)
+    assert sum(run.num for run in runs) == len(widths)
     assert sum(widths) - widths[-1] < size  # Only the last block is padded,
     rest = size % block_size
     assert sum(widths) - size < max(smallest, rest)  # and never to twice what was left, unless to the smallest.
@@ -262,7 +262,7 @@ def test_join_inverts_cut(size, batch):
         assert not joined[size:].any()
     flat = np.concatenate([np.reshape(piece, (*batch, -1)) for piece in pieces], axis=-1)
     np.testing.assert_array_equal(flat[..., :size], x)
-    numbers = draw(0, *batch, blocks.num_blocks(runs))
+    numbers = draw(0, *batch, sum(run.num for run in runs))
     scales = blocks.cut_scales(numbers, runs)
     assert [scale.shape for scale in scales] == [(*batch, num) for num, _ in runs]
     np.testing.assert_array_equal(np.concatenate(scales, axis=-1), numbers)

@@ -346,3 +346,9 @@ def test_the_count_saturates():
     grads = {"b": draw(0, 3)}
     state = opt.init(grads)._replace(step=jnp.int32(2**31 - 1))
     assert opt.update(grads, state)[1].step == 2**31 - 1
+
+
+def test_a_number_is_a_leaf():
+    opt = compress_gradients(TritCodec(), error_feedback=True)
+    emitted, state = opt.update({"x": 2.0}, opt.init({"x": 1.0}))
+    assert (float(emitted["x"]), float(state.residual["x"])) == (2.0, 0.0)

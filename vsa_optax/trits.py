@@ -82,8 +82,8 @@ def quantize_stochastic(x: jax.Array, key: jax.Array, *, axis: int | tuple[int, 
 
         P(values = sign(x)) = |x| / scale, else 0,     scale = max |x|
 
-    Unbiased: ``E[dequantize(values, scale)] = x`` exactly. On 1000 Gaussian numbers the mean squared error is 1.7 times
-    the variance, nine times that of `quantize_deterministic`, and it grows with the largest of them.
+    Unbiased: ``E[dequantize(values, scale)] = x`` exactly. On 2^20 Gaussian numbers the mean squared error is 2.9 times
+    the variance, fifteen times that of `quantize_deterministic`, and it grows with the largest of them.
 
     Args:
         x: ``[*shape]`` real.

@@ -24,7 +24,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from vsa_optax import checks
-from vsa_optax.kernels import signs
+from vsa_optax.kernels import numerics, signs
 
 
 class Cleanup(NamedTuple):
@@ -302,10 +302,8 @@ def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Each vector times a power of two that makes its largest coordinate about 1, and its norm then (1 if it is 0)."""
-    limit = jnp.finfo(x.dtype).maxexp - 8
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0)
-    exponent = jnp.clip(jnp.frexp(largest)[1], -limit, limit)
-    x = x * jnp.ldexp(jnp.ones([], x.dtype), -exponent)
+    x = x * jnp.ldexp(jnp.ones([], x.dtype), -numerics.power_of_two(largest))
     square = jnp.sum(x * x, axis=-1)
     return x, jnp.sqrt(jnp.where(square > 0, square, 1))
 

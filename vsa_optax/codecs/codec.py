@@ -109,7 +109,9 @@ def check_codec(name: str, codec: Any) -> Codec:
 
 
 def check_step(step: Any) -> jax.Array:
-    """``step`` as ``[] int32``; ``ValueError`` unless it is one integer."""
+    """``step`` as ``[] int32``; ``ValueError`` unless it is one integer, of 32 bits if it is Python's."""
+    if isinstance(step, int) and not isinstance(step, bool):
+        return jnp.int32(checks.check_integer("step", step, -(2**31)))
     array = jnp.asarray(step)
     if array.shape != () or not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"step must be one integer, got shape {array.shape} and dtype {array.dtype}")

@@ -218,7 +218,8 @@ class HypervectorCodec:
         return payload.specs
 
     def _dimension(self, size: int) -> int:
-        wanted = math.ceil(self.compression_ratio * size) if self.dimension is None else self.dimension
+        share = round(self.compression_ratio * size, 6)  # 0.07 * 100 is a little more than 7.
+        wanted = math.ceil(share) if self.dimension is None else self.dimension
         return max(1, min(wanted, size))
 
     def _keys(self, size: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -248,6 +249,6 @@ class HypervectorCodec:
         if self.shrink:
             chunks, dimension = bits.shape
             num_met = chunks - (jnp.arange(dimension) >= size - (chunks - 1) * dimension)
-            bundle = bundle / num_met
+            bundle = bundle / jnp.maximum(num_met, 1)  # 0 only in an empty tree.
         flat = signs.flip(jnp.broadcast_to(bundle, bits.shape), bits).reshape(-1)[:size]
         return flat if bits.size == size else jnp.roll(flat, begin)

@@ -85,7 +85,7 @@ class TritCodec:
     **Unbiased.** With ``unbiased=True`` the mean of ``decode(encode(x, step))`` over steps is x: the scale is chosen
     for that and rounded stochastically, and the rotation has two rounds, since after one the mean of a block with two
     or three non-zero coordinates is off by up to a third. What remains is below what 20,000 rotations resolve in blocks
-    of 64 or more; in narrower ones sparse data are off by up to 0.004 (32), 0.013 (16), 0.1 (8) or 0.3 of their norm.
+    of 64 or more; in narrower ones sparse data were off by 0.003 (32), 0.013 (16), 0.10 (8) or 0.3 (4) of their norm.
 
     **Which leaves.** Leaves with fewer than ``block_size`` coordinates stay as they are, and count in `nbytes` as what
     they are. What is left of a larger leaf beyond whole blocks is cut into narrower ones.

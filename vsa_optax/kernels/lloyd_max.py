@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from vsa_optax.kernels import numerics
+
 _POSITIVE_LEVELS = {
     1: (1.224006,),
     2: (0.443639, 0.918796, 1.476392, 2.254664),
@@ -55,8 +57,7 @@ def quantize(y: jax.Array, trits: int, *, unbiased: bool) -> tuple[jax.Array, ja
     cuts = (table[1:] + table[:-1]) / 2
     middle = np.uint8(len(table) // 2)
     peak = jnp.max(jnp.abs(y), axis=-1)
-    # The power of two keeps squares of very small and very large blocks in range; it changes no digit.
-    exponent = jnp.clip(jnp.frexp(jnp.where((peak > 0) & (peak < jnp.inf), peak, 1.0))[1], -125, 125)
+    exponent = numerics.power_of_two(peak)  # It changes no digit.
     shrunk = y * jnp.ldexp(jnp.ones_like(peak), -exponent)[..., None]
     rms = jnp.sqrt(jnp.mean(shrunk**2, axis=-1))  # Not finite if y is not; a maximum may lose a NaN.
     is_usable = (rms > 0) & (rms < jnp.inf)

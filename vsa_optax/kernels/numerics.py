@@ -9,10 +9,18 @@ import jax.numpy as jnp
 def is_finite(x: jax.Array) -> jax.Array:
     """``[] bool``: no NaN and no infinity in ``x``; true for a zero-size array.
 
-    The largest magnitude would be no slower a test and is no test: on a CPU, JAX 0.10 loses the NaN in a maximum over
-    4096 numbers or more.
+    The largest magnitude is no test: on a CPU, JAX 0.10 loses the NaN in a maximum over 4096 numbers or more.
     """
     return jnp.all(jnp.isfinite(x))
+
+
+def power_of_two(largest: jax.Array) -> jax.Array:
+    """``[...] int32``: the exponent e for which ``largest * 2^-e`` is in [0.5, 1), so that squares stay in range.
+
+    Clipped, so that neither 2^e nor 2^-e leaves the range of the dtype; 0 for 0.
+    """
+    limit = jnp.finfo(largest.dtype).maxexp - 8
+    return jnp.clip(jnp.frexp(largest)[1], -limit, limit)
 
 
 def stored_dtype(x: jax.Array, dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike | None:
@@ -42,9 +50,7 @@ def relative_distance(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> tuple
     largest = jnp.zeros([], dtype)
     for x, _ in wide:
         largest = jnp.maximum(largest, jnp.max(jnp.abs(x)).astype(dtype))
-    limit = jnp.finfo(dtype).maxexp - 8
-    exponent = jnp.clip(jnp.frexp(largest)[1], -limit, limit)
-    scale = jnp.ldexp(jnp.ones([], dtype), -exponent)
+    scale = jnp.ldexp(jnp.ones([], dtype), -power_of_two(largest))
     of_x = of_error = jnp.zeros([], dtype)
     for x, y in wide:
         of_x = of_x + jnp.sum(jnp.abs(x * scale) ** 2).astype(dtype)

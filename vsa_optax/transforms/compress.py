@@ -37,7 +37,7 @@ def compress_gradients(codec: codecs.Codec, *, error_feedback: bool = False) -> 
         x_t = g_t + e_t,    sent_t = decode(encode(x_t, t)),    e_{t+1} = x_t - sent_t
 
     so that everything arrives in the end: at any time ``sum sent + e = sum g``, up to rounding. In front of Adam that
-    did not help with `TritCodec`, and did harm with `HypervectorCodec`, whose residual is many steps old when sent.
+    did not help with `TritCodec`, and did harm with `HypervectorCodec`, at the best learning rate.
 
     Nothing is sent anywhere; this is the numerical effect of a codec, to try it in a training step, or to keep an
     optimizer behind it honest about what it would receive.
@@ -98,7 +98,7 @@ def compress_gradients(codec: codecs.Codec, *, error_feedback: bool = False) -> 
         pending = updates
         if error_feedback:
             checks.check_same_tree(state.residual, updates, what="gradients")
-            pending = jax.tree.map(lambda g, e: g.astype(e.dtype) + e, updates, state.residual)
+            pending = jax.tree.map(lambda g, e: jnp.asarray(g, e.dtype) + e, updates, state.residual)
         decoded = codec.decode(codec.encode(pending, state.step))
         sent = jax.tree.map(lambda d, g: codecs.as_decoded(d, codecs.spec_of(g)), decoded, updates)
         lost = jax.tree.map(lambda x, s: x - s.astype(x.dtype), pending, sent) if error_feedback else None

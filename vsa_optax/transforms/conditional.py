@@ -23,17 +23,10 @@ def when(fun: Callable[..., Any]) -> Callable[..., Any]:
         return loop[0]
 
     def body(loop: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
-        pred, carry, operands = loop
-        # False, and in jax.shard_map as device-dependent as the predicate is, which a constant would not be.
-        return jnp.logical_and(pred, False), fun(carry, *operands), operands
+        _, carry, operands = loop
+        return jnp.array(False), fun(carry, *operands), operands
 
     def run(pred: jax.Array, carry: Any, *operands: Any) -> Any:
         return lax.while_loop(more, body, (pred, carry, operands))[1]
 
     return run
-
-
-def is_array_tree(value: Any) -> bool:
-    """Whether an extra argument can be an operand: every other one is closed over."""
-    leaves = jax.tree.leaves(value)
-    return bool(leaves) and all(isinstance(leaf, jax.Array) or hasattr(leaf, "__array__") for leaf in leaves)

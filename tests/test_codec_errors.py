@@ -1,0 +1,61 @@
+"""What both codecs refuse, and how they say so."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vsa_optax import HypervectorCodec, TritCodec
+
+BAD = [
+    (TritCodec, "trits", 0, "1, 2 or 3"),
+    (TritCodec, "trits", 4, "1, 2 or 3"),
+    (TritCodec, "trits", 2.0, "1, 2 or 3"),
+    (TritCodec, "trits", True, "1, 2 or 3"),
+    (TritCodec, "block_size", 1, "a power of two from 2 to 65536"),
+    (TritCodec, "block_size", 1000, "a power of two from 2 to 65536"),
+    (TritCodec, "block_size", 131072, "a power of two from 2 to 65536"),
+    (TritCodec, "block_size", None, "a power of two from 2 to 65536"),
+    (TritCodec, "unbiased", 1, "True or False"),
+    (TritCodec, "seed", -1, "an integer >= 0"),
+    (TritCodec, "seed", 0.5, "an integer >= 0"),
+    (HypervectorCodec, "compression_ratio", 0, "> 0 and <= 1"),
+    (HypervectorCodec, "compression_ratio", 1.5, "> 0 and <= 1"),
+    (HypervectorCodec, "compression_ratio", float("nan"), "> 0 and <= 1"),
+    (HypervectorCodec, "compression_ratio", "0.1", "> 0 and <= 1"),
+    (HypervectorCodec, "dimension", 0, "an integer >= 1"),
+    (HypervectorCodec, "dimension", 2.0, "an integer >= 1"),
+    (HypervectorCodec, "dimension", True, "an integer >= 1"),
+    (HypervectorCodec, "use_ternary", 1, "True or False"),
+    (HypervectorCodec, "shrink", None, "True or False"),
+    (HypervectorCodec, "seed", -1, "an integer >= 0"),
+]
+both_codecs = pytest.mark.parametrize("codec", [TritCodec(), HypervectorCodec()], ids=["trits", "hypervector"])
+
+
+@pytest.mark.parametrize(("make", "name", "value", "valid"), BAD)
+def test_bad_arguments_name_themselves(make, name, value, valid):
+    with pytest.raises(ValueError, match=f"{name} must be") as error:
+        make(**{name: value})
+    assert repr(value) in str(error.value)
+    assert valid in str(error.value)
+
+
+@both_codecs
+@pytest.mark.parametrize("step", [1.0, np.arange(2), True], ids=["float", "array", "bool"])
+def test_a_step_that_is_no_integer(codec, step):
+    with pytest.raises(ValueError, match="step must be one integer, got shape"):
+        codec.encode({"x": jnp.ones(3)}, step)
+
+
+@both_codecs
+def test_a_step_of_more_than_32_bits(codec):
+    with pytest.raises(ValueError, match=r"step must be an integer .* got 2147483648"):
+        codec.encode({"x": jnp.ones(3)}, 2**31)
+
+
+@both_codecs
+@pytest.mark.parametrize("leaf", [np.arange(3), np.ones(2, bool), "text"], ids=["int", "bool", "text"])
+def test_leaves_that_are_no_floats_name_themselves(codec, leaf):
+    for use in (codec.encode, codec.nbytes):
+        with pytest.raises(TypeError, match=r"leaf \['odd'\] has dtype"):
+            use({"w": jnp.ones(2), "odd": leaf})
