@@ -40,6 +40,21 @@ def levels(trits: int) -> np.ndarray:
     return np.concatenate([-positive[::-1], np.zeros(1, np.float32), positive])
 
 
+def decode(numbers: jax.Array, trits: int) -> jax.Array:
+    """``[...] f32``, the levels that ``[...] uint8`` numbers stand for: ``levels(trits)[numbers]``.
+
+    By comparisons: a lookup would keep a CPU from doing several at once, and be done anew in each loop that it is
+    fused into.
+    """
+    table = levels(trits)
+    middle = len(table) // 2
+    value = jnp.zeros(numbers.shape, jnp.float32)
+    for i in range(1, middle + 1):
+        value = jnp.where(numbers >= middle + i, table[middle + i], value)
+        value = jnp.where(numbers <= middle - i, table[middle - i], value)
+    return value
+
+
 def quantize(y: jax.Array, trits: int, *, unbiased: bool) -> tuple[jax.Array, jax.Array]:
     """Level numbers and scales of blocks.
 
@@ -62,12 +77,13 @@ def quantize(y: jax.Array, trits: int, *, unbiased: bool) -> tuple[jax.Array, ja
     rms = jnp.sqrt(jnp.mean(shrunk**2, axis=-1))  # Not finite if y is not; a maximum may lose a NaN.
     is_usable = (rms > 0) & (rms < jnp.inf)
     unit = shrunk * jnp.where(is_usable, 1.0 / rms, 0.0)[..., None]
-    distance, magnitude = jnp.zeros(y.shape, jnp.uint8), jnp.abs(unit)
-    for cut in cuts[middle:]:
-        distance += (magnitude > cut).astype(jnp.uint8)
+    magnitude = jnp.abs(unit)
+    distance, chosen = jnp.zeros(y.shape, jnp.uint8), jnp.zeros(y.shape, jnp.float32)
+    for i, cut in enumerate(cuts[middle:]):
+        distance = jnp.where(magnitude > cut, np.uint8(i + 1), distance)
+        chosen = jnp.where(magnitude > cut, table[middle + i + 1], chosen)
     numbers = jnp.where(unit < 0, middle - distance, middle + distance)
-    chosen = jnp.asarray(table)[numbers]
-    alignment = jnp.mean(unit * chosen, axis=-1)
+    alignment = jnp.mean(magnitude * chosen, axis=-1)
     gain = 1.0 / alignment if unbiased else alignment / jnp.mean(chosen**2, axis=-1)
     scales = jnp.ldexp(gain * rms, exponent)
     return numbers, jnp.where(rms == 0, 0.0, jnp.where(is_usable, scales, jnp.nan))

@@ -6,6 +6,7 @@ unpacking are whole-array operations on five contiguous pieces.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 DIGITS_PER_BYTE = 5
 
@@ -15,24 +16,25 @@ def packed_size(size: int) -> int:
     return -(-size // DIGITS_PER_BYTE)
 
 
+def digits_of(numbers: jax.Array, num: int) -> jax.Array:
+    """``[num, ...] uint32``, the base-three digits, lowest first, of ``[...]`` integers below 256."""
+    # number // 3**j by a product, exact for 8 bits: the factor is too large by less than 3**j / 2**16.
+    factors = np.array([-(-(1 << 16) // 3**j) for j in range(num)], np.uint32)
+    quotients = (numbers.astype(jnp.uint32)[None] * factors.reshape(num, *[1] * numbers.ndim)) >> 16
+    return quotients - 3 * ((quotients * 171) >> 9)  # The remainder by 3, exact below 256 too.
+
+
 def pack_digits(digits: jax.Array) -> jax.Array:
-    """``[..., ceil(n / 5)] uint8`` from ``[..., n] uint8`` digits 0, 1, 2."""
+    """``[..., ceil(n / 5)] uint8`` from ``[..., n]`` integers 0, 1, 2."""
     *batch, size = digits.shape
     num_bytes = packed_size(size)
     padded = jnp.pad(digits, [(0, 0)] * len(batch) + [(0, num_bytes * DIGITS_PER_BYTE - size)])
-    planes = padded.reshape(*batch, DIGITS_PER_BYTE, num_bytes)
-    packed = planes[..., 0, :]
-    for j in range(1, DIGITS_PER_BYTE):
-        packed = packed + planes[..., j, :] * jnp.uint8(3**j)
-    return packed
+    planes = padded.reshape(*batch, DIGITS_PER_BYTE, num_bytes).astype(jnp.uint32)
+    powers = np.array([3**j for j in range(DIGITS_PER_BYTE)], np.uint32)
+    return jnp.sum(planes * powers[:, None], axis=-2, dtype=jnp.uint32).astype(jnp.uint8)
 
 
 def unpack_digits(packed: jax.Array, size: int) -> jax.Array:
     """``[..., size] uint8``, what `pack_digits` packed."""
-    rest = packed.astype(jnp.uint16)
-    planes = []
-    for _ in range(DIGITS_PER_BYTE):
-        quotient = (rest * 171) >> 9  # rest // 3, exactly for rest below 256.
-        planes.append((rest - 3 * quotient).astype(jnp.uint8))
-        rest = quotient
-    return jnp.concatenate(planes, axis=-1)[..., :size]
+    planes = jnp.moveaxis(digits_of(packed, DIGITS_PER_BYTE), 0, -2).astype(jnp.uint8)
+    return planes.reshape(*packed.shape[:-1], -1)[..., :size]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vsa_optax.kernels import blocks, lloyd_max, packing, rotation, signs
 from vsa_optax.kernels.blocks import BlockRun
@@ -73,7 +74,7 @@ def decode_sum(
     runs = blocks.split_into_blocks(size, block_size)
     words = random_words(key, runs, rounds=2 if unbiased else 1)
     levels = jnp.asarray(lloyd_max.levels(codes.shape[1]))
-    numbers = unpack_numbers(codes, blocks.padded_size(runs))
+    numbers = unpack_numbers(codes.swapaxes(0, 1), blocks.padded_size(runs))
 
     def decode_block(numbers: jax.Array, weights: jax.Array, words: list[jax.Array]) -> jax.Array:
         # The largest weight is taken out and put back at the end, so that no sum on the way overflows.
@@ -94,21 +95,16 @@ def decode_sum(
 
 
 def pack_numbers(numbers: jax.Array, trits: int) -> jax.Array:
-    """``[t, m] uint8`` from ``[n] uint8`` level numbers below ``3**t``: the packed digits, lowest first."""
-    planes = []
-    for _ in range(trits):
-        planes.append(packing.pack_digits(numbers % jnp.uint8(3)))
-        numbers = numbers // jnp.uint8(3)
-    return jnp.stack(planes)
+    """``[t, ..., m] uint8`` from ``[..., n] uint8`` level numbers below ``3**t``: packed digits, lowest first."""
+    return packing.pack_digits(packing.digits_of(numbers, trits))
 
 
 def unpack_numbers(codes: jax.Array, size: int) -> jax.Array:
-    """``[..., size] uint8`` from ``[..., t, m] uint8``, the inverse of `pack_numbers`."""
-    digits = packing.unpack_digits(codes, size)
-    numbers = digits[..., 0, :]
-    for i in range(1, codes.shape[-2]):
-        numbers = numbers + digits[..., i, :] * jnp.uint8(3**i)
-    return numbers
+    """``[..., size] uint8`` from ``[t, ..., m] uint8``, the inverse of `pack_numbers`."""
+    digits = packing.unpack_digits(codes, size).astype(jnp.uint32)
+    powers = np.array([3**i for i in range(len(codes))], np.uint32)
+    weighted = digits * powers.reshape(-1, *[1] * (digits.ndim - 1))
+    return jnp.sum(weighted, axis=0, dtype=jnp.uint32).astype(jnp.uint8)
 
 
 def random_words(key: jax.Array, runs: Sequence[BlockRun], *, rounds: int) -> list[list[jax.Array]]:
