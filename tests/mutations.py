@@ -51,11 +51,14 @@ KERNEL_TWIN = "test_codec_kernels.py -k twin"
 TRIT_TWIN = "test_trit_codec.py -k twin"
 HYPERVECTOR_TWIN = "test_hypervector_codec.py -k twin"
 CODED = "test_coded_history.py -k decoded_records"
+SUM = "test_trit_sums.py -k twin or few_rows"
+ROUNDING = "test_trit_sums.py -k rounding"
+WINDOWS = "test_accumulate.py -k windows_are or left_out or leaves_out"
 OF_ERRORS = "test_errors.py"
 
 MUTANTS = [
-    Mutant("kernels/numerics.py", "jnp.all(jnp.isfinite(x))", "jnp.any(jnp.isfinite(x))", NUMERICS),
-    Mutant("kernels/numerics.py", "jnp.all(jnp.isfinite(x))", "~jnp.any(jnp.isnan(x))", NUMERICS),
+    Mutant("kernels/numerics.py", "jnp.isfinite(jnp.sum(x * 0))", "jnp.isfinite(jnp.max(x))", NUMERICS),
+    Mutant("kernels/numerics.py", "jnp.isfinite(jnp.sum(x * 0))", "~jnp.any(jnp.isnan(x))", NUMERICS),
     Mutant("kernels/numerics.py", "nan=0.0", "nan=1.0", NUMERICS),
     Mutant("kernels/numerics.py", "x * scale - y * scale", "x * scale + y * scale", NUMERICS),
     Mutant("kernels/numerics.py", "-power_of_two(largest)", "power_of_two(largest)", NUMERICS),
@@ -102,8 +105,8 @@ MUTANTS = [
         "0 * numerics.power_of_two(peak)",
         "test_codec_kernels.py -k twin or powers",
     ),
-    Mutant("kernels/packing.py", "(rest * 171) >> 9", "(rest * 170) >> 9", "test_trits.py -k every_byte"),
-    Mutant("kernels/packing.py", "jnp.uint8(3**j)", "jnp.uint8(2**j)", "test_trits.py -k inverts"),
+    Mutant("kernels/packing.py", "(quotients * 171) >> 9", "(quotients * 170) >> 9", "test_trits.py -k every_byte"),
+    Mutant("kernels/packing.py", "[3**j for j in range(DIG", "[2**j for j in range(DIG", "test_trits.py -k inverts"),
     Mutant(
         "kernels/blocks.py",
         "SMALLEST_BLOCK = 32",
@@ -261,6 +264,18 @@ MUTANTS = [
         "transforms/phase_step.py", "(phase == Phase.CORRECT) & is_finite", "(phase != Phase.CORRECT) & is_finite", TWIN
     ),
     Mutant("transforms/predict.py", "jnp.asarray(rate, u.dtype) * u", "-jnp.asarray(rate, u.dtype) * u", STEP),
+    Mutant("kernels/trit_sums.py", "[of_blocks]) + _decode(", "[of_blocks]) - _decode(", SUM),
+    Mutant("kernels/trit_sums.py", "+ piece.x) / divisor", "- piece.x) / divisor", SUM),
+    Mutant("kernels/trit_rows.py", "first + jnp.arange(few.num) >= i", "first + jnp.arange(few.num) >= 0 * i", SUM),
+    Mutant("kernels/trit_rows.py", "words[whole.num_words :]", "words[: last.num_words]", SUM),
+    Mutant(
+        "kernels/uniform.py", "((bits + 0xFFFF) >> 16) << 16", "(bits >> 16) << 16", "test_trit_sums.py -k rounding"
+    ),
+    Mutant("transforms/accumulate.py", "state.mini_step >= k - 1", "state.mini_step >= k", WINDOWS),
+    Mutant("transforms/accumulate.py", "adds = is_accepted & ~emits", "adds = ~emits", WINDOWS),
+    Mutant("transforms/accumulate.py", "is_finite & ~should_skip", "is_finite", WINDOWS),
+    Mutant("transforms/accumulate.py", "jnp.where(emits, 0, state", "jnp.where(emits, 1, state", WINDOWS),
+    Mutant("transforms/ternary_accumulator.py", "num - carry.nonfinite_count", "num", WINDOWS),
     Mutant("transforms/queries.py", "total - machine.predict_steps", "total + machine.predict_steps", WALK),
     Mutant("transforms/queries.py", "opt_state).phase != Phase", "opt_state).phase == Phase", LINE),
     Mutant(

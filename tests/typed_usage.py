@@ -14,15 +14,19 @@ from vsa_optax import (
     Phase,
     PhaseStats,
     TritCodec,
+    accumulate_ternary,
     compress_gradients,
     needs_backward,
     phase_stats,
     phase_switched,
     predict_gradients,
+    ternary_accumulator,
+    ternary_multi_steps,
     trits,
     value_and_grad_by_phase,
     vsa,
 )
+from vsa_optax.transforms.accumulate import TernaryMultiSteps
 
 Params = dict[str, jax.Array]
 
@@ -61,6 +65,11 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
         predict_gradients(history_codec=HypervectorCodec()),
         compress_gradients(TritCodec()),
         compress_gradients(HypervectorCodec(), error_feedback=True),
+        accumulate_ternary(4),
+        accumulate_ternary(
+            lambda step: 2 + step, trits=1, rounding="stochastic", block_size=64, use_grad_mean=False, seed=1
+        ),
+        ternary_multi_steps(optax.adam(0.1), 4, True, None, trits=3, rounding="nearest", block_size=256, seed=2),
         predict_gradients(history_dtype="float16"),
         predict_gradients(history_dtype=np.dtype("float32")),
         predict_gradients(history_dtype=None),
@@ -88,6 +97,15 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
             loss_threshold=0.2,
         ),
     ]
+
+
+def use_accumulation(params: Params) -> None:
+    """What is asked of a transformation that accumulates, and the accumulator for micro-batches."""
+    opt: TernaryMultiSteps = ternary_multi_steps(optax.sgd(0.1), every_k_schedule=2, use_grad_mean=False)
+    updated: jax.Array = opt.has_updated(opt.init(params))
+    assert not updated
+    accumulator = ternary_accumulator(2, trits=1, rounding="nearest", block_size=32, use_grad_mean=True, seed=0)
+    assert accumulator.finalize(accumulator.update(accumulator.init(params), params, 0))["w"].shape == (3,)
 
 
 def use_codecs(params: Params) -> None:
@@ -169,6 +187,7 @@ def main() -> None:
     params: Params = {"w": jnp.ones(3)}
     x = jnp.ones((2, 3))
     use_codecs(params)
+    use_accumulation(params)
     use_arrays(x)
     states = [opt.init(params) for opt in use_transformations()]
     assert len(states) > 1

@@ -86,6 +86,15 @@ def compressed(codec: Any, **settings: Any) -> Factory:
     return factory
 
 
+def accumulated(**settings: Any) -> Factory:
+    """`ternary_multi_steps` of two micro-batches round Adam."""
+
+    def factory(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+        return vsa_optax.ternary_multi_steps(optax.adam(learning_rate), 2, **settings)
+
+    return factory
+
+
 def about_to_predict(inner: Factory) -> Factory:
     """The same, but ``init`` takes the steps before the first of PREDICT: many of Optax's tests take only one."""
 
@@ -140,9 +149,10 @@ _UNBIASED = vsa_optax.TritCodec(trits=2, block_size=2, unbiased=True)
 _SKETCH = vsa_optax.HypervectorCodec(compression_ratio=0.5)
 _FEW = frozenset({"float64", "sharding"})
 VARIANTS["coded_history"] = Variant(switched(optax.adam, history_codec=_TRITS, **SETTINGS), 3e-3, suites=_FEW)
-VARIANTS["compressed"] = Variant(compressed(_TRITS), 3e-3, suites=_FEW | {"contrib"}, predicts=False)
+VARIANTS["compressed"] = Variant(compressed(_TRITS), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["compressed_unbiased"] = Variant(compressed(_UNBIASED, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["compressed_sketch"] = Variant(compressed(_SKETCH, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
+VARIANTS["accumulated"] = Variant(accumulated(trits=3, block_size=2), 1e-2, suites=_FEW, predicts=False)
 VARIANTS["default_lengths"] = Variant(switched(optax.adam), 1e-2, suites=frozenset())
 for _name in ("adam_update_recursive", "momentum_gradient_window"):
     _factory = about_to_predict(VARIANTS[_name].factory)
@@ -159,5 +169,6 @@ BARE: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
 }
 BARE_CODECS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
     "compress_gradients": functools.partial(vsa_optax.compress_gradients, _TRITS),
+    "accumulate_ternary": functools.partial(vsa_optax.accumulate_ternary, 2, trits=3, block_size=2),
     "compress_gradients_feedback": functools.partial(vsa_optax.compress_gradients, _SKETCH, error_feedback=True),
 }

@@ -23,10 +23,22 @@ def when(fun: Callable[..., Any]) -> Callable[..., Any]:
         return loop[0]
 
     def body(loop: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
-        _, carry, operands = loop
-        return jnp.array(False), fun(carry, *operands), operands
+        pred, carry, operands = loop
+        # False, and under shard_map as variable over the devices as the condition was.
+        return jnp.logical_and(pred, False), fun(carry, *operands), operands
 
     def run(pred: jax.Array, carry: Any, *operands: Any) -> Any:
         return lax.while_loop(more, body, (pred, carry, operands))[1]
 
     return run
+
+
+def split_extra_args(extra_args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Extra arguments that are trees of arrays, which can be operands, and the others, part of the program."""
+    traced = {name: value for name, value in extra_args.items() if _is_array_tree(value)}
+    return traced, {name: value for name, value in extra_args.items() if name not in traced}
+
+
+def _is_array_tree(value: Any) -> bool:
+    leaves = jax.tree.leaves(value)
+    return bool(leaves) and all(isinstance(leaf, jax.Array) or hasattr(leaf, "__array__") for leaf in leaves)

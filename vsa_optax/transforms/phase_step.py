@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from vsa_optax.kernels import numerics
-from vsa_optax.transforms.conditional import when
+from vsa_optax.transforms.conditional import split_extra_args, when
 from vsa_optax.transforms.finite import all_finite, select
 from vsa_optax.transforms.history import Scalars
 from vsa_optax.transforms.phases import Phase
@@ -60,8 +60,7 @@ class PhaseStep:
         scalars: Scalars,
     ) -> StepResult:
         """One step in a true phase, the prediction in PREDICT."""
-        static_args = {k: v for k, v in extra_args.items() if not _is_array_tree(v)}
-        traced_args = {k: v for k, v in extra_args.items() if k not in static_args}
+        traced_args, static_args = split_extra_args(extra_args)
         emitted = jax.eval_shape(
             lambda u, s, p, e: self._recorded.update(u, s, p, **e, **static_args)[0],
             updates,
@@ -134,8 +133,3 @@ class PhaseStep:
 def _true(updates: Any) -> jax.Array:
     del updates
     return jnp.array(True)
-
-
-def _is_array_tree(value: Any) -> bool:
-    leaves = jax.tree.leaves(value)
-    return bool(leaves) and all(isinstance(leaf, jax.Array) or hasattr(leaf, "__array__") for leaf in leaves)

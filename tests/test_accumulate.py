@@ -1,0 +1,375 @@
+"""Accumulation in trits: the windows of optax.MultiSteps, a mean within its documented error, and what it holds."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import vsa_optax
+from vsa_optax import accumulate_ternary, ternary_accumulator, ternary_multi_steps
+
+try:
+    from jax import shard_map
+except ImportError:  # JAX before 0.8.
+    from jax.experimental.shard_map import shard_map
+
+P = jax.sharding.PartitionSpec
+CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
+SIZE = 4096
+# Relative squared error of the mean of 2, 8 and 32 gradients of pure noise, as documented.
+DOCUMENTED = {1: (0.095, 0.39, 0.70), 2: (0.014, 0.085, 0.29), 3: (0.0018, 0.012, 0.049)}
+
+
+# The same where the last one is quantised too.
+DOCUMENTED_IN_A_CARRY = {1: (0.25, 0.48), 2: (0.041, 0.108), 3: (0.0052, 0.015)}
+MEAN = optax.microbatching.AccumulationType.MEAN
+
+
+def noise(num, shape=(SIZE,), seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), (num, *shape)).astype(dtype)
+
+
+def emitted(opt, gradients, state=None):
+    """What leaves at each step, stacked, and the last state."""
+    state = opt.init(jax.tree.map(lambda g: g[0], gradients)) if state is None else state
+
+    def step(state, gradient):
+        updates, state = opt.update(gradient, state, gradient)
+        return state, updates
+
+    state, updates = jax.jit(lambda state: jax.lax.scan(step, state, gradients), **CHEAP)(state)
+    return updates, state
+
+
+def through_a_carry(accumulator, gradients):
+    num = len(jax.tree.leaves(gradients)[0])
+    one = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), gradients)
+
+    def grow(i, carry):
+        return accumulator.update(carry, jax.tree.map(lambda g: g[i], gradients), i)
+
+    return jax.jit(lambda: accumulator.finalize(jax.lax.fori_loop(0, num, grow, accumulator.init(one))), **CHEAP)()
+
+
+def relative_error(x, y):
+    return float(jnp.sum((x - y) ** 2) / jnp.sum(y**2))
+
+
+@pytest.mark.parametrize("trits", [1, 2, 3])
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_the_mean_is_within_the_documented_error(trits, column):
+    k = (2, 8, 32)[column]
+    gradients = noise(k, (1 << 16,))
+    updates, _ = emitted(accumulate_ternary(k, trits=trits), gradients)
+    error = relative_error(updates[-1], gradients.mean(axis=0))
+    assert error == pytest.approx(DOCUMENTED[trits][column], rel=0.04)
+
+
+@pytest.mark.parametrize("trits", [1, 2, 3])
+@pytest.mark.parametrize("column", [0, 1])
+def test_the_accumulator_for_micro_batches_is_within_its_documented_error(trits, column):
+    k = (2, 8)[column]
+    gradients = noise(k, (1 << 16,))
+    mean = through_a_carry(ternary_accumulator(k, trits=trits), gradients)
+    error = relative_error(mean, gradients.mean(axis=0))
+    assert error == pytest.approx(DOCUMENTED_IN_A_CARRY[trits][column], rel=0.05)
+
+
+def test_gradients_that_agree_lose_less():
+    gradients = 3.0 * noise(1)[0] + noise(8, seed=1)
+    updates, _ = emitted(accumulate_ternary(8), gradients)
+    assert relative_error(updates[-1], gradients.mean(axis=0)) < 0.6 * DOCUMENTED[2][1]
+
+
+def test_stochastic_rounding_is_worse_as_documented():
+    gradients = noise(8, (1 << 14,))
+    for trits, worse in ((1, 27), (2, 6), (3, 4)):
+        updates, _ = emitted(accumulate_ternary(8, trits=trits, rounding="stochastic"), gradients)
+        error = relative_error(updates[-1], gradients.mean(axis=0))
+        assert error == pytest.approx(worse * DOCUMENTED[trits][1], rel=0.15)
+
+
+def test_between_emissions_exact_zeros_leave():
+    gradients = {"w": noise(9, (40, 50)), "b": noise(9, (3,))}
+    updates, state = emitted(accumulate_ternary(3), gradients)
+    for leaf in jax.tree.leaves(updates):
+        quiet = np.delete(np.asarray(leaf), [2, 5, 8], axis=0)
+        assert not quiet.any()
+        assert np.asarray(leaf)[[2, 5, 8]].any(axis=tuple(range(1, leaf.ndim))).all()
+    assert (int(state.mini_step), int(state.gradient_step), int(state.nonfinite_count)) == (0, 3, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+def test_one_micro_batch_passes_through_exactly(dtype):
+    gradients = {"w": noise(2, dtype=dtype), "b": noise(2, (3,), dtype=dtype), "s": noise(2, (), dtype=dtype)}
+    updates, _ = emitted(accumulate_ternary(1), gradients)
+    for name, gradient in gradients.items():
+        assert updates[name].dtype == gradient.dtype
+        np.testing.assert_array_equal(updates[name], gradient)
+
+
+def test_the_sum_is_k_means():
+    gradients = noise(4)
+    mean, _ = emitted(accumulate_ternary(4), gradients)
+    total, _ = emitted(accumulate_ternary(4, use_grad_mean=False), gradients)
+    np.testing.assert_allclose(total, 4 * mean, rtol=1e-6)
+
+
+def test_a_micro_batch_that_is_not_finite_is_left_out_and_counted():
+    gradients = noise(5)
+    opt = accumulate_ternary(4)
+    spoiled = gradients.at[1, 7].set(jnp.nan).at[3, 0].set(jnp.inf)
+    with_bad, state = emitted(opt, jnp.concatenate([spoiled, gradients[1:2]]))
+    without, _ = emitted(opt, jnp.stack([gradients[0], gradients[2], gradients[4], gradients[1]]))
+    np.testing.assert_array_equal(with_bad[-1], without[-1])
+    assert not np.asarray(with_bad[:-1]).any()
+    assert int(state.nonfinite_count) == 2
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(state))
+
+
+def test_state_bytes_are_as_documented():
+    for trits, bits in ((1, 1.62), (2, 3.22), (3, 4.82)):
+        state = accumulate_ternary(3, trits=trits).init(jnp.zeros((1000, 1024)))
+        assert sum(x.nbytes for x in jax.tree.leaves(state)) - 12 == pytest.approx(bits / 8 * 1.024e6, rel=0.003)
+    small = accumulate_ternary(3).init(jnp.zeros(100, jnp.bfloat16))
+    assert sum(x.nbytes for x in jax.tree.leaves(small)) == 400 + 12
+
+
+def schedule(step):
+    return jnp.where(step < 2, 2, 3)
+
+
+SKIP = functools.partial(optax.skip_large_updates, max_squared_norm=30.0)
+
+
+@pytest.mark.parametrize("k", [1, 3, schedule], ids=["one", "three", "changing"])
+@pytest.mark.parametrize("use_grad_mean", [True, False])
+@pytest.mark.parametrize("skip", [None, SKIP], ids=["take all", "skip large"])
+def test_windows_are_those_of_multi_steps(k, use_grad_mean, skip):
+    """With leaves smaller than a block nothing is coded, and what is left is optax.MultiSteps."""
+    gradients = {"w": noise(14, (3, 5)), "b": noise(14, (2,), seed=1)}
+    gradients = jax.tree.map(lambda g: g.at[jnp.array([3, 8])].multiply(10.0), gradients)
+    params = jax.tree.map(lambda g: g[0], gradients)
+    ours = ternary_multi_steps(optax.adamw(0.1), k, use_grad_mean, skip)
+    theirs = optax.MultiSteps(optax.adamw(0.1), k, use_grad_mean, skip)
+    state, their_state = ours.init(params), theirs.init(params)
+    step, their_step = jax.jit(ours.update), jax.jit(theirs.update)
+    for i in range(14):
+        gradient = jax.tree.map(lambda g, i=i: g[i], gradients)
+        updates, state = step(gradient, state, params)
+        their_updates, their_state = their_step(gradient, their_state, params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6), updates, their_updates)
+        assert int(state.mini_step) == int(their_state.mini_step)
+        assert int(state.gradient_step) == int(their_state.gradient_step)
+        assert bool(ours.has_updated(state)) == bool(theirs.has_updated(their_state))
+        assert jax.tree.map(float, state.skip_state) == jax.tree.map(float, their_state.skip_state)
+
+
+def test_the_inner_optimizer_gets_the_mean_and_runs_on_emissions_only():
+    gradients = noise(6)
+    means, _ = emitted(accumulate_ternary(3), gradients)
+    updates, state = emitted(ternary_multi_steps(optax.adam(0.1), 3), gradients)
+    opt, inner = optax.adam(0.1), optax.adam(0.1).init(gradients[0])
+    for step in (2, 5):
+        expected, inner = jax.jit(opt.update)(means[step], inner)
+        np.testing.assert_allclose(updates[step], expected, rtol=1e-5, atol=1e-7)
+    assert int(state.inner_opt_state[0].count) == 2
+    assert not np.asarray(updates)[[0, 1, 3, 4]].any()
+
+
+def test_extra_arguments_reach_the_inner_optimizer():
+    inner = optax.GradientTransformationExtraArgs(
+        lambda params: jnp.zeros([]), lambda u, s, p=None, *, value, note=None: (u, s + value + (note == "static"))
+    )
+    opt = ternary_multi_steps(inner, 2)
+    state = opt.init(jnp.zeros(3))
+    for value in (5.0, 7.0, 100.0):
+        _, state = opt.update(jnp.ones(3), state, value=jnp.float32(value), note="static")
+    assert float(state.inner_opt_state) == 8.0
+
+
+def test_phases_inside_skip_all_micro_batches_of_a_predicted_step():
+    phases = vsa_optax.phase_switched(
+        optax.sgd(0.1), warmup_steps=2, full_steps=1, predict_steps=2, correct_every=2, history_window=2
+    )
+    opt = ternary_multi_steps(phases, 2)
+    params = jnp.full(2048, 1.0)
+    state, update = opt.init(params), jax.jit(opt.update, **CHEAP)
+    needs = []
+    for _ in range(14):
+        needs.append(bool(vsa_optax.needs_backward(state)))
+        gradient = params if needs[-1] else jnp.zeros_like(params)
+        updates, state = update(gradient, state, params, value=jnp.float32(1.0))
+        params = optax.apply_updates(params, updates)
+    stats = vsa_optax.phase_stats(state)
+    assert int(stats.total_steps) == 7
+    # WARMUP, WARMUP, FULL, PREDICT, PREDICT, CORRECT, FULL, of two micro-batches each.
+    assert needs == [True] * 6 + [False] * 4 + [True] * 4
+    assert int(stats.predict_steps) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+def test_state_types_do_not_change(dtype):
+    params = {"w": jnp.ones(2000, dtype), "s": jnp.ones([], dtype), "e": jnp.ones((0, 3), dtype)}
+    opt = ternary_multi_steps(optax.sgd(0.1, momentum=0.9), 2)
+
+    def step(state):
+        return jax.lax.cond(state.mini_step == 0, lambda s: opt.update(params, s, params)[1], lambda s: s, state)
+
+    state = opt.init(params)
+    after = jax.eval_shape(step, state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    updates, _ = jax.eval_shape(opt.update, params, state, params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), updates) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
+
+
+def test_float64_is_summed_in_float64_where_it_is_not_coded():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        gradients = {"small": noise(3, (5,)).astype(jnp.float64) / 3, "large": noise(3, (2048,)).astype(jnp.float64)}
+        opt = ternary_multi_steps(optax.sgd(1.0), 3)
+        updates, state = emitted(opt, gradients)
+        assert state.acc_grads["small"].values.dtype == jnp.float64
+        np.testing.assert_allclose(updates["small"][-1], -gradients["small"].mean(axis=0), rtol=1e-14)
+        assert updates["large"].dtype == jnp.float64
+        assert relative_error(updates["large"][-1], -gradients["large"].mean(axis=0)) < 0.1
+
+
+def test_updates_leave_in_the_dtype_that_the_inner_optimizer_emits():
+    params = jnp.ones(2048, jnp.float32)
+    opt = ternary_multi_steps(optax.adamw(0.1), 2)
+    plain, state = optax.adamw(0.1), opt.init(params)
+    gradient = params.astype(jnp.bfloat16)
+    for _ in range(2):
+        updates, state = opt.update(gradient, state, params)
+    expected, _ = plain.update(gradient, plain.init(params), params)
+    assert updates.dtype == expected.dtype
+    np.testing.assert_allclose(updates, expected, rtol=0.05)
+
+
+def test_an_accumulator_in_optax_microbatching():
+    def loss(params, batch):
+        return jnp.mean((batch @ params["w"] + params["b"] - 1.0) ** 2)
+
+    batch = jax.random.normal(jax.random.key(0), (24, 2048))
+    params = {"w": jnp.zeros(2048), "b": jnp.zeros([])}
+    both = (MEAN, ternary_accumulator(6, trits=3))
+    value, grads = optax.microbatching.microbatch(jax.value_and_grad(loss), 1, 4, both)(params, batch)
+    expected_value, expected = jax.value_and_grad(loss)(params, batch)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    np.testing.assert_allclose(grads["b"], expected["b"], rtol=1e-5)
+    assert relative_error(grads["w"], expected["w"]) < 0.02
+    total = optax.microbatching.microbatch(jax.grad(loss), 1, 4, ternary_accumulator(6, trits=3, use_grad_mean=False))
+    np.testing.assert_allclose(total(params, batch)["w"], 6 * grads["w"], rtol=1e-5)
+
+
+def test_an_accumulator_leaves_out_what_is_not_finite():
+    gradients = noise(4, (2048,))
+    spoiled = gradients.at[1, 5].set(jnp.nan)
+    accumulator = ternary_accumulator(4, trits=3)
+    mean = through_a_carry(accumulator, spoiled)
+    others = jnp.stack([gradients[0], gradients[2], gradients[3]]).mean(axis=0)
+    assert relative_error(mean, others) < 0.02
+    assert np.isnan(through_a_carry(accumulator, jnp.full((4, 2048), jnp.nan))).all()
+    np.testing.assert_allclose(accumulator.aggregate(gradients), gradients.mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_middle_of_a_window_survives_a_checkpoint(tmp_path):
+    checkpoint = pytest.importorskip("vsa_optax.checkpoint")
+    gradients = noise(6)
+    opt = ternary_multi_steps(optax.adam(0.1), 3)
+    whole, _ = emitted(opt, gradients)
+    _, state = emitted(opt, gradients[:4])
+    checkpoint.save(tmp_path / "run", 4, state)
+    _, restored = checkpoint.restore(tmp_path / "run", template=opt.init(gradients[0]))
+    rest, _ = emitted(opt, gradients[4:], restored)
+    np.testing.assert_array_equal(rest, whole[4:])
+
+
+@pytest.mark.parametrize("averaged", [True, False], ids=["replicated", "a sum on each device"])
+def test_under_shard_map_with_replication_checked(averaged):
+    num = 4
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:num]), ("data",))
+    opt = ternary_multi_steps(optax.sgd(0.1, momentum=0.9), 2)
+    gradients = noise(num, (2048,))
+    layout = P() if averaged else P("data")
+
+    def step(state, gradient):
+        mine = jax.lax.pmean(gradient[0], "data") if averaged else gradient[0]
+        state = state if averaged else jax.tree.map(lambda x: x[0], state)
+        out = opt.update(mine, state, mine)
+        return out if averaged else jax.tree.map(lambda x: x[None], out)
+
+    run = jax.jit(shard_map(step, mesh=mesh, in_specs=(layout, P("data")), out_specs=(layout, layout)))
+    alone = [gradients.mean(axis=0)] if averaged else list(gradients)
+    theirs = [opt.init(gradient) for gradient in alone]
+    state = theirs[0] if averaged else jax.tree.map(lambda *x: jnp.stack(x), *theirs)
+    step_alone = jax.jit(opt.update)
+    for _ in range(2):
+        updates, state = run(state, gradients)
+        both = [step_alone(gradient, s, gradient) for gradient, s in zip(alone, theirs, strict=True)]
+        theirs = [s for _, s in both]
+    expected = both[0][0] if averaged else jnp.stack([u for u, _ in both])
+    np.testing.assert_allclose(updates, expected, rtol=1e-3, atol=1e-4)
+    assert np.all(np.asarray(state.gradient_step) == 1)
+
+
+def test_windows_have_rotations_of_their_own():
+    gradients = jnp.tile(noise(2), (2, 1))
+    updates, _ = emitted(accumulate_ternary(2), gradients)
+    assert relative_error(updates[1], updates[3]) > 0.001
+    again, _ = emitted(accumulate_ternary(2), gradients)
+    np.testing.assert_array_equal(updates, again)
+    other, _ = emitted(accumulate_ternary(2, seed=1), gradients)
+    assert relative_error(updates[1], other[1]) > 0.001
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"every_k_schedule": 0}, "every_k_schedule must be an integer >= 1"),
+        ({"trits": 4}, "trits must be 1, 2 or 3, got 4"),
+        ({"rounding": "up"}, "rounding must be one of 'nearest', 'stochastic'"),
+        ({"block_size": 100}, "block_size must be a power of two from 2 to 65536, got 100"),
+        ({"use_grad_mean": 1}, "use_grad_mean must be True or False"),
+        ({"seed": -1}, "seed must be an integer >= 0"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_bad_arguments_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        accumulate_ternary(**({"every_k_schedule": 2} | arguments))
+    with pytest.raises(ValueError, match=words):
+        ternary_multi_steps(optax.sgd(0.1), **({"every_k_schedule": 2} | arguments))
+    renamed = {"num_microbatches" if name == "every_k_schedule" else name: v for name, v in arguments.items()}
+    with pytest.raises(ValueError, match=words.replace("every_k_schedule", "num_microbatches")):
+        ternary_accumulator(**({"num_microbatches": 2} | renamed))
+
+
+def test_other_mistakes_are_named():
+    with pytest.raises(ValueError, match=r"opt must be an optax\.GradientTransformation"):
+        ternary_multi_steps(3, 2)
+    opt = ternary_multi_steps(optax.sgd(0.1), 2, should_skip_update_fn=lambda u, s, p: (jnp.zeros(2, bool), ()))
+    with pytest.raises(ValueError, match="should_skip_update_fn must return one bool"):
+        opt.init(jnp.ones(3))
+    opt = ternary_multi_steps(optax.sgd(0.1), 2)
+    with pytest.raises(ValueError, match=r"leaf .* has shape"):
+        opt.update(jnp.ones(4), opt.init(jnp.ones(3)))
+    with pytest.raises(ValueError, match="TernaryMultiStepsState"):
+        opt.has_updated(())
+    with pytest.raises(TypeError, match="int32"):
+        accumulate_ternary(2).init(jnp.ones(3, jnp.int32))
+
+
+def test_many_micro_batches_in_one_trit_are_warned_of():
+    with pytest.warns(UserWarning, match="33 micro-batches in one trit"):
+        accumulate_ternary(33, trits=1)
+    with pytest.warns(UserWarning, match="40 micro-batches in one trit"):
+        ternary_accumulator(40, trits=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accumulate_ternary(32, trits=1)
+        accumulate_ternary(100, trits=2)

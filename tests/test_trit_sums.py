@@ -1,0 +1,148 @@
+"""The running sum in trits against a twin in NumPy, whatever the vector's size and however it is cut for work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsa_optax.kernels import lloyd_max, trit_rows, trit_sums, uniform
+
+CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
+
+
+def vectors(num, size, seed=0):
+    return jax.random.normal(jax.random.key(seed), (num, size))
+
+
+def words_for(size, block_size, seed=1):
+    return jax.random.bits(jax.random.key(seed), (trit_rows.num_words(size, block_size),), jnp.uint32)
+
+
+def summed(x, trits, block_size, rounding_key=None):
+    """The sum of all but the last vector, and with it."""
+    num, size = x.shape
+    words = words_for(size, block_size)
+    total = trit_rows.zeros(size, trits=trits, block_size=block_size)
+    for i in range(num - 1):
+        key = None if rounding_key is None else jax.random.fold_in(rounding_key, i)
+        total = trit_sums.add(total, x[i], words, key, block_size=block_size)
+    nearest = rounding_key is None
+    return total, trit_sums.finish(total, x[-1], words, jnp.float32(num), block_size=block_size, nearest=nearest)
+
+
+def blocks_of(size, block_size):
+    """For each block its slice of the padded vector and its number in the row."""
+    begin, out = 0, []
+    for rows in trit_rows.rows_of(size, block_size):
+        for block in range(rows.num_blocks):
+            out.append((slice(begin, begin + rows.width), block % 5))
+            begin += rows.width
+    return out, begin
+
+
+def twin(x, trits, block_size):
+    """What each block sums to, in float64: its rotated coordinates, quantised after each addition."""
+    num, size = x.shape
+    levels = lloyd_max.levels(trits).astype(np.float64)
+    places, padded = blocks_of(size, block_size)
+    whole = np.zeros((num, padded))
+    whole[:, :size] = x
+    words = np.asarray(words_for(size, block_size))
+    numbers, out, begin = [], np.zeros(padded), 0
+    for place, _ in places:
+        width = place.stop - place.start
+        of_block = [words[begin : begin + max(1, width // 32)]]
+        begin += max(1, width // 32)
+        decoded = np.zeros(width)
+        number = np.full(width, len(levels) // 2)
+        for vector in whole[:-1]:
+            number, scale = reference.quantize(decoded + reference.rotate(vector[place], of_block), levels, False)
+            decoded = levels[number] * float(jnp.bfloat16(scale))
+        numbers.append(number)
+        out[place] = (reference.rotate_back(decoded, of_block) + whole[-1][place]) / num
+    return numbers, out[:size]
+
+
+@pytest.mark.parametrize("trits", [1, 2, 3])
+@pytest.mark.parametrize(("size", "block_size"), [(64, 8), (500, 32), (5 * 64, 64)])
+def test_sums_are_those_of_the_twin(trits, size, block_size):
+    x = vectors(4, size)
+    total, mean = summed(x, trits, block_size)
+    numbers, expected = twin(np.asarray(x, np.float64), trits, block_size)
+    begin = 0
+    for (place, block), number in zip(blocks_of(size, block_size)[0], numbers, strict=True):
+        width = place.stop - place.start
+        of_row = np.asarray(total.codes[:, begin : begin + width], np.int64)
+        begin += width if block == 4 else 0
+        digits = of_row // 3**block % 3
+        decoded = sum(3**i * digits[i] for i in range(trits))
+        assert np.mean(decoded != number) < 0.05  # Close to a tie they fall either way.
+    assert np.mean((mean - expected) ** 2) < 1e-3 * np.mean(expected**2)
+
+
+def test_a_sum_of_one_vector_passes_it_on():
+    x = vectors(1, 300)
+    np.testing.assert_array_equal(summed(x, 1, 32)[1], x[0])
+
+
+@pytest.mark.parametrize("at_once", [1, 7])
+def test_however_few_rows_are_done_at_once_the_sum_is_the_same(monkeypatch, at_once):
+    x = vectors(3, 11 * 5 * 32 + 40)
+    expected, expected_mean = summed(x, 2, 32)
+    monkeypatch.setattr(trit_rows, "_AT_ONCE_ON_CPU", at_once * 5 * 32)
+    jax.clear_caches()
+    total, mean = summed(x, 2, 32)
+    jax.clear_caches()
+    np.testing.assert_array_equal(total.codes, expected.codes)
+    np.testing.assert_array_equal(total.scales, expected.scales)
+    np.testing.assert_allclose(mean, expected_mean, rtol=1e-5, atol=1e-6)
+
+
+@given(size=st.integers(1, 3000), block_size=st.sampled_from([2, 8, 32, 64, 1024]))
+def test_rows_hold_every_coordinate_and_not_twice_as_many(size, block_size):
+    whole, last = trit_rows.rows_of(size, block_size)
+    assert whole.size + last.size >= size
+    assert whole.size <= size
+    assert last.size < 2 * (size - whole.size) or last.width <= 32
+    assert last.width <= block_size
+
+
+@pytest.mark.parametrize("trits", [1, 2, 3])
+def test_stochastic_rounding_is_right_on_average(trits):
+    y = jnp.concatenate([vectors(1, 48)[0], jnp.zeros(16)])
+    keys = jax.random.split(jax.random.key(2), 4000)
+    numbers, scales = jax.jit(jax.vmap(lambda key: uniform.quantize_stochastically(y, trits, key)), **CHEAP)(keys)
+    decoded = np.asarray(scales, np.float64)[:, None] * np.asarray(uniform.decode(numbers, trits), np.float64)
+    standard_error = decoded.std(axis=0) / np.sqrt(len(keys))
+    assert np.all(abs(decoded.mean(axis=0) - np.asarray(y)) <= 4.5 * standard_error + 1e-6)
+    assert np.all(decoded[:, 48:] == 0)
+    assert np.abs(decoded).max() >= float(jnp.abs(y).max())
+
+
+def test_stochastic_rounding_lies_between_neighbouring_levels():
+    y = vectors(1, 256)[0]
+    numbers, scale = uniform.quantize_stochastically(y, 2, jax.random.key(0))
+    decoded = np.float32(scale) * np.asarray(uniform.decode(numbers, 2))
+    assert np.abs(decoded - np.asarray(y)).max() <= float(scale) / 4
+
+
+@pytest.mark.parametrize("rounding_key", [None, 0], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_is_never_a_level(rounding_key, bad):
+    x = vectors(2, 320).at[0, 7].set(bad)
+    key = None if rounding_key is None else jax.random.key(rounding_key)
+    _, mean = summed(x, 2, 32, key)
+    assert np.isnan(mean[:32]).all()
+    assert np.isfinite(mean[32:]).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e30])
+def test_magnitudes_survive(magnitude):
+    x = vectors(3, 320)
+    _, expected = summed(x, 2, 32)
+    _, mean = summed(magnitude * x, 2, 32)
+    errors = [float(jnp.mean((m - x.mean(axis=0)) ** 2)) for m in (mean / magnitude, expected)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)

@@ -1,0 +1,158 @@
+"""A tree of micro-batch gradients summed in one, two or three trits a coordinate.
+
+With S the coded sum, R a random rotation, one for the whole window of K micro-batches, and Q the quantiser,
+
+    S <- Q(deQ(S) + R g_k)
+    sum = R^-1 deQ(S)
+
+A leaf smaller than a block is summed in at least f32.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vsa_optax import checks
+from vsa_optax.codecs import codec as codecs
+from vsa_optax.codecs.trit import CodedLeaf, RawLeaf, is_coded
+from vsa_optax.kernels import signs, trit_rows, trit_sums
+
+_MANY_FOR_ONE_TRIT = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class TernarySum:
+    """The settings of a coded sum, and what can be done with one.
+
+    A sum is a tree like the gradients, with a `CodedLeaf` or a `RawLeaf` for each.
+    """
+
+    trits: int
+    rounding: str
+    block_size: int
+    seed: int
+
+    def zeros(self, like: Any) -> Any:
+        """The empty sum for arrays like the leaves of ``like``."""
+
+        def empty(leaf: Any) -> CodedLeaf | RawLeaf:
+            spec = codecs.spec_of(leaf)
+            if spec.num_reals < self.block_size:
+                return RawLeaf(jnp.zeros_like(leaf, dtype=_wide(spec)), spec)
+            nothing = trit_rows.zeros(spec.num_reals, trits=self.trits, block_size=self.block_size)
+            return CodedLeaf(nothing.codes, nothing.scales, spec)
+
+        return jax.tree.map(empty, like)
+
+    def add(self, total: Any, gradients: Any, window: jax.Array, position: jax.Array) -> Any:
+        """The sum with one more micro-batch.
+
+        Args:
+            total: the sum.
+            gradients: tree of ``[*shape]``.
+            window: ``[] int32``, which rotation.
+            position: ``[] int32``, the micro-batch's number in the window.
+        """
+        is_stochastic = self.rounding == "stochastic"
+        rounding_key = signs.stream(self.seed, window, 1, position) if is_stochastic else None
+
+        def added(leaf: CodedLeaf | RawLeaf, words: jax.Array, index: int, gradient: Any) -> CodedLeaf | RawLeaf:
+            if isinstance(leaf, RawLeaf):
+                return RawLeaf(leaf.values + jnp.asarray(gradient, leaf.values.dtype), leaf.spec)
+            grown = trit_sums.add(
+                trit_rows.Coded(leaf.codes, leaf.scales),
+                codecs.as_reals(gradient),
+                words,
+                None if rounding_key is None else jax.random.fold_in(rounding_key, index),
+                block_size=self.block_size,
+            )
+            return CodedLeaf(grown.codes, grown.scales, leaf.spec)
+
+        return self._map(added, total, window, gradients)
+
+    def finish(self, last: Any, total: Any, window: jax.Array, divisor: jax.Array) -> Any:
+        """``(total + last) / divisor``, in the dtypes of ``last``.
+
+        Args:
+            last: tree of ``[*shape]``, a micro-batch that is not quantised.
+            total: the sum of the others.
+            window: ``[] int32``, which rotation.
+            divisor: ``[] int32``.
+        """
+
+        def finished(leaf: CodedLeaf | RawLeaf, words: jax.Array, index: int, gradient: jax.Array) -> jax.Array:
+            del index
+            spec = codecs.spec_of(gradient)
+            if isinstance(leaf, RawLeaf):
+                whole = leaf.values + gradient
+                return codecs.as_decoded(whole / divisor.astype(jnp.finfo(whole.dtype).dtype), spec)
+            reals = trit_sums.finish(
+                trit_rows.Coded(leaf.codes, leaf.scales),
+                codecs.as_reals(gradient),
+                words,
+                divisor.astype(jnp.float32),
+                block_size=self.block_size,
+                nearest=self.rounding == "nearest",
+            )
+            return codecs.as_decoded(codecs.from_reals(reals, leaf.spec), spec)
+
+        return self._map(finished, total, window, last)
+
+    def shapes(self, total: Any) -> Any:
+        """Shapes and dtypes of the arrays that are summed."""
+        return codecs.shapes_of(jax.tree.map(lambda leaf: leaf.spec, total, is_leaf=is_coded))
+
+    def _map(self, fun: Callable[..., Any], total: Any, window: jax.Array, gradients: Any) -> Any:
+        """``fun(leaf, words, index, gradient)`` for each leaf of the sum, with the random words of its rotation.
+
+        The words of all leaves are drawn at once: a generator for each would take most of the time to compile.
+        """
+        sizes = [
+            trit_rows.num_words(leaf.spec.num_reals, self.block_size) if isinstance(leaf, CodedLeaf) else 0
+            for leaf in jax.tree.leaves(total, is_leaf=is_coded)
+        ]
+        words = jax.random.bits(signs.stream(self.seed, window, 0), (sum(sizes),), jnp.uint32)
+        ends = np.cumsum(sizes)
+
+        def of_leaf(leaf: CodedLeaf | RawLeaf, index: int, gradient: Any) -> Any:
+            return fun(leaf, words[ends[index] - sizes[index] : ends[index]], index, gradient)
+
+        indices = jax.tree.unflatten(jax.tree.structure(total, is_leaf=is_coded), range(len(sizes)))
+        return jax.tree.map(of_leaf, total, indices, gradients, is_leaf=is_coded)
+
+
+def make_ternary_sum(*, trits: int, rounding: str, block_size: int, seed: int) -> TernarySum:
+    """The sum of these settings, checked; ranges as in `vsa_optax.accumulate_ternary`."""
+    checks.check_trits("trits", trits)
+    checks.check_choice("rounding", rounding, ("nearest", "stochastic"))
+    checks.check_block_size("block_size", block_size)
+    checks.check_integer("seed", seed, 0)
+    return TernarySum(trits, rounding, block_size, seed)
+
+
+def check_every_k(every_k_schedule: Any, trits: int) -> Callable[[jax.Array], Any]:
+    """``every_k_schedule`` as a function of the gradient step; warns where the sum is known to come out badly."""
+    if callable(every_k_schedule):
+        return every_k_schedule
+    num = checks.check_integer("every_k_schedule", every_k_schedule, 1)
+    warn_of_many(num, trits)
+    return lambda gradient_step: num
+
+
+def warn_of_many(num: int, trits: int) -> None:
+    """A warning if so many micro-batches in one trit leave little of the mean."""
+    if trits == 1 and num > _MANY_FOR_ONE_TRIT:
+        warnings.warn(
+            f"{num} micro-batches in one trit: the mean of pure noise loses over 70 % of its energy; take trits=2",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _wide(spec: codecs.LeafSpec) -> Any:
+    return jnp.promote_types(spec.dtype, jnp.float32)
