@@ -82,7 +82,7 @@ class _Window:
         self._total = total
         self._every_k = every_k
         self._use_mean = use_mean
-        self._add_when = when(total.add)
+        self._add_when = when(self._add)
         self._finish_when = when(self._finish)
 
     def __call__(self, updates: Any, state: Any, is_accepted: jax.Array) -> _WindowStep:
@@ -91,9 +91,11 @@ class _Window:
         k = jnp.asarray(self._every_k(state.gradient_step), jnp.int32)
         emits = is_accepted & (state.mini_step >= k - 1)
         adds = is_accepted & ~emits
-        acc_grads = self._add_when(adds, state.acc_grads, updates, state.gradient_step, state.mini_step)
-        # The mean takes the gradient's place in memory, and so do the zeros.
-        last = jax.tree.map(lambda g: jnp.where(emits, g, jnp.zeros_like(g)), updates)
+        # `is_added` is always true, but the compiler cannot know that before the sum is done.
+        carry = state.acc_grads, ~adds
+        acc_grads, is_added = self._add_when(adds, carry, updates, state.gradient_step, state.mini_step)
+        # So the mean, or the zeros, can take the gradient's place in memory, which nothing reads any more.
+        last = jax.tree.map(lambda g: jnp.where(emits & is_added, g, jnp.zeros_like(g)), updates)
         divisor = k if self._use_mean else jnp.ones_like(k)
         mean, acc_grads = self._finish_when(emits, (last, acc_grads), state.gradient_step, divisor)
         return _WindowStep(
@@ -103,6 +105,12 @@ class _Window:
             gradient_step=_count_if(emits, state.gradient_step),
             acc_grads=acc_grads,
         )
+
+    def _add(
+        self, carry: tuple[Any, jax.Array], updates: Any, gradient_step: jax.Array, mini_step: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        acc_grads, is_added = carry
+        return self._total.add(acc_grads, updates, gradient_step, mini_step), is_added | True
 
     def _finish(self, carry: tuple[Any, Any], gradient_step: jax.Array, divisor: jax.Array) -> tuple[Any, Any]:
         """The mean, and the empty sum."""
