@@ -36,5 +36,10 @@ def pack_digits(digits: jax.Array) -> jax.Array:
 
 def unpack_digits(packed: jax.Array, size: int) -> jax.Array:
     """``[..., size] uint8``, what `pack_digits` packed."""
-    planes = jnp.moveaxis(digits_of(packed, DIGITS_PER_BYTE), 0, -2).astype(jnp.uint8)
-    return planes.reshape(*packed.shape[:-1], -1)[..., :size]
+    rest = packed.astype(jnp.uint16)
+    planes = []
+    for _ in range(DIGITS_PER_BYTE):
+        quotient = (rest * 171) >> 9
+        planes.append((rest - 3 * quotient).astype(jnp.uint8))
+        rest = quotient
+    return jnp.concatenate(planes, axis=-1)[..., :size]

@@ -101,9 +101,13 @@ def pack_numbers(numbers: jax.Array, trits: int) -> jax.Array:
 
 def unpack_numbers(codes: jax.Array, size: int) -> jax.Array:
     """``[..., size] uint8`` from ``[t, ..., m] uint8``, the inverse of `pack_numbers`."""
-    digits = packing.unpack_digits(codes, size).astype(jnp.uint32)
-    powers = np.array([3**i for i in range(len(codes))], np.uint32)
-    weighted = digits * powers.reshape(-1, *[1] * (digits.ndim - 1))
+    return numbers_of(packing.unpack_digits(codes, size))
+
+
+def numbers_of(digits: jax.Array) -> jax.Array:
+    """``[...] uint8`` from ``[t, ...]`` digits, lowest first."""
+    powers = np.array([3**i for i in range(len(digits))], np.uint32)
+    weighted = digits.astype(jnp.uint32) * powers.reshape(-1, *[1] * (digits.ndim - 1))
     return jnp.sum(weighted, axis=0, dtype=jnp.uint32).astype(jnp.uint8)
 
 

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vsa_optax.kernels import lloyd_max, rotation, trit_blocks, trit_rows, uniform
+from vsa_optax.kernels import lloyd_max, packing, rotation, trit_blocks, trit_rows, uniform
 from vsa_optax.kernels.trit_rows import Coded, Piece, Rows, Stage
 
 
@@ -65,7 +65,8 @@ def finish(
 def _decode(total: Coded, rows: Rows, *, nearest: bool) -> jax.Array:
     """``[b, width] f32``."""
     trits = total.codes.shape[0]
-    numbers = trit_blocks.unpack_numbers(total.codes.reshape(trits, rows.num, -1), trit_rows.BLOCKS * rows.width)
-    of_blocks = numbers.reshape(rows.num_blocks, -1)
+    # Of a block's width each, the digits of a byte need no concatenation here, in which XLA would do them one by one.
+    planes = packing.digits_of(total.codes.reshape(trits, rows.num, -1), trit_rows.BLOCKS).swapaxes(0, 1)
+    of_blocks = trit_blocks.numbers_of(planes).swapaxes(0, 1).reshape(rows.num_blocks, -1)
     decoded = lloyd_max.decode(of_blocks, trits) if nearest else uniform.decode(of_blocks, trits)
     return total.scales[:, None].astype(jnp.float32) * decoded
