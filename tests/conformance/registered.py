@@ -45,9 +45,10 @@ class Variant(NamedTuple):
     predicts: bool = True
 
 
-# The tests of a few steps in "alias" are those in "contrib" again but for complex parameters, which, like sharding, are
-# a matter of domain and history, whatever the optimizer.
+# What wraps AdamW differs from what wraps Adam by a decay. The tests of a few steps in "alias" are those in "contrib"
+# again but for complex parameters, which, like sharding, are a matter of domain and history, whatever the optimizer.
 _NOT_REPEATED = frozenset({"contrib", "float64"})
+_SUITES = {"adam": Variant._field_defaults["suites"], "adamw": frozenset({"float64"}), "momentum": _NOT_REPEATED}
 
 
 def switched(optimizer: Callable[[float], optax.GradientTransformation], **settings: Any) -> Factory:
@@ -137,8 +138,7 @@ VARIANTS: dict[str, Variant] = {}
 for _name, _domain, _history in _CASES:
     _optimizer, _rate, _settings = _SWITCHED[_name]
     _factory = switched(_optimizer, predict_in=_domain, history=_history, **_settings)
-    _variant = Variant(_factory, _rate) if _name == "adam" else Variant(_factory, _rate, suites=_NOT_REPEATED)
-    VARIANTS[f"{_name}_{_domain}_{_history}"] = _variant
+    VARIANTS[f"{_name}_{_domain}_{_history}"] = Variant(_factory, _rate, suites=_SUITES[_name])
 VARIANTS["head_window"] = Variant(head_of_chain(history="window", **SETTINGS), 3e-3)
 VARIANTS["head_recursive"] = Variant(head_of_chain(history="recursive", **SETTINGS), 3e-3)
 VARIANTS["rate_inside"] = Variant(rate_inside(**SETTINGS), 3e-3, optimizes=False, suites=_NOT_REPEATED)
@@ -152,7 +152,7 @@ VARIANTS["coded_history"] = Variant(switched(optax.adam, history_codec=_TRITS, *
 VARIANTS["compressed"] = Variant(compressed(_TRITS), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["compressed_unbiased"] = Variant(compressed(_UNBIASED, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["compressed_sketch"] = Variant(compressed(_SKETCH, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
-VARIANTS["accumulated"] = Variant(accumulated(trits=3, block_size=2), 1e-2, suites=_FEW, predicts=False)
+VARIANTS["accumulated"] = Variant(accumulated(trits=3, block_size=2), 1e-2, suites=_FEW | {"contrib"}, predicts=False)
 VARIANTS["default_lengths"] = Variant(switched(optax.adam), 1e-2, suites=frozenset())
 for _name in ("adam_update_recursive", "momentum_gradient_window"):
     _factory = about_to_predict(VARIANTS[_name].factory)
