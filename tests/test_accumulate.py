@@ -131,6 +131,16 @@ def test_a_micro_batch_that_is_not_finite_is_left_out_and_counted():
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(state))
 
 
+def test_a_gradient_that_would_overflow_is_left_out():
+    gradients = noise(3)
+    opt = accumulate_ternary(3)
+    _, state = emitted(opt, gradients.at[1, 7].set(3e38))
+    assert (int(state.nonfinite_count), int(state.mini_step)) == (1, 2)
+    updates, state = emitted(opt, 1e33 * gradients)
+    assert (int(state.nonfinite_count), int(state.mini_step)) == (0, 0)
+    assert relative_error(updates[-1] / 1e33, gradients.mean(axis=0)) < 0.05
+
+
 def test_state_bytes_are_as_documented():
     for trits, bits in ((1, 1.62), (2, 3.22), (3, 4.82)):
         state = accumulate_ternary(3, trits=trits).init(jnp.zeros((1000, 1024)))
@@ -358,6 +368,8 @@ def test_other_mistakes_are_named():
     opt = ternary_multi_steps(optax.sgd(0.1), 2)
     with pytest.raises(ValueError, match=r"leaf .* has shape"):
         opt.update(jnp.ones(4), opt.init(jnp.ones(3)))
+    with pytest.raises(ValueError, match=r"is missing"):
+        opt.update({"a": jnp.ones(2000)}, opt.init({"a": jnp.ones(2000), "b": jnp.ones(2000)}))
     with pytest.raises(ValueError, match="TernaryMultiStepsState"):
         opt.has_updated(())
     with pytest.raises(TypeError, match="int32"):

@@ -14,7 +14,6 @@ import optax
 
 from vsa_optax import checks
 from vsa_optax.transforms.conditional import split_extra_args, when
-from vsa_optax.transforms.finite import all_finite
 from vsa_optax.transforms.ternary_sum import TernarySum, check_every_k, make_ternary_sum
 
 
@@ -87,7 +86,6 @@ class _Window:
 
     def __call__(self, updates: Any, state: Any, is_accepted: jax.Array) -> _WindowStep:
         """One micro-batch, which counts if it is accepted."""
-        checks.check_same_tree(self._total.shapes(state.acc_grads), updates, what="gradients")
         k = jnp.asarray(self._every_k(state.gradient_step), jnp.int32)
         emits = is_accepted & (state.mini_step >= k - 1)
         adds = is_accepted & ~emits
@@ -197,8 +195,9 @@ def accumulate_ternary(
 
     The more the gradients agree, the less: the error is relative to their sum.
 
-    **Not finite.** A micro-batch with a NaN or an infinity is left out and counted, as if it had not happened: the mean
-    is that of K others, zeros leave, and nothing that is not finite enters the state.
+    **Not finite.** A micro-batch with a NaN or an infinity, or in a coded leaf a number beyond 5e33, is left out and
+    counted, as if it had not happened: the mean is that of K others, zeros leave, and nothing that is not finite enters
+    the state.
 
     Args:
         every_k_schedule: K, an integer ``>= 1``, or a function of the gradient step that returns one, as in
@@ -250,7 +249,7 @@ def accumulate_ternary(
         updates: optax.Updates, state: AccumulateTernaryState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, AccumulateTernaryState]:
         del params, extra_args
-        is_finite = all_finite(updates)
+        is_finite = total.takes(state.acc_grads, updates)
         step = window(updates, state, is_finite)
         nonfinite_count = _count_if(~is_finite, state.nonfinite_count)
         return step.mean, AccumulateTernaryState(step.mini_step, step.gradient_step, step.acc_grads, nonfinite_count)
@@ -329,7 +328,7 @@ def ternary_multi_steps(
         updates: optax.Updates, state: TernaryMultiStepsState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, TernaryMultiStepsState]:
         should_skip, skip_state = _ask(should_skip_update_fn, updates, state.gradient_step, params)
-        is_finite = all_finite(updates)
+        is_finite = total.takes(state.acc_grads, updates)
         step = window(updates, state, is_finite & ~should_skip)
         new_updates, inner_opt_state = run_inner(step.emits, step.mean, state.inner_opt_state, params, extra_args)
         return new_updates, TernaryMultiStepsState(

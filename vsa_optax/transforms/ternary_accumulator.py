@@ -8,7 +8,6 @@ import optax
 
 from vsa_optax import checks
 from vsa_optax.transforms.conditional import when
-from vsa_optax.transforms.finite import all_finite
 from vsa_optax.transforms.ternary_sum import make_ternary_sum, warn_of_many
 
 
@@ -103,7 +102,7 @@ def ternary_accumulator(
         return TernaryAccumulatorState(jnp.zeros([], jnp.int32), total.zeros(like))
 
     def update(carry: TernaryAccumulatorState, value: Any, index: int | jax.Array) -> TernaryAccumulatorState:
-        is_finite = all_finite(value)
+        is_finite = total.takes(carry.acc_grads, value)
         acc_grads = grow_when(is_finite, carry.acc_grads, value, jnp.asarray(index, jnp.int32))
         return TernaryAccumulatorState(carry.nonfinite_count + ~is_finite, acc_grads)
 

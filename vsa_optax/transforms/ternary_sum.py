@@ -9,6 +9,7 @@ A leaf smaller than a block is summed in at least f32.
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +21,11 @@ import numpy as np
 from vsa_optax import checks
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.trit import CodedLeaf, RawLeaf, is_coded
-from vsa_optax.kernels import signs, trit_rows, trit_sums
+from vsa_optax.kernels import numerics, signs, trit_rows, trit_sums
 
 _MANY_FOR_ONE_TRIT = 32
+# The largest gradient is 5e33: a hundred thousand such can be added in one place.
+_HEADROOM = np.float32(2**16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,20 @@ class TernarySum:
             return CodedLeaf(nothing.codes, nothing.scales, spec)
 
         return jax.tree.map(empty, like)
+
+    def takes(self, total: Any, gradients: Any) -> jax.Array:
+        """``[] bool``: whether the gradients are finite, and those to be coded below 5e33, so that sums stay finite.
+
+        ``ValueError`` if they are not those of ``zeros``.
+        """
+        checks.check_same_tree(self.shapes(total), gradients, what="gradients")
+
+        def takes_leaf(leaf: CodedLeaf | RawLeaf, gradient: Any) -> jax.Array:
+            coded = isinstance(leaf, CodedLeaf)
+            return numerics.is_finite(codecs.as_reals(gradient) * _HEADROOM if coded else jnp.asarray(gradient))
+
+        taken = jax.tree.leaves(jax.tree.map(takes_leaf, total, gradients, is_leaf=is_coded))
+        return functools.reduce(jnp.logical_and, taken, jnp.array(True))
 
     def add(self, total: Any, gradients: Any, window: jax.Array, position: jax.Array) -> Any:
         """The sum with one more micro-batch.
