@@ -41,12 +41,12 @@ def ternary_accumulator(
     ==========  ======  ===================  ===================  ===================
     ``trits``   bits    K = 2                K = 8                K = 32
     ==========  ======  ===================  ===================  ===================
-    1           1.62    0.25 (0.29)          0.48 (0.86)          0.72 (3.1)
-    2           3.22    0.041 (0.042)        0.108 (0.125)        0.31 (0.46)
+    1           1.62    0.26 (0.29)          0.48 (0.86)          0.72 (3.1)
+    2           3.22    0.041 (0.042)        0.107 (0.125)        0.31 (0.46)
     3           4.82    0.0052 (0.0052)      0.015 (0.016)        0.052 (0.057)
     ==========  ======  ===================  ===================  ===================
 
-    A step with the same ``seed`` has the same rotation as every other.
+    The rotation is the same in every step; another ``seed`` is another.
 
     **Not finite.** A micro-batch with a NaN or an infinity is left out, and the mean is that of the others; if none is
     left, NaN leaves.
