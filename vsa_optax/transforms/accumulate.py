@@ -193,7 +193,8 @@ def accumulate_ternary(
     3           4.82    0.0035  0.0017 (0.0017)      0.0117 (0.012)       0.049 (0.054)
     ==========  ======  ======  ===================  ===================  ===================
 
-    The more the gradients agree, the less: the error is relative to their sum.
+    The more the gradients agree, the less: the error is relative to their sum. Two trits are the fewest that, at K = 8,
+    trained a network and a transformer to float32's loss within a standard deviation over seeds; at K = 32 take three.
 
     **Not finite.** A micro-batch with a NaN or an infinity, or in a coded leaf a number beyond 5e33, is left out and
     counted, as if it had not happened: the mean is that of K others, zeros leave, and nothing that is not finite enters
