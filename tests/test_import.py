@@ -20,7 +20,7 @@ LISTED = f"""
 import json, sys
 import optax
 before = set(sys.modules)
-import vsa_optax
+from vsa_optax import *
 top = {{name.partition(".")[0] for name in set(sys.modules) - before}}
 print(json.dumps([sorted(top), [name for name in {OPTIONAL} if name in sys.modules and name not in before]]))
 """
@@ -43,6 +43,17 @@ def test_import_brings_nothing_that_optax_does_not():
     assert optional == []
     beyond = [name for name in added if name not in sys.stdlib_module_names and name != "vsa_optax"]
     assert beyond == []
+
+
+def test_every_public_name_is_there_when_asked_for():
+    code = """
+import jax, vsa_optax
+jax.jit(lambda: [getattr(vsa_optax, name) for name in vsa_optax.__all__] and 0)()  # Even in a trace.
+assert set(vsa_optax.__all__) <= set(dir(vsa_optax))
+from vsa_optax import *
+print(phase_switched.__module__, trits.__name__, hasattr(vsa_optax, "nothing"))
+"""
+    assert output_of(code).split() == ["vsa_optax.transforms.predict", "vsa_optax.trits", "False"]
 
 
 def test_the_runtime_needs_jax_and_optax_only():

@@ -1,15 +1,19 @@
 """Cheaper gradients for Optax: skip backward passes by closed-form prediction, keep or send gradients in a few bits."""
 
-from vsa_optax import trits, vsa
-from vsa_optax.codecs.hypervector import HypervectorCodec
-from vsa_optax.codecs.trit import TritCodec
-from vsa_optax.transforms.accumulate import accumulate_ternary, ternary_multi_steps
-from vsa_optax.transforms.compress import compress_gradients
-from vsa_optax.transforms.phases import Phase
-from vsa_optax.transforms.predict import phase_switched, predict_gradients
-from vsa_optax.transforms.queries import PhaseStats, needs_backward, phase_stats
-from vsa_optax.transforms.ternary_accumulator import ternary_accumulator
-from vsa_optax.value_and_grad import value_and_grad_by_phase
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vsa_optax import trits, vsa
+    from vsa_optax.codecs.hypervector import HypervectorCodec
+    from vsa_optax.codecs.trit import TritCodec
+    from vsa_optax.transforms.accumulate import accumulate_ternary, ternary_multi_steps
+    from vsa_optax.transforms.compress import compress_gradients
+    from vsa_optax.transforms.phases import Phase
+    from vsa_optax.transforms.predict import phase_switched, predict_gradients
+    from vsa_optax.transforms.queries import PhaseStats, needs_backward, phase_stats
+    from vsa_optax.transforms.ternary_accumulator import ternary_accumulator
+    from vsa_optax.value_and_grad import value_and_grad_by_phase
 
 __version__ = "0.1.0"
 
@@ -30,3 +34,35 @@ __all__ = [
     "value_and_grad_by_phase",
     "vsa",
 ]
+
+# Where each name lives. A module is imported when a name of it is first asked for: all of them take 50 ms.
+_HOMES = {
+    "HypervectorCodec": "codecs.hypervector",
+    "Phase": "transforms.phases",
+    "PhaseStats": "transforms.queries",
+    "TritCodec": "codecs.trit",
+    "accumulate_ternary": "transforms.accumulate",
+    "compress_gradients": "transforms.compress",
+    "needs_backward": "transforms.queries",
+    "phase_stats": "transforms.queries",
+    "phase_switched": "transforms.predict",
+    "predict_gradients": "transforms.predict",
+    "ternary_accumulator": "transforms.ternary_accumulator",
+    "ternary_multi_steps": "transforms.accumulate",
+    "value_and_grad_by_phase": "value_and_grad",
+}
+
+if not TYPE_CHECKING:  # A type checker would take every name for one of ours.
+
+    def __getattr__(name: str) -> object:
+        if name in ("trits", "vsa"):
+            return importlib.import_module(f"{__name__}.{name}")
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

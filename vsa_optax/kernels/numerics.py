@@ -13,6 +13,7 @@ def is_finite(x: jax.Array) -> jax.Array:
     a sum of ``x * 0`` may need memory for the product, and the largest magnitude is no test: JAX 0.10 loses a NaN
     among 4096 numbers or more.
     """
+    x = jnp.asarray(x)  # NumPy would warn of the NaN.
     return jnp.isfinite(jnp.sum(x - x))
 
 
