@@ -156,9 +156,11 @@ def schedule(step):
 SKIP = functools.partial(optax.skip_large_updates, max_squared_norm=30.0)
 
 
-@pytest.mark.parametrize("k", [1, 3, schedule], ids=["one", "three", "changing"])
-@pytest.mark.parametrize("use_grad_mean", [True, False])
-@pytest.mark.parametrize("skip", [None, SKIP], ids=["take all", "skip large"])
+@pytest.mark.parametrize(
+    ("k", "use_grad_mean", "skip"),
+    [(1, True, SKIP), (3, True, None), (3, False, SKIP), (schedule, True, None), (schedule, False, SKIP)],
+    ids=["one, skip large", "three", "sum of three, skip large", "changing", "sum of changing, skip large"],
+)
 def test_windows_are_those_of_multi_steps(k, use_grad_mean, skip):
     """With leaves smaller than a block nothing is coded, and what is left is optax.MultiSteps."""
     gradients = {"w": noise(14, (3, 5)), "b": noise(14, (2,), seed=1)}
