@@ -136,16 +136,10 @@ def bits(state, like):
 def captured(name, num_seeds):
     """For each seed the gradients of K batches at one place, behind steps of Adam at the middle one of the rates."""
     task, every_k = CAPTURED_FROM[name](), max(ALL_K[name])
-    opt = optax.adam(task.rates[1])
 
     @jax.jit
     def capture(params, batches):
-        def step(carry, batch):
-            params, state = carry
-            updates, state = opt.update(jax.grad(task.loss)(params, batch), state)
-            return (optax.apply_updates(params, updates), state), None
-
-        (params, _), _ = jax.lax.scan(step, (params, opt.init(params)), batches[:CAPTURED_AFTER])
+        params = tasks.trained(task, params, batches[:CAPTURED_AFTER])
         return jax.lax.map(lambda batch: jax.grad(task.loss)(params, batch), batches[CAPTURED_AFTER:])
 
     return [capture(task.init(seed), task.batches(seed, CAPTURED_AFTER + every_k)) for seed in range(num_seeds)]

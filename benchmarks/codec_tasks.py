@@ -79,19 +79,24 @@ def characters(batch_size=8, num_held_out=256):
     )
 
 
+def trained(task, params, batches):
+    """Parameters after a step of Adam on each batch, at the middle one of the rates."""
+    opt = optax.adam(task.rates[1])
+
+    def step(carry, batch):
+        params, state = carry
+        updates, state = opt.update(jax.grad(task.loss)(params, batch), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, opt.init(params)), batches)[0][0]
+
+
 def captured_gradients(task, num_seeds, after):
     """For each seed the gradient of one batch, behind ``after`` steps of Adam at the middle one of the rates."""
-    opt = optax.adam(task.rates[1])
 
     @jax.jit
     def capture(params, batches):
-        def step(carry, batch):
-            params, state = carry
-            updates, state = opt.update(jax.grad(task.loss)(params, batch), state)
-            return (optax.apply_updates(params, updates), state), None
-
-        (params, _), _ = jax.lax.scan(step, (params, opt.init(params)), batches[:-1])
-        return jax.grad(task.loss)(params, batches[-1])
+        return jax.grad(task.loss)(trained(task, params, batches[:-1]), batches[-1])
 
     return [capture(task.init(seed), task.batches(seed, after + 1)) for seed in range(num_seeds)]
 

@@ -35,7 +35,7 @@ __all__ = [
     "vsa",
 ]
 
-# Where each name lives. A module is imported when a name of it is first asked for: all of them take 50 ms.
+# Where each name lives. A module is imported when a name of it is first asked for: all together are slow to import.
 _HOMES = {
     "HypervectorCodec": "codecs.hypervector",
     "Phase": "transforms.phases",

@@ -198,7 +198,7 @@ def _in_a_loop(is_true: jax.Array, fun: Callable[..., Any], *operands: Any) -> A
     """``fun(*operands)`` in a loop of one turn.
 
     Without it XLA, on a CPU, fuses what ``fun`` does into each of the loops that read its result, and does it again in
-    each: adding a vector to a sum took two to seven times as long. Any barrier but a loop is dropped before that.
+    each, which takes several times as long. Any barrier but a loop is dropped before that.
     """
     # Zeros that under shard_map vary over the devices if an operand does.
     nothing = functools.reduce(jnp.logical_or, [_is_zero(x) & False for x in jax.tree.leaves(operands)])

@@ -1,7 +1,7 @@
 """Gradient accumulation that keeps the running sum in trits: 1.6, 3.2 or 4.8 bits a parameter instead of 32.
 
 Micro-batch gradients enter; zeros leave, and at every K-th the mean. The last of a window is added to the decoded sum
-and never quantised. State cost: 0.2 bytes a trit and parameter, a 16th of f32's with the default of two.
+and never quantised. State cost: 0.2 bytes a trit and parameter, with the default of two a tenth of f32's.
 """
 
 import functools
