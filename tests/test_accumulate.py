@@ -387,3 +387,12 @@ def test_many_micro_batches_in_one_trit_are_warned_of():
         warnings.simplefilter("error")
         accumulate_ternary(32, trits=1)
         accumulate_ternary(100, trits=2)
+
+
+@pytest.mark.parametrize(("every_k", "trits"), [(1, 2), (8, 2), (9, 3), (32, 3), (lambda step: 2, 3)])
+def test_without_trits_two_are_taken_for_few_micro_batches_and_else_three(every_k, trits):
+    params = jnp.zeros(1024)
+    assert accumulate_ternary(every_k).init(params).acc_grads.codes.shape[0] == trits
+    assert ternary_multi_steps(optax.sgd(0.1), every_k).init(params).acc_grads.codes.shape[0] == trits
+    if not callable(every_k):
+        assert ternary_accumulator(every_k).init(params).acc_grads.codes.shape[0] == trits

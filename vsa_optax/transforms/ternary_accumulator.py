@@ -8,7 +8,7 @@ import optax
 
 from vsa_optax import checks
 from vsa_optax.transforms.conditional import when
-from vsa_optax.transforms.ternary_sum import make_ternary_sum, warn_of_many
+from vsa_optax.transforms.ternary_sum import make_ternary_sum
 
 
 class TernaryAccumulatorState(NamedTuple):
@@ -26,7 +26,7 @@ class TernaryAccumulatorState(NamedTuple):
 def ternary_accumulator(
     num_microbatches: int,
     *,
-    trits: int = 2,
+    trits: int | None = None,
     rounding: str = "nearest",
     block_size: int = 1024,
     use_grad_mean: bool = True,
@@ -87,9 +87,8 @@ def ternary_accumulator(
         True
     """
     num = checks.check_integer("num_microbatches", num_microbatches, 1)
-    total = make_ternary_sum(trits=trits, rounding=rounding, block_size=block_size, seed=seed)
+    total = make_ternary_sum(num, trits=trits, rounding=rounding, block_size=block_size, seed=seed)
     checks.check_bool("use_grad_mean", use_grad_mean)
-    warn_of_many(num, trits)
     window = jnp.int32(0)
 
     def grow(acc_grads: Any, gradients: Any, index: jax.Array) -> Any:

@@ -24,6 +24,8 @@ from vsa_optax.codecs.trit import CodedLeaf, RawLeaf, is_coded
 from vsa_optax.kernels import numerics, signs, trit_rows, trit_sums
 
 _MANY_FOR_ONE_TRIT = 32
+# Micro-batches up to which training came out as with f32 when their mean was kept in two trits.
+_FEW_ENOUGH_FOR_TWO_TRITS = 8
 # The largest gradient is 5e33: a hundred thousand such can be added in one place.
 _HEADROOM = np.float32(2**16)
 
@@ -143,32 +145,36 @@ class TernarySum:
         return jax.tree.map(of_leaf, total, indices, gradients, is_leaf=is_coded)
 
 
-def make_ternary_sum(*, trits: int, rounding: str, block_size: int, seed: int) -> TernarySum:
-    """The sum of these settings, checked; ranges as in `vsa_optax.accumulate_ternary`."""
+def make_ternary_sum(
+    every_k_schedule: Any, *, trits: int | None, rounding: str, block_size: int, seed: int
+) -> TernarySum:
+    """The sum of these settings, checked; ranges as in `vsa_optax.accumulate_ternary`.
+
+    Without ``trits`` two, or three where the micro-batches are many or their number is a function. Warns where the sum
+    is known to come out badly.
+    """
+    num = None if callable(every_k_schedule) else int(every_k_schedule)
+    if trits is None:
+        trits = 2 if num is not None and num <= _FEW_ENOUGH_FOR_TWO_TRITS else 3
     checks.check_trits("trits", trits)
     checks.check_choice("rounding", rounding, ("nearest", "stochastic"))
     checks.check_block_size("block_size", block_size)
     checks.check_integer("seed", seed, 0)
-    return TernarySum(trits, rounding, block_size, seed)
-
-
-def check_every_k(every_k_schedule: Any, trits: int) -> Callable[[jax.Array], Any]:
-    """``every_k_schedule`` as a function of the gradient step; warns where the sum is known to come out badly."""
-    if callable(every_k_schedule):
-        return every_k_schedule
-    num = checks.check_integer("every_k_schedule", every_k_schedule, 1)
-    warn_of_many(num, trits)
-    return lambda gradient_step: num
-
-
-def warn_of_many(num: int, trits: int) -> None:
-    """A warning if so many micro-batches in one trit leave little of the mean."""
-    if trits == 1 and num > _MANY_FOR_ONE_TRIT:
+    if trits == 1 and num is not None and num > _MANY_FOR_ONE_TRIT:
         warnings.warn(
             f"{num} micro-batches in one trit: the mean of pure noise loses over 70 % of its energy; take trits=2",
             UserWarning,
             stacklevel=3,
         )
+    return TernarySum(trits, rounding, block_size, seed)
+
+
+def check_every_k(every_k_schedule: Any) -> Callable[[jax.Array], Any]:
+    """``every_k_schedule`` as a function of the gradient step."""
+    if callable(every_k_schedule):
+        return every_k_schedule
+    num = checks.check_integer("every_k_schedule", every_k_schedule, 1)
+    return lambda gradient_step: num
 
 
 def _wide(spec: codecs.LeafSpec) -> Any:
