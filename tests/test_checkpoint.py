@@ -585,7 +585,7 @@ def kill_and_resume(folder, kills, save_every, rng):
 
 
 def test_killed_a_few_times(tmp_path):
-    kill_and_resume(tmp_path, 3, 1, random.Random(0))
+    kill_and_resume(tmp_path, 2, 1, random.Random(0))
 
 
 @pytest.mark.slow

@@ -191,8 +191,8 @@ def check_trial(number, stream, *, is_double=False):
         assert_finite(states._replace(inner_state=None), "state")
 
 
-@settings(max_examples=300)
-@given(number=st.integers(0, 39), stream=streams())
+@settings(max_examples=150)
+@given(number=st.integers(0, 19), stream=streams())
 def test_anything_finite_or_not(number, stream):
     check_trial(number, stream)
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +18,26 @@ def relative(actual, expected):
     return np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected)
 
 
+@functools.cache
+def compiled(history):
+    """To record at a step, and to predict for one, by the history's own pieces."""
+
+    def record(state, record, at):
+        return history.record(state, record, at, history.scalars(state, at))
+
+    def predict(state, step):
+        return wls.combine(*history.terms(state, history.scalars(state, step)))
+
+    return jax.jit(record), jax.jit(predict)
+
+
 def run(history, steps, records, step):
-    """Prediction for ``step`` after ``records``, by the history's own pieces."""
+    """Prediction for ``step`` after ``records``."""
+    record, predict = compiled(history)
     state = history.init(jnp.zeros(records.shape[1]))
-    for at, record in zip(steps, records, strict=True):
-        scalars = history.scalars(state, jnp.int32(at))
-        state = history.record(state, jnp.asarray(record, jnp.float32), jnp.int32(at), scalars)
-    coefficients, rows = history.terms(state, history.scalars(state, jnp.int32(step)))
-    return wls.combine(coefficients, rows)
+    for at, x in zip(steps, np.asarray(records, np.float32), strict=True):
+        state = record(state, x, np.int32(at))
+    return predict(state, np.int32(step))
 
 
 @given(
