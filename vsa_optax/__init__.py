@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vsa_optax.codecs.trit import TritCodec
     from vsa_optax.transforms.accumulate import accumulate_ternary, ternary_multi_steps
     from vsa_optax.transforms.compress import compress_gradients
+    from vsa_optax.transforms.guard import GuardAction
     from vsa_optax.transforms.phases import Phase
     from vsa_optax.transforms.predict import phase_switched, predict_gradients
     from vsa_optax.transforms.queries import PhaseStats, needs_backward, phase_stats
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "GuardAction",
     "HypervectorCodec",
     "Phase",
     "PhaseStats",
@@ -37,6 +39,7 @@ __all__ = [
 
 # Where each name lives. A module is imported when a name of it is first asked for: all together are slow to import.
 _HOMES = {
+    "GuardAction": "transforms.guard",
     "HypervectorCodec": "codecs.hypervector",
     "Phase": "transforms.phases",
     "PhaseStats": "transforms.queries",

@@ -20,26 +20,42 @@ import jax
 import jax.numpy as jnp
 
 
-def extrapolation_weights(ages: jax.Array, weights: jax.Array, newest: jax.Array, horizon: jax.Array) -> jax.Array:
-    """Scalars ``c`` such that the fitted line at ``horizon`` is ``sum_i c_i g_i``.
+def line_weights(ages: jax.Array, weights: jax.Array, newest: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scalars ``m``, ``v`` and a mean age such that ``sum_i (m_i + (h - age) v_i) g_i`` is the line h steps ahead.
 
     Args:
         ages: ``[W]`` float, steps from the newest record, ``<= 0``.
         weights: ``[W]`` float, ``>= 0``; 0 leaves a record out.
         newest: ``[]`` int, the newest record's index.
-        horizon: ``[]`` float, steps from the newest record to the predicted step.
 
     Returns:
-        ``[W]`` float. All zero when every weight is.
+        ``m``, ``[W]`` float, whose sum over the records is their weighted mean; ``v``, ``[W]``, whose sum is the line's
+        slope; and the weighted mean of the ages, ``[]``. All zero when every weight is.
     """
     total = jnp.sum(weights)
     share = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)
     mean = jnp.sum(share * ages)
     spread = jnp.sum(share * (ages - mean) ** 2)
     has_slope = spread > 0
-    slope = (horizon - mean) * (ages - mean) / jnp.where(has_slope, spread, 1.0)
+    slope = jnp.where(has_slope, share * (ages - mean) / jnp.where(has_slope, spread, 1.0), 0.0)
     alone = (jnp.arange(ages.size) == newest) & (weights > 0)
-    return jnp.where(has_slope, share * (1.0 + slope), alone.astype(share.dtype))
+    return jnp.where(has_slope, share, alone.astype(share.dtype)), slope, mean
+
+
+def extrapolation_weights(ages: jax.Array, weights: jax.Array, newest: jax.Array, horizon: jax.Array) -> jax.Array:
+    """Scalars ``c`` such that the fitted line at ``horizon`` is ``sum_i c_i g_i``.
+
+    Args:
+        ages: as in `line_weights`, and so are the next two.
+        weights: ``[W]`` float.
+        newest: ``[]`` int.
+        horizon: ``[]`` float, steps from the newest record to the predicted step.
+
+    Returns:
+        ``[W]`` float. All zero when every weight is.
+    """
+    mean, slope, age = line_weights(ages, weights, newest)
+    return mean + (horizon - age) * slope
 
 
 def combine(coefficients: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> jax.Array:

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.kernels import numerics
-from vsa_optax.transforms.history import CodedWindowHistoryState, Scalars, WindowHistory
+from vsa_optax.transforms.history import (
+    CodedWindowHistoryState,
+    Scalars,
+    WindowHistory,
+    combine_trees,
+    products_of_trees,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,3 +60,26 @@ class CodedWindowHistory:
         shapes, _ = self.example(state)
         kept = jax.tree.map(lambda x, s: numerics.saturating_cast(x, s.dtype), tree, shapes)
         return self.window.record(state, self.codec.encode(kept), step, scalars)
+
+    def num_features(self) -> int:
+        """The mean, the slope, and the newest record."""
+        return self.window.num_features()
+
+    def init_gram(self, num_leaves: int) -> jax.Array | None:
+        """Not kept."""
+        del num_leaves
+        return None
+
+    def combine(self, state: CodedWindowHistoryState, scalars: Scalars, weights: jax.Array) -> Any:
+        """Decodes each feature: leaves weigh them differently, and a codec may mix leaves."""
+        return combine_trees(weights, self._features(state, scalars))
+
+    def products(
+        self, state: CodedWindowHistoryState, scalars: Scalars, gram: jax.Array | None, tree: Any, energy: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Those of the decoded features."""
+        del gram, energy
+        return *products_of_trees(self._features(state, scalars), tree), None
+
+    def _features(self, state: CodedWindowHistoryState, scalars: Scalars) -> list[Any]:
+        return [self.codec.decode_sum(state.records, row) for row in scalars.features]

@@ -1,8 +1,9 @@
 """What the predictor remembers of past gradients: the last W of them, or an exact recursion over all.
 
 Two histories with one interface: ``init(params)``; ``scalars(state, step)``, all that is known of a step before any
-leaf is touched; ``terms(state, scalars)``, the numbers and trees whose weighted sum is the prediction; and
-``record(state, tree, step, scalars)``.
+leaf is touched; ``terms(state, scalars)``, the numbers and trees whose weighted sum is the prediction;
+``record(state, tree, step, scalars)``; and for a calibrated prediction ``combine``, its features weighted anew in each
+leaf, and ``products``, those of the features with each other and with what came.
 
 The scalars are a function of their own because they must be computed outside the conditionals that use them: fused into
 a loop over a leaf, XLA computes them anew for each element.
@@ -75,12 +76,17 @@ class Scalars(NamedTuple):
     Attributes:
         horizon: ``[] float32``, steps from the newest record.
         coefficients: ``[terms] float32``, the prediction's weights.
+        features: ``[K, terms] float32``, those of a calibrated prediction's parts: the records' mean, the line's slope,
+            and, with a window, the newest record.
+        reach: ``[K] float32``, what the features are multiplied by: 1, the steps from the mean record, 1.
         moments: ``weight, lag, spread`` as they will be after a record at this step; None for the window.
         gains: ``mean_gain, keep, velocity_gain`` of such a record; None for the window.
     """
 
     horizon: jax.Array
     coefficients: jax.Array
+    features: jax.Array
+    reach: jax.Array
     moments: tuple[jax.Array, jax.Array, jax.Array] | None = None
     gains: tuple[jax.Array, jax.Array, jax.Array] | None = None
 
@@ -113,6 +119,23 @@ class History(Protocol):
 
     def record(self, state: Any, tree: Any, step: jax.Array, scalars: Scalars) -> Any:
         """The history with one more record, taken at ``step``."""
+
+    def num_features(self) -> int:
+        """K, the parts of a calibrated prediction."""
+
+    def init_gram(self, num_leaves: int) -> jax.Array | None:
+        """The records' products with each other, if they are kept: ``[L, W, W] float32``."""
+
+    def combine(self, state: Any, scalars: Scalars, weights: jax.Array) -> Any:
+        """The features' sum with weights ``[L, K]``, in at least f32."""
+
+    def products(
+        self, state: Any, scalars: Scalars, gram: jax.Array | None, tree: Any, energy: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Of the features, without their reach, with each other and with ``tree``: ``[L, K, K]`` and ``[L, K]``.
+
+        And the gram, if it is kept, as it will be once the tree is recorded, whose squared norms are ``energy``.
+        """
 
 
 def zeros_as_stored(params: Any, dtype: jnp.dtype | None) -> Any:
@@ -160,7 +183,14 @@ class WindowHistory:
         weights = jnp.where(rank < state.num_records, jnp.float32(self.decay) ** rank, 0.0)
         ages = (state.steps - state.steps[newest]).astype(jnp.float32)
         horizon = (step - state.steps[newest]).astype(jnp.float32)
-        return Scalars(horizon, wls.extrapolation_weights(ages, weights, newest, horizon))
+        mean, slope, age = wls.line_weights(ages, weights, newest)
+        last = (rank == 0) & (weights > 0)
+        return Scalars(
+            horizon,
+            mean + (horizon - age) * slope,
+            features=jnp.stack([mean, slope, last.astype(jnp.float32)]),
+            reach=jnp.ones([3], jnp.float32).at[1].set(horizon - age),
+        )
 
     def terms(self, state: WindowHistoryState, scalars: Scalars) -> tuple[list[jax.Array], list[Any]]:
         """One term a slot."""
@@ -179,6 +209,38 @@ class WindowHistory:
             steps=state.steps.at[slot].set(step),
             num_records=optax.safe_increment(state.num_records),
         )
+
+    def num_features(self) -> int:
+        """The mean, the slope, and the newest record."""
+        return 3
+
+    def init_gram(self, num_leaves: int) -> jax.Array | None:
+        """Kept, so that a true step reads each record once."""
+        return jnp.zeros([num_leaves, self.length, self.length], jnp.float32)
+
+    def combine(self, state: WindowHistoryState, scalars: Scalars, weights: jax.Array) -> Any:
+        """One pass over the records."""
+        leaves, treedef = jax.tree.flatten(state.records)
+        of_records = weights @ scalars.features
+        sums = [
+            wls.combine([of_records[leaf, i] for i in range(self.length)], [r[i] for i in range(self.length)])
+            for leaf, r in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(treedef, sums)
+
+    def products(
+        self, state: WindowHistoryState, scalars: Scalars, gram: jax.Array | None, tree: Any, energy: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """One pass over the records."""
+        assert gram is not None
+        leaves = zip(jax.tree.leaves(state.records), jax.tree.leaves(tree), strict=True)
+        with_tree = jnp.stack([_inner(r, x) for r, x in leaves])
+        features = scalars.features
+        of_features = jnp.einsum("ia,lab,jb->lij", features, gram, features, precision="highest")
+        slot = state.num_records % self.length
+        row = with_tree.at[:, slot].set(energy)
+        grown = gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
+        return of_features, jnp.einsum("ia,la->li", features, with_tree, precision="highest"), grown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,12 +286,40 @@ class RecursiveHistory:
         moments, gains = wls.forget_and_add(
             state.weight, state.lag, state.spread, horizon, self.decay, mean_first=self._mean_first
         )
-        coefficients = jnp.stack([jnp.ones([], jnp.float32), horizon + state.lag])
-        return Scalars(horizon, coefficients, moments, gains)
+        one = jnp.ones([], jnp.float32)
+        return Scalars(
+            horizon,
+            jnp.stack([one, horizon + state.lag]),
+            features=jnp.eye(2, dtype=jnp.float32),
+            reach=jnp.stack([one, horizon + state.lag]),
+            moments=moments,
+            gains=gains,
+        )
 
     def terms(self, state: RecursiveHistoryState, scalars: Scalars) -> tuple[list[jax.Array], list[Any]]:
         """Mean and velocity."""
         return [scalars.coefficients[0], scalars.coefficients[1]], [state.mean, state.velocity]
+
+    def num_features(self) -> int:
+        """The mean and the slope."""
+        return 2
+
+    def init_gram(self, num_leaves: int) -> jax.Array | None:
+        """Not kept."""
+        del num_leaves
+        return None
+
+    def combine(self, state: RecursiveHistoryState, scalars: Scalars, weights: jax.Array) -> Any:
+        """One pass over mean and velocity."""
+        del scalars
+        return combine_trees(weights, [state.mean, state.velocity])
+
+    def products(
+        self, state: RecursiveHistoryState, scalars: Scalars, gram: jax.Array | None, tree: Any, energy: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Those of mean and velocity, taken anew."""
+        del gram, energy, scalars
+        return *products_of_trees([state.mean, state.velocity], tree), None
 
     def record(
         self, state: RecursiveHistoryState, tree: Any, step: jax.Array, scalars: Scalars
@@ -257,3 +347,42 @@ class RecursiveHistory:
             spread=spread,
             last_step=step,
         )
+
+
+def combine_trees(weights: jax.Array, trees: list[Any]) -> Any:
+    """The trees' sum with weights ``[L, trees]``, in at least f32."""
+    leaves = [jax.tree.leaves(tree) for tree in trees]
+    sums = [
+        wls.combine([weights[leaf, i] for i in range(len(trees))], list(arrays))
+        for leaf, arrays in enumerate(zip(*leaves, strict=True))
+    ]
+    return jax.tree.unflatten(jax.tree.structure(trees[0]), sums)
+
+
+def products_of_trees(trees: list[Any], other: Any) -> tuple[jax.Array, jax.Array]:
+    """Of the trees with each other and with another one: ``[L, trees, trees]`` and ``[L, trees]``."""
+    leaves = list(zip(*(jax.tree.leaves(tree) for tree in [*trees, other]), strict=True))
+    num = len(trees)
+    table = jnp.stack([jnp.stack([jnp.stack([_inner_whole(x, y) for y in xs]) for x in xs[:num]]) for xs in leaves])
+    return table[:, :, :num], table[:, :, num]
+
+
+def energies(tree: Any) -> jax.Array:
+    """``[L] float32``: the leaves' squared norms."""
+    return jnp.stack([_inner_whole(x, x) for x in jax.tree.leaves(tree)])
+
+
+def _inner(records: jax.Array, x: jax.Array) -> jax.Array:
+    """``[W] float32``: the real inner products of ``[W, *shape]`` with ``[*shape]``.
+
+    A product of a matrix with a vector, in the records' precision: eight times as fast on a CPU as sums of products.
+    """
+    x = numerics.saturating_cast(x, records.dtype)
+    wide = jnp.promote_types(records.dtype, jnp.float32)
+    inner = jnp.tensordot(records.conj(), x, axes=x.ndim, precision="highest", preferred_element_type=wide)
+    return inner.real.astype(jnp.float32)
+
+
+def _inner_whole(x: jax.Array, y: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
+    return jnp.sum((x.conj().astype(wide) * y.astype(wide)).real).astype(jnp.float32)

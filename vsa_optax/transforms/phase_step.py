@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,27 +14,8 @@ from vsa_optax.transforms.conditional import split_extra_args, when
 from vsa_optax.transforms.finite import all_finite, select
 from vsa_optax.transforms.history import Scalars
 from vsa_optax.transforms.phases import Phase
-from vsa_optax.transforms.predictor import Predictor
-
-
-class StepResult(NamedTuple):
-    """What one step comes to, before it is recorded.
-
-    Attributes:
-        target: tree, what the recorded transformation emitted, or its prediction; of no use if not finite.
-        inner_state: the recorded transformation's state.
-        residual: tree or None, the predictor's residual.
-        is_finite: ``[] bool``, false if a gradient, or what the transformation made of it, holds a NaN or an infinity.
-        error: ``[] float32``, the relative prediction error.
-        is_measured: ``[] bool``, whether ``error`` was measured, which it is at CORRECT steps.
-    """
-
-    target: Any
-    inner_state: Any
-    residual: Any
-    is_finite: jax.Array
-    error: jax.Array | None = None
-    is_measured: jax.Array | None = None
+from vsa_optax.transforms.predictor import CalibrationState, Predictor
+from vsa_optax.transforms.step_result import StepResult
 
 
 class PhaseStep:
@@ -58,8 +39,14 @@ class PhaseStep:
         history: Any,
         residual: Any,
         scalars: Scalars,
+        calibration: CalibrationState | None = None,
+        weights: jax.Array | None = None,
+        emits_features: jax.Array | None = None,
     ) -> StepResult:
-        """One step in a true phase, the prediction in PREDICT."""
+        """One step in a true phase, the prediction in PREDICT.
+
+        Calibrated, what is emitted are the features with ``weights``, wherever ``emits_features``.
+        """
         traced_args, static_args = split_extra_args(extra_args)
         emitted = jax.eval_shape(
             lambda u, s, p, e: self._recorded.update(u, s, p, **e, **static_args)[0],
@@ -71,34 +58,41 @@ class PhaseStep:
         leaves, treedef = jax.tree.flatten(emitted)
         predict_if, step, step_when = self._functions_for(treedef, tuple(leaves))
         is_predict = phase == Phase.PREDICT
+        emits_prediction = is_predict if emits_features is None else emits_features
         has_gradient = lax.cond(is_predict, _true, all_finite, updates)
         result = StepResult(
-            target=predict_if(is_predict, history, residual, scalars),
+            target=predict_if(emits_prediction, history, residual, scalars, weights),
             inner_state=inner_state,
             residual=residual,
             is_finite=has_gradient,
             error=jnp.zeros([], jnp.float32),
             is_measured=jnp.array(False),
+            calibration=calibration,
         )
         if static_args:
             step_when = when(functools.partial(step, **static_args))
-        runs = ~is_predict & has_gradient
+        runs = ~emits_prediction & has_gradient
         return step_when(runs, result, updates, params, traced_args, phase, history, scalars)
 
     def _functions(self, treedef: Any, avals: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
         """Prediction, true step and conditional true step of a transformation that emits leaves like ``avals``."""
 
-        def predicted(history: Any, residual: Any, scalars: Scalars) -> Any:
-            leaves = jax.tree.leaves(self._predictor.predict(history, residual, scalars))
+        def predicted(history: Any, residual: Any, scalars: Scalars, weights: jax.Array | None) -> Any:
+            if weights is None:
+                leaves = jax.tree.leaves(self._predictor.predict(history, residual, scalars))
+            else:
+                leaves = jax.tree.leaves(self._predictor.predict_calibrated(history, scalars, weights))
             cast = [numerics.saturating_cast(x, aval.dtype) for x, aval in zip(leaves, avals, strict=True)]
             return jax.tree.unflatten(treedef, cast)
 
-        def nothing(history: Any, residual: Any, scalars: Scalars) -> Any:
-            del history, residual, scalars
+        def nothing(history: Any, residual: Any, scalars: Scalars, weights: jax.Array | None) -> Any:
+            del history, residual, scalars, weights
             return jax.tree.unflatten(treedef, [jnp.zeros_like(aval, dtype=aval.dtype) for aval in avals])
 
-        def predict_if(pred: jax.Array, history: Any, residual: Any, scalars: Scalars) -> Any:
-            return lax.cond(pred, predicted, nothing, history, residual, scalars)
+        def predict_if(
+            pred: jax.Array, history: Any, residual: Any, scalars: Scalars, weights: jax.Array | None = None
+        ) -> Any:
+            return lax.cond(pred, predicted, nothing, history, residual, scalars, weights)
 
         def measure(result: StepResult, is_due: jax.Array, history: Any, scalars: Scalars) -> StepResult:
             # Always true here. But a conditional's result is one array: without it XLA copies each record on the way.
@@ -107,6 +101,13 @@ class PhaseStep:
             return result._replace(residual=residual, error=error, is_measured=is_defined)
 
         measure_when = when(measure)
+
+        def calibrate(result: StepResult, history: Any, scalars: Scalars) -> StepResult:
+            assert result.calibration is not None
+            measured = self._predictor.calibrate(result.calibration, history, scalars, result.target)
+            return result._replace(calibration=measured.state, error=measured.error, is_measured=measured.is_defined)
+
+        calibrate_when = when(calibrate)
 
         def step(
             result: StepResult,
@@ -124,6 +125,8 @@ class PhaseStep:
             is_finite = all_finite(target)
             inner_state = select(is_finite, inner_state, result.inner_state)
             result = result._replace(target=target, inner_state=inner_state, is_finite=is_finite)
+            if result.calibration is not None:
+                return calibrate_when(is_finite, result, history, scalars)
             is_due = (phase == Phase.CORRECT) & is_finite
             return measure_when(is_due, result, is_due, history, scalars)
 

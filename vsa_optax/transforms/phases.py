@@ -22,6 +22,8 @@ import optax
 
 from vsa_optax import checks
 from vsa_optax.kernels import numerics
+from vsa_optax.transforms.guard import GuardState, Plan
+from vsa_optax.transforms.predictor import CalibrationState
 
 _RECENT_LOSSES = 100
 _COMPARED_LOSSES = 10
@@ -82,6 +84,8 @@ class PhaseMachineState(NamedTuple):
         value: ``[] float32``, the last finite ``value=`` received; meaningless before ``has_value``.
         has_value: ``[] bool``, whether one was received.
         adaptive: `AdaptiveLengthsState`, or None with ``adaptive=False``.
+        calibration: `CalibrationState`, or None with ``calibrate=False``.
+        guard: `GuardState`, or None with ``guard=False``.
     """
 
     phase: jax.Array
@@ -96,6 +100,8 @@ class PhaseMachineState(NamedTuple):
     value: jax.Array
     has_value: jax.Array
     adaptive: AdaptiveLengthsState | None
+    calibration: CalibrationState | None = None
+    guard: GuardState | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +166,12 @@ def total_steps(state: PhaseMachineState) -> jax.Array:
 
 
 def advance(
-    schedule: PhaseSchedule, state: PhaseMachineState, *, is_finite: jax.Array, value: Any | None
+    schedule: PhaseSchedule,
+    state: PhaseMachineState,
+    *,
+    is_finite: jax.Array,
+    value: Any | None,
+    plan: Plan | None = None,
 ) -> PhaseMachineState:
     """Counts the step that was just done and decides the phase of the next.
 
@@ -169,6 +180,7 @@ def advance(
         state: the machine whose ``phase`` was just performed.
         is_finite: ``[] bool``, false if the step's gradient was skipped. It does not count towards the warm-up.
         value: ``[]``, the step's loss, or None.
+        plan: what the guard wants, if there is one.
     """
     phase, adaptive = state.phase, state.adaptive
     recorded_or_later = is_finite | (phase != Phase.WARMUP)
@@ -183,9 +195,14 @@ def advance(
 
     full_length: Any = schedule.full_steps if adaptive is None else adaptive.full_length
     predict_length: Any = schedule.predict_steps if adaptive is None else adaptive.predict_length
-    after_full = Phase.PREDICT if schedule.ever_predicts else Phase.FULL
+    after_full: Any = Phase.PREDICT if schedule.ever_predicts else Phase.FULL
+    if plan is not None:
+        full_length, predict_length = 1, plan.length
+        after_full = jnp.where(plan.leaps, Phase.PREDICT, Phase.FULL)
     wants_correction = (done % schedule.correct_every == 0) & (phase != Phase.CORRECT)
     in_leap = jnp.where(wants_correction, Phase.CORRECT, jnp.where(done >= predict_length, Phase.FULL, Phase.PREDICT))
+    if plan is not None:
+        in_leap = jnp.where(plan.ends & (phase != Phase.PREDICT), Phase.FULL, in_leap)
     following = jnp.select(
         [phase == Phase.WARMUP, phase == Phase.FULL],
         [

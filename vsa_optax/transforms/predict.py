@@ -17,10 +17,12 @@ from vsa_optax.codecs.codec import Codec
 from vsa_optax.transforms import phases, queries
 from vsa_optax.transforms.conditional import when
 from vsa_optax.transforms.finite import all_finite, select
+from vsa_optax.transforms.guard import Guard
 from vsa_optax.transforms.history import describe_state
-from vsa_optax.transforms.phase_step import PhaseStep, StepResult
+from vsa_optax.transforms.phase_step import PhaseStep
 from vsa_optax.transforms.phases import Phase, PhaseMachineState, PhaseSchedule
 from vsa_optax.transforms.predictor import Predictor, make_predictor
+from vsa_optax.transforms.step_result import StepResult
 
 
 class PhaseSwitchedState(NamedTuple):
@@ -52,10 +54,12 @@ def predict_gradients(
     history_decay: float = 0.95,
     history_dtype: jax.typing.DTypeLike | None = None,
     history_codec: Codec | None = None,
-    residual: bool = True,
+    residual: bool | None = None,
     residual_decay: float = 0.95,
     adaptive: bool = False,
     loss_threshold: float = 0.1,
+    calibrate: bool = False,
+    guard: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradients of PREDICT steps by their extrapolation; heads an ``optax.chain``.
 
@@ -83,11 +87,17 @@ def predict_gradients(
         history_codec: a codec, such as `vsa_optax.TritCodec`, that keeps the window's records; None keeps them as they
             are. The residual is coded likewise, and ``history_dtype`` has no effect. Needs ``history="window"``. A
             prediction then costs one decoding, whatever W, and the residual's.
-        residual: whether to add the averaged error of past predictions, measured at CORRECT steps.
+        residual: whether to add the averaged error of past predictions, measured at CORRECT steps; None adds it unless
+            predictions are calibrated, where it must not be True.
         residual_decay: γ, both the average's decay and the residual's fading a step, in ``[0, 1]``.
         adaptive: whether phase lengths follow the loss: FULL grows and PREDICT shrinks while it rises, the reverse
             while it falls. Needs ``value=`` at every update.
         loss_threshold: relative rise of the loss that counts as worse, ``>= 0``.
+        calibrate: whether each leaf weighs the records' mean, the slope and, with a window, the newest record by what
+            they were worth in predictions so far: out of sample, in closed form, see `kernels.calibration`.
+        guard: whether the phases' lengths follow what predicting gains, as seen in ``value=``, from no prediction at
+            all to ``predict_steps``, with FULL phases of one or two steps: see `transforms.guard`. Without ``value=``
+            it goes by the calibration's errors. Needs ``calibrate=True`` and ``adaptive=False``.
 
     Returns:
         A transformation that takes the loss as the optional extra argument ``value``.
@@ -95,7 +105,8 @@ def predict_gradients(
     State cost:
         ``(W + 1) * P`` bytes with the window and ``3 * P`` with the recursion, for parameters of P bytes (in the
         history's dtype, or as ``history_codec.nbytes`` counts them); ``P`` less without the residual; and less than 100
-        bytes of scalars (412 more when adaptive).
+        bytes of scalars (412 more when adaptive, 68 with the guard). Calibrated there is no residual, but
+        ``4 * (W**2 + 14)`` bytes a leaf with the window, 32 with the recursion and 56 with a codec.
 
     Raises:
         ValueError: an argument outside its range, where the transformation is made; at ``update``, gradients whose
@@ -123,6 +134,7 @@ def predict_gradients(
     """
     return phase_switched(
         optax.identity(),
+        predict_in="gradient",
         warmup_steps=warmup_steps,
         full_steps=full_steps,
         predict_steps=predict_steps,
@@ -136,6 +148,8 @@ def predict_gradients(
         residual_decay=residual_decay,
         adaptive=adaptive,
         loss_threshold=loss_threshold,
+        calibrate=calibrate,
+        guard=guard,
     )
 
 
@@ -153,10 +167,12 @@ def phase_switched(
     history_decay: float = 0.95,
     history_dtype: jax.typing.DTypeLike | None = None,
     history_codec: Codec | None = None,
-    residual: bool = True,
+    residual: bool | None = None,
     residual_decay: float = 0.95,
     adaptive: bool = False,
     loss_threshold: float = 0.1,
+    calibrate: bool = False,
+    guard: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that PREDICT steps need no gradient.
 
@@ -199,6 +215,9 @@ def phase_switched(
         residual_decay: see `predict_gradients`.
         adaptive: see `predict_gradients`.
         loss_threshold: see `predict_gradients`.
+        calibrate: see `predict_gradients`.
+        guard: see `predict_gradients`. With ``predict_in="update"`` it also takes a leap back, that is all predictions
+            since the last true step, if the loss rose, and lengthens predictions, by at most 2, while they pay.
 
     Returns:
         A transformation that takes the loss as the optional extra argument ``value`` and forwards it, like every other
@@ -244,10 +263,16 @@ def phase_switched(
         history_codec=history_codec,
         residual=residual,
         residual_decay=residual_decay,
+        calibrate=calibrate,
     )
+    if checks.check_bool("guard", guard) and not calibrate:
+        raise ValueError("guard=True needs calibrate=True: it judges by what the calibration measures")
+    if guard and adaptive:
+        raise ValueError("adaptive must be False with guard=True, which sets the phases' lengths itself, got True")
     # Without predictions both domains are opt itself.
     predicts_updates = predict_in == "update" or not schedule.ever_predicts
     recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
+    watcher = Guard(full_steps, predict_steps, undoes=predicts_updates) if guard else None
     run = PhaseStep(recorded, predictor)
     record = when(predictor.history.record)
 
@@ -255,8 +280,15 @@ def phase_switched(
         checks.check_inexact_leaves(params)
         inner_state = opt.init(params)
         _check_inner_state(inner_state)
+        machine = phases.init(schedule)
+        if schedule.ever_predicts:
+            calibration = predictor.init_calibration(params)
+            machine = machine._replace(
+                calibration=calibration,
+                guard=watcher.init(predictor.history.num_features()) if watcher and calibration is not None else None,
+            )
         return PhaseSwitchedState(
-            machine=phases.init(schedule),
+            machine=machine,
             history=predictor.history.init(params) if schedule.ever_predicts else None,
             residual=predictor.init_residual(params) if schedule.ever_predicts else None,
             inner_state=inner_state,
@@ -273,7 +305,7 @@ def phase_switched(
             extra_args["value"] = checks.check_scalar("value", value)
         elif adaptive:
             raise ValueError("adaptive=True needs the loss at every step: update(..., value=loss), got value=None")
-        _check_state(state, schedule, predictor)
+        _check_state(state, schedule, predictor, guard)
         if schedule.ever_predicts:
             tree, leading = predictor.history.example(state.history)
             checks.check_same_tree(tree, updates, what="gradients", leading_axes=leading)
@@ -286,11 +318,36 @@ def phase_switched(
         if schedule.ever_predicts:
             # The history is read in one conditional and written in a later one, so that XLA writes it in place.
             scalars = predictor.scalars(memory, step)
-            result = run(updates, recorded_state, params, extra_args, machine.phase, memory, averaged_error, scalars)
-            is_recorded = (machine.phase != Phase.PREDICT) & result.is_finite
+            is_predict = machine.phase == Phase.PREDICT
+            emits_prediction, weights = is_predict, None
+            if machine.calibration is not None:
+                weights = predictor.weights(machine.calibration, scalars)
+            if machine.guard is not None:
+                assert watcher is not None
+                assert weights is not None
+                loss = extra_args.get("value")
+                is_taken_back = watcher.takes_back(machine.guard, ~is_predict, loss)
+                emits_prediction |= is_taken_back
+                weights = watcher.emitted(machine.guard, is_taken_back, weights, scalars.reach)
+            result = run(
+                updates,
+                recorded_state,
+                params,
+                extra_args,
+                machine.phase,
+                memory,
+                averaged_error,
+                scalars,
+                machine.calibration,
+                weights,
+                emits_prediction,
+            )
+            is_recorded = ~emits_prediction & result.is_finite
             assert result.error is not None
             assert result.is_measured is not None
-            machine = phases.note_prediction_error(machine, result.error, result.is_measured)
+            is_after_leap = (scalars.horizon > 1) | (machine.phase == Phase.CORRECT)
+            machine = phases.note_prediction_error(machine, result.error, result.is_measured & is_after_leap)
+            machine = machine._replace(calibration=result.calibration)
             averaged_error = result.residual
             memory = record(is_recorded, memory, result.target, step, scalars)
         else:
@@ -306,10 +363,22 @@ def phase_switched(
             inner_state = select(is_finite, inner_state, state.inner_state)
         if schedule.ever_predicts:  # Else nothing stands between opt and the caller: a select would move its last bits.
             new_updates = select(is_finite, new_updates, optax.tree.zeros_like(new_updates))
+        rate: Any = None
         if learning_rate is not None:
             rate = learning_rate(step) if callable(learning_rate) else learning_rate
+        plan = None
+        if machine.guard is not None:
+            assert watcher is not None
+            # What is taken back was scaled when it was emitted.
+            given = jnp.asarray(1.0 if rate is None else rate, jnp.float32)
+            rate = None if rate is None else jnp.where(is_taken_back, 1.0, given)
+            is_warm = machine.phase != Phase.WARMUP
+            watched = watcher.after(machine.guard, is_predict, is_taken_back, given * scalars.reach, loss, result)
+            watched, plan = watcher.plan(watched, ~is_predict, is_warm, is_taken_back)
+            machine = machine._replace(guard=watched)
+        if rate is not None:
             new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
-        machine = phases.advance(schedule, machine, is_finite=is_finite, value=value)
+        machine = phases.advance(schedule, machine, is_finite=is_finite, value=value, plan=plan)
         return new_updates, PhaseSwitchedState(machine, memory, averaged_error, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -347,13 +416,16 @@ def _check_inner_state(inner_state: Any) -> None:
                 raise ValueError(f"opt must not contain {reason}")
 
 
-def _check_state(state: Any, schedule: PhaseSchedule, predictor: Predictor) -> None:
+def _check_state(state: Any, schedule: PhaseSchedule, predictor: Predictor, guard: bool) -> None:
     """``ValueError`` if the state was made by a transformation with other settings."""
     if not isinstance(state, PhaseSwitchedState):
         raise ValueError(f"state must be what init returned, a PhaseSwitchedState, got {type(state).__name__}")
     wanted = predictor.history.describe() if schedule.ever_predicts else "none"
     given = "none" if state.history is None else describe_state(state.history)
     _check_setting("history", given, wanted)
+    if schedule.ever_predicts and jax.tree.leaves(predictor.history.example(state.history)[0]):
+        _check_setting("calibrate", state.machine.calibration is not None, predictor.calibrates)
+        _check_setting("guard", state.machine.guard is not None, guard)
     _check_setting("adaptive", state.machine.adaptive is not None, schedule.adaptive)
     if schedule.ever_predicts and predictor.history.example(state.history)[0] is not None:  # A tree may be None itself.
         _check_setting("residual", state.residual is not None, predictor.has_residual)

@@ -2,19 +2,57 @@
 
 ĝ(t) = b + v (t - t_last) + γ^(t - t_last) r
 r    <- γ r + (1 - γ) (g - ĝ)                     at CORRECT steps
+
+Calibrated, it has no residual, and the records' mean, the line's slope and the newest record have coefficients of their
+own in each leaf: see `kernels.calibration`.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vsa_optax import checks
 from vsa_optax.codecs import codec as codecs
-from vsa_optax.kernels import numerics, wls
+from vsa_optax.kernels import calibration, numerics, wls
 from vsa_optax.transforms.coded_history import CodedWindowHistory
-from vsa_optax.transforms.history import History, RecursiveHistory, Scalars, WindowHistory, zeros_as_stored
+from vsa_optax.transforms.history import (
+    History,
+    RecursiveHistory,
+    Scalars,
+    WindowHistory,
+    energies,
+    zeros_as_stored,
+)
+
+_FORGET = 0.95  # Of the calibration, a measurement.
+
+
+class CalibrationState(NamedTuple):
+    """What past predictions were worth.
+
+    Attributes:
+        sums: `kernels.calibration.Sums`, a few scalars a leaf.
+        gram: ``[L, W, W] float32``, the products of the window's records; None for other histories.
+    """
+
+    sums: calibration.Sums
+    gram: jax.Array | None
+
+
+class Measurement(NamedTuple):
+    """One prediction beside what came.
+
+    Attributes:
+        state: the calibration with it.
+        error: ``[] float32``, ``||g - ĝ|| / ||g||`` over the whole tree.
+        is_defined: ``[] bool``, whether the tree does not vanish.
+    """
+
+    state: CalibrationState
+    error: jax.Array
+    is_defined: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +67,41 @@ class Predictor:
     codec: codecs.Codec | None
     has_residual: bool
     residual_decay: float
+    calibrates: bool
+
+    def init_calibration(self, params: Any) -> CalibrationState | None:
+        """Nothing measured; None if it is switched off, or there are no leaves."""
+        num_leaves = len(jax.tree.leaves(params))
+        if not self.calibrates or not num_leaves:
+            return None
+        sums = calibration.zeros(num_leaves, self.history.num_features())
+        return CalibrationState(sums, self.history.init_gram(num_leaves))
+
+    def weights(self, state: CalibrationState, scalars: Scalars) -> jax.Array:
+        """``[L, K]``: what the calibrated prediction takes of each feature."""
+        return calibration.coefficients(state.sums) * scalars.reach
+
+    def predict_calibrated(self, history: Any, scalars: Scalars, weights: jax.Array) -> Any:
+        """Tree of predictions, in at least f32."""
+        return self.history.combine(history, scalars, weights)
+
+    def calibrate(self, state: CalibrationState, history: Any, scalars: Scalars, target: Any) -> Measurement:
+        """Compares ``target``, which is to be recorded, with its prediction."""
+        energy = energies(target)
+        gram, products, grown = self.history.products(history, scalars, state.gram, target, energy)
+        # The sums are those of the features as far as they reach.
+        reach = scalars.reach
+        reached = gram * reach[:, None] * reach, products * reach
+        theta = calibration.coefficients(state.sums)
+        sums, squared = calibration.measure(state.sums, theta, *reached, energy, _FORGET)
+        # Nothing is recorded before the first.
+        has_records = jnp.any(scalars.features != 0)
+        sums = jax.tree.map(lambda new, old: jnp.where(has_records, new, old), sums, state.sums)
+        total = jnp.sum(energy)
+        is_defined = (total > 0) & jnp.isfinite(total)
+        ratio = jnp.sum(squared) / jnp.where(is_defined, total, 1)
+        error = numerics.saturating_cast(jnp.sqrt(ratio), jnp.float32)
+        return Measurement(CalibrationState(sums, grown), error, is_defined & has_records)
 
     def init_residual(self, params: Any) -> Any:
         """Zeros: a tree, or a payload if there is a codec; None if there is no residual."""
@@ -84,15 +157,22 @@ def make_predictor(
     history_decay: float,
     history_dtype: Any,
     history_codec: Any,
-    residual: bool,
+    residual: bool | None,
     residual_decay: float,
+    calibrate: bool,
 ) -> Predictor:
     """The predictor of these settings, checked; ranges as in `vsa_optax.predict_gradients`."""
     checks.check_choice("history", history, ("window", "recursive"))
     length = checks.check_integer("history_window", history_window, 2)
     decay = checks.check_real("history_decay", history_decay, low=0.0, high=1.0, low_open=True)
     dtype = checks.check_float_dtype("history_dtype", history_dtype)
-    checks.check_bool("residual", residual)
+    checks.check_bool("calibrate", calibrate)
+    if residual is None:
+        residual = not calibrate
+    if checks.check_bool("residual", residual) and calibrate:
+        raise ValueError(
+            "residual must be False or None with calibrate=True, where the newest record does its work, got True"
+        )
     fading = checks.check_real("residual_decay", residual_decay, low=0.0, high=1.0)
     window = WindowHistory(length, decay, dtype)
     memory: History = window if history == "window" else RecursiveHistory(decay, dtype)
@@ -103,4 +183,4 @@ def make_predictor(
                 f"every step, got {history_codec!r}"
             )
         memory = CodedWindowHistory(window, codecs.check_codec("history_codec", history_codec))
-    return Predictor(memory, dtype, history_codec, residual, fading)
+    return Predictor(memory, dtype, history_codec, residual, fading, calibrate)

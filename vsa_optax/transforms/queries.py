@@ -5,11 +5,50 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vsa_optax.kernels import calibration
+from vsa_optax.transforms.guard import GuardState
 from vsa_optax.transforms.phases import Phase, PhaseMachineState, total_steps
+from vsa_optax.transforms.predictor import CalibrationState
+
+
+class PredictionQuality(NamedTuple):
+    """What calibrated predictions are worth, leaf by leaf in the order of ``jax.tree.leaves(params)``.
+
+    Attributes:
+        coefficients: ``[L, K] float32``, those of the records' mean (α), of what the line adds from there to the
+            predicted step (β), and, with a window, of the newest record.
+        r_squared: ``[L] float32``, ``1 - ||x - x̂||² / ||x||²`` out of sample, averaged over about twenty true steps; 0
+            as for predicting zero, or if nothing is known.
+        mean_r_squared: ``[] float32``, their mean.
+    """
+
+    coefficients: jax.Array
+    r_squared: jax.Array
+    mean_r_squared: jax.Array
+
+
+class GuardStats(NamedTuple):
+    """What the guard does, and why.
+
+    Attributes:
+        action: ``[] int32``, the `vsa_optax.GuardAction` it took last.
+        predict_length: ``[] float32``, predictions of a leap as it would have them.
+        boost: ``[] float32``, what predicted updates are multiplied by.
+        rollbacks: ``[] int32``, leaps taken back.
+        drop: ``[] float32``, mean drop of the log-loss from one true step to the next.
+        drop_deviation: ``[] float32``, its standard deviation; predictions whose drop it exceeds are not made.
+    """
+
+    action: jax.Array
+    predict_length: jax.Array
+    boost: jax.Array
+    rollbacks: jax.Array
+    drop: jax.Array
+    drop_deviation: jax.Array
 
 
 class PhaseStats(NamedTuple):
-    """What a run has done so far; every field is a scalar array.
+    """What a run has done so far; all but the last two are scalar arrays.
 
     Attributes:
         phase: int32, the `Phase` of the coming step.
@@ -22,8 +61,10 @@ class PhaseStats(NamedTuple):
         speedup: float32, all steps / steps with a backward pass; 1 before any step. A count, not a time.
         nonfinite_count: int32, steps skipped for a NaN or an infinity.
         mean_prediction_error: float32, mean over CORRECT steps of ``||x - x̂|| / ||x||``, x being what is predicted, a
-            gradient or an update; 0 before the first.
-        last_prediction_error: float32, the same at the latest CORRECT step.
+            gradient or an update; 0 before the first. Calibrated, over all true steps that follow a prediction.
+        last_prediction_error: float32, the same at the latest such step.
+        quality: `PredictionQuality`, or None with ``calibrate=False``.
+        guard: `GuardStats`, or None with ``guard=False``.
     """
 
     phase: jax.Array
@@ -37,6 +78,8 @@ class PhaseStats(NamedTuple):
     nonfinite_count: jax.Array
     mean_prediction_error: jax.Array
     last_prediction_error: jax.Array
+    quality: PredictionQuality | None = None
+    guard: GuardStats | None = None
 
 
 def contains_machine(state: Any) -> bool:
@@ -103,6 +146,24 @@ def phase_stats(opt_state: Any) -> PhaseStats:
         nonfinite_count=machine.nonfinite_count,
         mean_prediction_error=jnp.zeros([], jnp.float32) if errors is None else errors.mean,
         last_prediction_error=jnp.zeros([], jnp.float32) if errors is None else errors.last,
+        quality=None if machine.calibration is None else _quality(machine.calibration),
+        guard=None if machine.guard is None else _guard_stats(machine.guard),
+    )
+
+
+def _quality(state: CalibrationState) -> PredictionQuality:
+    r_squared = calibration.r_squared(state.sums)
+    return PredictionQuality(calibration.coefficients(state.sums), r_squared, jnp.mean(r_squared))
+
+
+def _guard_stats(state: GuardState) -> GuardStats:
+    return GuardStats(
+        action=state.action,
+        predict_length=state.length,
+        boost=state.boost,
+        rollbacks=state.rollbacks,
+        drop=state.drop,
+        drop_deviation=jnp.sqrt(state.variance),
     )
 
 
