@@ -68,8 +68,8 @@ class Twin:
         scale = np.sqrt(np.diag(gram) + 1e-6 * gram[0, 0])
         safe = np.where(scale > 0, scale, 1)
         unit = np.array([[gram[i, j] / safe[i] / safe[j] if i != j else 1.0 for j in range(3)] for i in range(3)])
-        right = products / safe + 1e-3 * scale * np.array([1.0, 0, 0])
-        return np.linalg.solve(unit + 1e-3 * np.eye(3), right) / safe
+        right = products / safe + 1e-4 * scale * np.array([1.0, 0, 0])
+        return np.linalg.solve(unit + 1e-4 * np.eye(3), right) / safe
 
     def predict(self, step):
         return self.coefficients() @ self.features(step)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-RIDGE = 1e-3
+RIDGE = 1e-4
 # Of the first feature's energy: where the products of f32 lose what is smaller, so that it is not taken for a feature.
 FLOOR = 1e-6
 
