@@ -56,7 +56,19 @@ ROUNDING = "test_trit_sums.py -k rounding"
 WINDOWS = "test_accumulate.py -k windows_are or left_out or leaves_out"
 OF_ERRORS = "test_errors.py"
 
+CALIBRATION = "test_calibration.py -k twin or products_kept or vanishes or ridge"
+GUARD = "test_guard.py -k twin or cliff or noise or bounds"
+
 MUTANTS = [
+    Mutant("kernels/calibration.py", "forget * sums.products + products", "sums.products + products", CALIBRATION),
+    Mutant("kernels/calibration.py", "rest = rest - rows[i][j]", "rest = rest + rows[i][j]", CALIBRATION),
+    Mutant("kernels/calibration.py", "+ RIDGE * scale * prior", "- RIDGE * scale * prior", CALIBRATION),
+    Mutant("transforms/history.py", ".at[:, slot].set(energy)", ".at[:, slot].set(-energy)", CALIBRATION),
+    Mutant("transforms/history.py", "set(horizon - age)", "set(horizon)", CALIBRATION),
+    Mutant("transforms/guard.py", "-state.moved / safe", "state.moved / safe", GUARD),
+    Mutant("transforms/guard.py", "fair, 0.7 * length", "fair, 0.9 * length", GUARD),
+    Mutant("transforms/guard.py", "* state.drop >= deviation))", "* state.drop >= 0 * deviation))", GUARD),
+    Mutant("transforms/guard.py", "state.wait * 2, state.wait", "state.wait, state.wait", "test_guard.py"),
     Mutant("kernels/numerics.py", "jnp.isfinite(jnp.sum(x - x))", "jnp.isfinite(jnp.max(x))", NUMERICS),
     Mutant("kernels/numerics.py", "jnp.isfinite(jnp.sum(x - x))", "~jnp.any(jnp.isnan(x))", NUMERICS),
     Mutant("kernels/numerics.py", "nan=0.0", "nan=1.0", NUMERICS),

@@ -196,3 +196,10 @@ def test_settings_that_exclude_each_other_are_named():
     calibrated = vsa_optax.phase_switched(optax.sgd(0.1), calibrate=True)
     with pytest.raises(ValueError, match="calibrate is True, here False"):
         vsa_optax.phase_switched(optax.sgd(0.1)).update(jnp.ones(2), calibrated.init(jnp.ones(2)))
+
+
+def test_the_ridge_pulls_towards_the_mean():
+    nothing_in_common = calibration.Sums(
+        jnp.array([[[4.0, 0.0], [0.0, 1.0]]]), jnp.zeros([1, 2]), jnp.ones([1]), jnp.ones([1])
+    )
+    np.testing.assert_allclose(calibration.coefficients(nothing_in_common), [[1e-4, 0.0]], rtol=1e-3, atol=1e-9)

@@ -54,10 +54,10 @@ def test_on_a_smooth_task_it_skips_steps_and_loses_nothing():
 
 
 def test_where_noise_hides_the_loss_it_is_the_optimizer_alone():
-    noise = 3.0 * np.random.default_rng(0).normal(size=(200, 30)).astype(np.float32)
+    noise = 3.0 * np.random.default_rng(1).normal(size=(200, 30)).astype(np.float32)
     _, path, _, _ = train(optax.sgd(0.1), bowl, jnp.ones(30), 200, noise)
     _, ours, stats, _ = train(guarded(), bowl, jnp.ones(30), 200, noise)
-    assert int(stats.predict_steps[-1]) <= 20
+    assert int(stats.predict_steps[-1]) <= 3
     exact = lambda p: float(bowl(p, 0.0))  # noqa: E731 # as the loss, without its noise
     assert exact(ours[-1]) < 1.5 * exact(path[-1])
 
