@@ -40,7 +40,8 @@ def variants(window):
     # name: transformation, phase, trees to be moved.
     # PREDICT reads the history and the residual and writes the prediction, which the parameters' update reads.
     # FULL does what AdamW does; the update is written and read, and recorded: the window writes one row, the recursion
-    # reads and writes two trees.
+    # reads and writes two trees. Calibrated, the true step reads the records too, and the update twice more.
+    guarded = dict(calibrate=True, guard=True)
     return {
         "window, PREDICT": (make(**update), Phase.PREDICT, window + 1 + 1 + 3),
         "window, FULL": (make(**update), Phase.FULL, PLAIN_TREES + 2 + 2),
@@ -49,6 +50,9 @@ def variants(window):
         "recursive, FULL": (make(history="recursive", **update), Phase.FULL, PLAIN_TREES + 2 + 6),
         "window, gradient domain, PREDICT": (make(**gradient), Phase.PREDICT, window + 1 + 1 + PLAIN_TREES),
         "window, gradient domain, FULL": (make(**gradient), Phase.FULL, PLAIN_TREES + 2),
+        "calibrated, FULL": (make(calibrate=True, **update), Phase.FULL, PLAIN_TREES + 2 + 2 + window + 2),
+        "guarded, FULL": (make(**guarded, **update), Phase.FULL, PLAIN_TREES + 2 + 2 + window + 2),
+        "guarded, PREDICT": (make(**guarded, **update), Phase.PREDICT, window + 1 + 3),
         "predict_steps=0": (make(predict_steps=0), None, PLAIN_TREES),
     }
 
