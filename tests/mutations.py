@@ -226,8 +226,8 @@ MUTANTS = [
     Mutant("trits.py", "jnp.shape(x)) < odds", "jnp.shape(x)) > odds", "test_trits.py -k right_on_average"),
     Mutant("trits.py", "jnp.where(is_finite, peak, jnp.nan)", "peak", "test_trits.py -k not_finite"),
     Mutant("kernels/wls.py", "share * (ages - mean) ** 2", "share * (ages + mean) ** 2", WLS),
-    Mutant("kernels/wls.py", "(horizon - mean) * (ages - mean)", "(horizon + mean) * (ages - mean)", WLS),
-    Mutant("kernels/wls.py", "share * (1.0 + slope)", "share * (1.0 - slope)", WLS),
+    Mutant("kernels/wls.py", "mean + (horizon - age) * slope", "mean + (horizon + age) * slope", WLS),
+    Mutant("kernels/wls.py", "share * (ages - mean) / jnp", "share * (mean - ages) / jnp", WLS),
     Mutant("kernels/wls.py", "has_slope = spread > 0", "has_slope = spread >= 0", WLS),
     Mutant("kernels/wls.py", "(jnp.arange(ages.size) == newest)", "(jnp.arange(ages.size) != newest)", WLS),
     Mutant("kernels/wls.py", "& (weights > 0)", "& (weights >= 0)", "test_kernel_edges.py -k no_records"),
@@ -241,7 +241,12 @@ MUTANTS = [
     Mutant(
         "transforms/history.py", "[keep, velocity_gain, -velocity_gain]", "[keep, velocity_gain, velocity_gain]", WLS
     ),
-    Mutant("transforms/history.py", "horizon + state.lag", "horizon - state.lag", WLS),
+    Mutant(
+        "transforms/history.py",
+        "stack([one, horizon + state.lag]),\n            features",
+        "stack([one, horizon - state.lag]),\n            features",
+        WLS,
+    ),
     Mutant("transforms/history.py", "self.decay >= 0.5", "self.decay >= 0.0", "test_wls.py -k vanishing or lstsq_at"),
     Mutant("transforms/phases.py", "is_finite | (phase != Phase.WARMUP)", "is_finite | (phase == Phase.WARMUP)", WALK),
     Mutant("transforms/phases.py", "% schedule.correct_every == 0", "% schedule.correct_every != 0", WALK),
@@ -266,11 +271,16 @@ MUTANTS = [
     Mutant("transforms/finite.py", "jnp.where(take_new, n, o)", "jnp.where(take_new, o, n)", STEP),
     Mutant(
         "transforms/predict.py",
-        "(machine.phase != Phase.PREDICT) & result",
-        "(machine.phase == Phase.PREDICT) & result",
+        "is_recorded = ~emits_prediction & result",
+        "is_recorded = emits_prediction & result",
         LINE,
     ),
-    Mutant("transforms/phase_step.py", "runs = ~is_predict & has_gradient", "runs = ~is_predict | has_gradient", LINE),
+    Mutant(
+        "transforms/phase_step.py",
+        "runs = ~emits_prediction & has_gradient",
+        "runs = ~emits_prediction | has_gradient",
+        LINE,
+    ),
     Mutant("transforms/phase_step.py", "lax.cond(is_predict, _true", "lax.cond(~is_predict, _true", LINE),
     Mutant(
         "transforms/phase_step.py", "(phase == Phase.CORRECT) & is_finite", "(phase != Phase.CORRECT) & is_finite", TWIN

@@ -10,6 +10,7 @@ import optax
 
 import vsa_optax
 from vsa_optax import (
+    GuardAction,
     HypervectorCodec,
     Phase,
     PhaseStats,
@@ -60,6 +61,8 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
             residual_decay=0.5,
             adaptive=True,
             loss_threshold=0.2,
+            calibrate=False,
+            guard=False,
         ),
         predict_gradients(history_codec=TritCodec(2)),
         predict_gradients(history_codec=HypervectorCodec()),
@@ -95,6 +98,8 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
             residual_decay=0.5,
             adaptive=True,
             loss_threshold=0.2,
+            calibrate=False,
+            guard=False,
         ),
     ]
 
@@ -156,6 +161,11 @@ def use_queries(state: optax.OptState) -> PhaseStats:
     name: str = phase.name
     assert name in {p.name for p in (Phase.WARMUP, Phase.FULL, Phase.PREDICT, Phase.CORRECT)}
     number: int = Phase.PREDICT  # A Phase is an int.
+    if stats.guard is not None and stats.quality is not None:
+        action: GuardAction = GuardAction(int(stats.guard.action))
+        worth: jax.Array = stats.quality.r_squared
+        assert action in GuardAction
+        assert worth.ndim == 1
     assert number == 2
     return stats
 
