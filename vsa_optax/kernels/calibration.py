@@ -12,8 +12,7 @@ so that each measurement counts alike whatever its size, and the coefficients th
 a ridge ε towards θ_0 in units in which every feature has length one. The products with y are unbiased under mini-batch
 noise, so θ finds what the features share with the gradient behind the noise. On a clean line it is (1, 1), in noise
 round a constant the slope's coefficient vanishes. Nothing bounds θ: on trajectories that oscillate the newest record
-and the line are worth something only as a difference. (Bounds of 0 and 1.5, and no newest record, had up to 25 times
-the error there.)
+and the line are worth something only as a difference.
 
 Axes: L leaves, K features.
 """

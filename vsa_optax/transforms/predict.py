@@ -105,7 +105,7 @@ def predict_gradients(
     State cost:
         ``(W + 1) * P`` bytes with the window and ``3 * P`` with the recursion, for parameters of P bytes (in the
         history's dtype, or as ``history_codec.nbytes`` counts them); ``P`` less without the residual; and less than 100
-        bytes of scalars (412 more when adaptive, 68 with the guard). Calibrated there is no residual, but
+        bytes of scalars (412 more when adaptive, 65 with the guard). Calibrated there is no residual, but
         ``4 * (W**2 + 14)`` bytes a leaf with the window, 32 with the recursion and 56 with a codec.
 
     Raises:
