@@ -24,7 +24,8 @@ from codec_tasks import Task, print_row, verdict
 
 import vsa_optax
 from vsa_optax.kernels import calibration
-from vsa_optax.transforms.history import WindowHistory, WindowHistoryState
+from vsa_optax.transforms.history import WindowHistoryState
+from vsa_optax.transforms.window_history import WindowHistory
 
 OPTIONS = {"calibrate": True, "guard": True}  # The same for all tasks.
 

@@ -13,7 +13,7 @@ import vsa_optax
 from vsa_optax import HypervectorCodec, Phase, TritCodec, checkpoint
 from vsa_optax.kernels import wls
 from vsa_optax.transforms.coded_history import CodedWindowHistory
-from vsa_optax.transforms.history import WindowHistory
+from vsa_optax.transforms.window_history import WindowHistory
 
 # A leaf of 128 coordinates, and one that `TritCodec` leaves alone.
 CODECS = {"trits": TritCodec(3, block_size=64), "hypervector": HypervectorCodec(0.5)}

@@ -42,22 +42,6 @@ def line_weights(ages: jax.Array, weights: jax.Array, newest: jax.Array) -> tupl
     return jnp.where(has_slope, share, alone.astype(share.dtype)), slope, mean
 
 
-def extrapolation_weights(ages: jax.Array, weights: jax.Array, newest: jax.Array, horizon: jax.Array) -> jax.Array:
-    """Scalars ``c`` such that the fitted line at ``horizon`` is ``sum_i c_i g_i``.
-
-    Args:
-        ages: as in `line_weights`, and so are the next two.
-        weights: ``[W]`` float.
-        newest: ``[]`` int.
-        horizon: ``[]`` float, steps from the newest record to the predicted step.
-
-    Returns:
-        ``[W]`` float. All zero when every weight is.
-    """
-    mean, slope, age = line_weights(ages, weights, newest)
-    return mean + (horizon - age) * slope
-
-
 def combine(coefficients: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> jax.Array:
     """``sum_i coefficients_i * arrays_i`` in at least f32, one pass over the arrays.
 

@@ -12,13 +12,9 @@ import jax.numpy as jnp
 
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.kernels import numerics
-from vsa_optax.transforms.history import (
-    CodedWindowHistoryState,
-    Scalars,
-    WindowHistory,
-    combine_trees,
-    products_of_trees,
-)
+from vsa_optax.transforms.history import CodedWindowHistoryState, Scalars
+from vsa_optax.transforms.leafwise import combine_trees, products_of_trees
+from vsa_optax.transforms.window_history import WindowHistory
 
 
 @dataclasses.dataclass(frozen=True)

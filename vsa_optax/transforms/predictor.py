@@ -17,14 +17,10 @@ from vsa_optax import checks
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.kernels import calibration, numerics, wls
 from vsa_optax.transforms.coded_history import CodedWindowHistory
-from vsa_optax.transforms.history import (
-    History,
-    RecursiveHistory,
-    Scalars,
-    WindowHistory,
-    energies,
-    zeros_as_stored,
-)
+from vsa_optax.transforms.history import History, Scalars, zeros_as_stored
+from vsa_optax.transforms.leafwise import energies
+from vsa_optax.transforms.recursive_history import RecursiveHistory
+from vsa_optax.transforms.window_history import WindowHistory
 
 _FORGET = 0.95  # Of the calibration, a measurement.
 
