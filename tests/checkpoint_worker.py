@@ -6,6 +6,7 @@ Arguments: folder, number of steps, steps between two checkpoints (0 for none). 
 import hashlib
 import sys
 
+import blind
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,7 +23,7 @@ def loss(params):
 
 
 def train(folder, steps, save_every):
-    opt = vsa_optax.phase_switched(optax.adamw(1.0), **SETTINGS)
+    opt = blind.phase_switched(optax.adamw(1.0), **SETTINGS)
 
     @jax.jit
     def step(params, opt_state):

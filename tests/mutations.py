@@ -57,7 +57,8 @@ WINDOWS = "test_accumulate.py -k windows_are or left_out or leaves_out"
 OF_ERRORS = "test_errors.py"
 
 CALIBRATION = "test_calibration.py -k twin or products_kept or vanishes or ridge"
-GUARD = "test_guard.py -k twin or cliff or noise or bounds"
+GUARD = "test_guard.py -k twin or bounds"
+SECANT = "test_secant.py -k twin or products_kept or no_changes"
 
 MUTANTS = [
     Mutant("kernels/calibration.py", "forget * sums.products + products", "sums.products + products", CALIBRATION),
@@ -65,10 +66,26 @@ MUTANTS = [
     Mutant("kernels/calibration.py", "+ RIDGE * scale * prior", "- RIDGE * scale * prior", CALIBRATION),
     Mutant("transforms/window_history.py", ".at[:, slot].set(energy)", ".at[:, slot].set(-energy)", CALIBRATION),
     Mutant("transforms/window_history.py", "set(horizon - age)", "set(horizon)", CALIBRATION),
-    Mutant("transforms/guard.py", "-state.moved / safe", "state.moved / safe", GUARD),
-    Mutant("transforms/guard.py", "fair, 0.7 * length", "fair, 0.9 * length", GUARD),
-    Mutant("transforms/guard.py", "* state.drop >= deviation))", "* state.drop >= 0 * deviation))", GUARD),
-    Mutant("transforms/guard.py", "state.wait * 2, state.wait", "state.wait, state.wait", "test_guard.py"),
+    Mutant("transforms/guard.py", "_MOST_ERROR) / distance**4", "_MOST_ERROR) / distance**2", GUARD),
+    Mutant("transforms/guard.py", "_FORGET * state.constant", "0 * state.constant", GUARD),
+    Mutant("transforms/guard.py", "jnp.minimum(reach, _GROWTH * distance)", "reach", GUARD),
+    Mutant("transforms/guard.py", "constant < TOLERANCE / 4", "constant < TOLERANCE", GUARD),
+    Mutant("transforms/guard.py", "jnp.where(is_measured, j, u)", "j", "test_guard.py -k not_finite"),
+    Mutant("transforms/guard.py", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "test_guard.py -k sleeps"),
+    Mutant("transforms/guard.py", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "test_guard.py -k sleep"),
+    Mutant("transforms/predict.py", "is_recorded &= watches", "is_recorded |= watches", "test_guard.py -k asleep"),
+    Mutant("kernels/secant.py", "(1 + ridges) * unit", "(1 - ridges) * unit", SECANT),
+    Mutant("kernels/secant.py", "- 2 * linear + quadratic", "- linear + quadratic", SECANT),
+    Mutant("kernels/secant.py", "jnp.argmin(scores", "jnp.argmax(scores", SECANT),
+    Mutant("kernels/secant.py", "products * inverse, 0)[:, None]", "products, 0)[:, None]", SECANT),
+    Mutant("kernels/secant.py", "forget * average + (1 - forget)", "forget * average + forget", SECANT),
+    Mutant("transforms/secant_history.py", "at[slot].set(scalars.energy)", "at[slot].set(-scalars.energy)", SECANT),
+    Mutant("transforms/secant_history.py", "difference(new, old), 0", "difference(old, new), 0", SECANT),
+    Mutant(
+        "transforms/secant_history.py", "jnp.where(is_known, products, 0)", "products", "test_secant.py -k far_from"
+    ),
+    Mutant("transforms/secant_predictor.py", "at[:, slot].set(missed)", "at[:, slot].set(-missed)", SECANT),
+    Mutant("transforms/secant_predictor.py", "tree.map(difference, target", "tree.map(jnp.add, target", SECANT),
     Mutant("kernels/numerics.py", "jnp.isfinite(jnp.sum(x - x))", "jnp.isfinite(jnp.max(x))", NUMERICS),
     Mutant("kernels/numerics.py", "jnp.isfinite(jnp.sum(x - x))", "~jnp.any(jnp.isnan(x))", NUMERICS),
     Mutant("kernels/numerics.py", "nan=0.0", "nan=1.0", NUMERICS),
@@ -206,17 +223,17 @@ MUTANTS = [
         CODED,
     ),
     Mutant(
-        "transforms/coded_history.py", "self.codec.encode(kept), step", "self.codec.encode(kept, step), step", CODED
+        "transforms/coded_history.py", "self.codec.encode(kept), params", "self.codec.encode(kept, step), params", CODED
     ),
     Mutant("transforms/coded_history.py", "numerics.saturating_cast(x, s.dtype)", "x", "test_coded_history.py -k half"),
     Mutant(
-        "transforms/predictor.py",
+        "transforms/line_predictor.py",
         "[*trees, self._decoded(residual)]",
         "[*trees, jax.tree.map(jnp.zeros_like, self._decoded(residual))]",
         CODED,
     ),
     Mutant(
-        "transforms/predictor.py",
+        "transforms/line_predictor.py",
         "lambda x: numerics.saturating_cast(x, x.dtype), coded",
         "lambda x: x, coded",
         "test_coded_history.py -k stays_finite",
@@ -274,27 +291,25 @@ MUTANTS = [
         "transforms/phases.py", "jnp.where(is_known, loss, last_value)", "jnp.where(is_known, last_value, loss)", LOSS
     ),
     Mutant("transforms/phases.py", "(error - state.errors.mean)", "(error + state.errors.mean)", TWIN),
-    Mutant("transforms/predictor.py", "[decay, 1 - decay, decay - 1]", "[decay, 1 - decay, 1 - decay]", TWIN),
-    Mutant("transforms/predictor.py", "** scalars.horizon", "** -scalars.horizon", TWIN),
+    Mutant("transforms/line_predictor.py", "[decay, 1 - decay, decay - 1]", "[decay, 1 - decay, 1 - decay]", TWIN),
+    Mutant("transforms/line_predictor.py", "** scalars.horizon", "** -scalars.horizon", TWIN),
     Mutant("transforms/conditional.py", "return loop[0]", "return ~loop[0]", LINE),
     Mutant("transforms/finite.py", "finite &= numerics", "finite |= numerics", STEP),
     Mutant("transforms/finite.py", "jnp.where(take_new, n, o)", "jnp.where(take_new, o, n)", STEP),
     Mutant(
         "transforms/predict.py",
-        "is_recorded = ~emits_prediction & result",
-        "is_recorded = emits_prediction & result",
+        "is_recorded = ~is_predict & result",
+        "is_recorded = is_predict & result",
         LINE,
     ),
     Mutant(
         "transforms/phase_step.py",
-        "runs = ~emits_prediction & has_gradient",
-        "runs = ~emits_prediction | has_gradient",
+        "runs = ~is_predict & has_gradient",
+        "runs = ~is_predict | has_gradient",
         LINE,
     ),
     Mutant("transforms/phase_step.py", "lax.cond(is_predict, _true", "lax.cond(~is_predict, _true", LINE),
-    Mutant(
-        "transforms/phase_step.py", "(phase == Phase.CORRECT) & is_finite", "(phase != Phase.CORRECT) & is_finite", TWIN
-    ),
+    Mutant("transforms/phase_step.py", "else phase == Phase.CORRECT", "else phase != Phase.CORRECT", TWIN),
     Mutant("transforms/predict.py", "jnp.asarray(rate, u.dtype) * u", "-jnp.asarray(rate, u.dtype) * u", STEP),
     Mutant("kernels/trit_sums.py", "[of_blocks]) + _decode(", "[of_blocks]) - _decode(", SUM),
     Mutant("kernels/trit_sums.py", "+ piece.x) / divisor", "- piece.x) / divisor", SUM),

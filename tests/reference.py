@@ -142,3 +142,42 @@ def quantize_trits(x, cut):
     x = np.asarray(x, np.float64)
     kept = abs(x) > cut
     return np.where(kept, np.sign(x), 0), abs(x[kept]).mean() if kept.any() else 0.0
+
+
+class SecantPredictor:
+    """The gradient from the last changes of flat parameters and gradients, by the ridge that served best so far."""
+
+    def __init__(self, *, window, ridges, forget):
+        self.window, self.ridges, self.forget = window, ridges, forget
+        self.points, self.gradients, self.scores = [], [], np.zeros(len(ridges))
+
+    @property
+    def best(self):
+        return int(np.argmin(self.scores))
+
+    def predictions(self, point):
+        points, gradients = (np.asarray(x[-self.window - 1 :], np.float64) for x in (self.points, self.gradients))
+        moves, changes = np.diff(points, axis=0), np.diff(gradients, axis=0)
+        way, found = np.asarray(point, np.float64) - points[-1], []
+        for ridge in self.ridges:
+            if not len(moves) or np.isinf(ridge):
+                found.append(gradients[-1])
+                continue
+            lengths = np.linalg.norm(moves, axis=1)
+            design = np.concatenate([(moves / lengths[:, None]).T, np.sqrt(ridge) * np.eye(len(moves))])
+            wanted = np.concatenate([way, np.zeros(len(moves))])
+            shares = np.linalg.lstsq(design, wanted, rcond=None)[0] / lengths
+            found.append(gradients[-1] + shares @ changes)
+        return np.stack(found)
+
+    def predict(self, point):
+        return self.predictions(point)[self.best]
+
+    def record(self, point, gradient):
+        if self.points:
+            errors = np.sum((self.predictions(point) - gradient) ** 2, axis=1) / np.sum(
+                np.square(gradient, dtype=np.float64)
+            )
+            self.scores = self.forget * self.scores + (1 - self.forget) * np.minimum(errors, 4.0)
+        self.points.append(point)
+        self.gradients.append(gradient)

@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import blind
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,7 +215,7 @@ def test_extra_arguments_reach_the_inner_optimizer():
 
 
 def test_phases_inside_skip_all_micro_batches_of_a_predicted_step():
-    phases = vsa_optax.phase_switched(
+    phases = blind.phase_switched(
         optax.sgd(0.1), warmup_steps=2, full_steps=1, predict_steps=2, correct_every=2, history_window=2
     )
     opt = ternary_multi_steps(phases, 2)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import blind
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,17 +30,17 @@ from vsa_optax import Phase, checkpoint
 
 SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, history_window=5)
 STEPS = 20
-SAVED_AT = (1, 3, 5, 6, 13)
+SAVED_AT = (1, 3, 4, 6, 13)
 X = jax.random.normal(jax.random.key(1), (16, 8))
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
 
 
 def phase_switched(**kwargs):
-    return vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=0.02, **(SHORT | kwargs))
+    return blind.phase_switched(optax.adamw(1.0), learning_rate=0.02, **(SHORT | kwargs))
 
 
 def chained(**kwargs):
-    return optax.chain(vsa_optax.predict_gradients(**(SHORT | kwargs)), optax.adam(0.02))
+    return optax.chain(blind.predict_gradients(**(SHORT | kwargs)), optax.adam(0.02))
 
 
 CASES = {
@@ -49,9 +50,10 @@ CASES = {
     "adaptive": phase_switched(adaptive=True, history_dtype="bfloat16"),
     "no residual": phase_switched(residual=False),
     "off": phase_switched(predict_steps=0),
+    "secants": phase_switched(history="secant", guard=True),
     "chain": chained(),
     "chain, recursive": chained(history="recursive", adaptive=True),
-    "injected": vsa_optax.phase_switched(optax.inject_hyperparams(optax.sgd)(0.02), **SHORT),
+    "injected": blind.phase_switched(optax.inject_hyperparams(optax.sgd)(0.02), **SHORT),
 }
 SLOW = {("off", False), ("no residual", False), ("injected", False)}
 SLOW |= {(case, True) for case in CASES} - {("window", True), ("chain, recursive", True)}
@@ -119,7 +121,7 @@ def test_training_continues_with_the_same_bits(case, is_sharded, tmp_path):
             records.add(int(stats.total_steps - stats.predict_steps) % 5)
         state = step(*state)
     if case != "off":
-        assert phases == set(Phase)
+        assert phases == set(Phase) - ({Phase.CORRECT} if case == "secants" else set())
         assert len(records) >= 3  # the window's ring was met at different places
     for count in SAVED_AT:
         found, resumed = checkpoint.restore(tmp_path, fresh, step=count, config=SHORT)

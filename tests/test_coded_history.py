@@ -2,6 +2,7 @@
 
 import functools
 
+import blind
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +50,7 @@ def gradient_stream(steps=STEPS, noise=0.1):
 @functools.cache
 def compiled(name):
     """An optimizer and its update, compiled; the name of a codec, or None."""
-    opt = vsa_optax.predict_gradients(history_codec=CODECS.get(name), **SHORT)
+    opt = blind.predict_gradients(history_codec=CODECS.get(name), **SHORT)
     return opt, jax.jit(opt.update, **CHEAP)
 
 
@@ -111,10 +112,10 @@ def test_the_window_is_that_of_decoded_records(num):
         decoded = codec.decode(codec.encode(record))
         for i, (history, tree) in enumerate(((coded, record), (plain, decoded))):
             at = jnp.int32(step + step // 2)
-            states[i] = history.record(states[i], tree, at, history.scalars(states[i], at))
+            states[i] = history.record(states[i], tree, None, at, history.scalars(states[i], at, None))
     predictions = []
     for history, state in zip((coded, plain), states, strict=True):
-        coefficients, trees = history.terms(state, history.scalars(state, jnp.int32(20)))
+        coefficients, trees = history.terms(state, history.scalars(state, jnp.int32(20), None))
         predictions.append(flat_of(jax.tree.map(lambda *rows, c=coefficients: wls.combine(c, rows), *trees)))
     np.testing.assert_allclose(*predictions, atol=2e-6 * max(1, abs(predictions[1]).max()))
     assert states[0].steps.tolist() == states[1].steps.tolist()
@@ -155,12 +156,12 @@ def test_state_bytes_are_those_documented(name, residual):
     """W payloads, their steps and their number; one more payload for the residual; no record as it was."""
     codec = CODECS[name]
     params = {"w": jnp.zeros((100, 64)), "b": jnp.zeros(3, jnp.bfloat16), "none": None}
-    state = vsa_optax.predict_gradients(history_codec=codec, residual=residual, **SHORT).init(params)
+    state = blind.predict_gradients(history_codec=codec, residual=residual, **SHORT).init(params)
     assert nbytes(state.history) == 5 * codec.nbytes(params) + 5 * 4 + 4
     assert nbytes(state.residual) == residual * codec.nbytes(params)
     assert nbytes(state.machine) < 100
     assert all(leaf.shape[0] == 5 for leaf in jax.tree.leaves(state.history.records))
-    off = vsa_optax.predict_gradients(history_codec=codec, predict_steps=0).init(params)
+    off = blind.predict_gradients(history_codec=codec, predict_steps=0).init(params)
     assert (off.history, off.residual) == (None, None)
 
 
@@ -230,7 +231,7 @@ def test_half_parameters_with_wider_updates_and_donation():
     """Records are kept as the parameters are, updates leave as the optimizer made them; each buffer is used anew."""
     widen = optax.stateless(lambda updates, params: jax.tree.map(lambda u: u.astype(jnp.float32), updates))
     params = {"w": jnp.zeros(128, jnp.bfloat16), "b": jnp.zeros(3, jnp.bfloat16)}
-    opt = vsa_optax.phase_switched(widen, history_codec=CODECS["trits"], **SHORT)
+    opt = blind.phase_switched(widen, history_codec=CODECS["trits"], **SHORT)
     update = jax.jit(opt.update, donate_argnums=1, **CHEAP)
     state = opt.init(params)
     specs = CODECS["trits"].specs(state.history.records)
@@ -252,7 +253,7 @@ def test_half_parameters_with_wider_updates_and_donation():
 @every_codec
 def test_a_codec_needs_the_window(name):
     codec = CODECS[name]
-    for make in (vsa_optax.predict_gradients, functools.partial(vsa_optax.phase_switched, optax.sgd(1.0))):
+    for make in (blind.predict_gradients, functools.partial(blind.phase_switched, optax.sgd(1.0))):
         with pytest.raises(ValueError, match="history_codec must be None with history='recursive'") as error:
             make(history="recursive", history_codec=codec)
         assert repr(codec) in str(error.value)
@@ -262,7 +263,7 @@ def test_a_codec_needs_the_window(name):
 @pytest.mark.parametrize("value", ["trits", TritCodec, 3, object()], ids=["str", "type", "int", "object"])
 def test_what_is_no_codec_is_refused(value):
     with pytest.raises(ValueError, match="history_codec must be a codec, such as TritCodec") as error:
-        vsa_optax.predict_gradients(history_codec=value)
+        blind.predict_gradients(history_codec=value)
     assert f"got {value!r}" in str(error.value)
 
 
@@ -278,8 +279,8 @@ OTHERS = {
 @pytest.mark.parametrize("is_jitted", [False, True], ids=["eager", "jit"])
 def test_the_state_of_another_codec_is_refused(case, is_jitted):
     theirs, ours = OTHERS[case]
-    state = vsa_optax.predict_gradients(history_codec=theirs).init(PARAMS)
-    update = vsa_optax.predict_gradients(history_codec=ours).update
+    state = blind.predict_gradients(history_codec=theirs).init(PARAMS)
+    update = blind.predict_gradients(history_codec=ours).update
     with pytest.raises(ValueError, match="payload") as error:
         (jax.jit(update) if is_jitted else update)(PARAMS, state)
     if type(theirs) is type(ours):
@@ -290,7 +291,7 @@ def test_the_state_of_another_codec_is_refused(case, is_jitted):
 
 @pytest.mark.parametrize("given", ["coded", "plain"])
 def test_coded_and_plain_states_are_told_apart(given):
-    coded, plain = (vsa_optax.predict_gradients(history_codec=codec) for codec in (TritCodec(3), None))
+    coded, plain = (blind.predict_gradients(history_codec=codec) for codec in (TritCodec(3), None))
     theirs, ours = (coded, plain) if given == "coded" else (plain, coded)
     descriptions = {"coded": "'coded window of 8'", "plain": "'window of 8'"}
     other = descriptions["plain" if given == "coded" else "coded"]
@@ -299,6 +300,6 @@ def test_coded_and_plain_states_are_told_apart(given):
 
 
 def test_gradients_unlike_the_parameters_name_the_leaf():
-    opt = vsa_optax.predict_gradients(history_codec=CODECS["trits"])
+    opt = blind.predict_gradients(history_codec=CODECS["trits"])
     with pytest.raises(ValueError, match=r"leaf \['w'\] has shape \(7,\).*\(128,\)"):
         opt.update(PARAMS | {"w": jnp.zeros(7)}, opt.init(PARAMS))

@@ -1,5 +1,6 @@
 import functools
 
+import blind
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,7 +233,7 @@ def test_injected_hyperparameters_around_the_chain():
 
 def test_inside_the_phase_switch_it_sees_true_gradients_only():
     inner = optax.chain(compress_gradients(CODECS["trits"], error_feedback=True), optax.adamw(1.0))
-    opt = vsa_optax.phase_switched(
+    opt = blind.phase_switched(
         inner, learning_rate=0.05, warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2
     )
     target = {"w": draw(3, 128), "b": draw(4, 3)}

@@ -1,13 +1,12 @@
+import blind
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-import vsa_optax
-
 MAKERS = {
-    "predict_gradients": vsa_optax.predict_gradients,
-    "phase_switched": lambda **kwargs: vsa_optax.phase_switched(optax.adam(0.1), **kwargs),
+    "predict_gradients": blind.predict_gradients,
+    "phase_switched": lambda **kwargs: blind.phase_switched(optax.adam(0.1), **kwargs),
 }
 BAD = [
     ("warmup_steps", 1, "an integer >= 2"),
@@ -18,7 +17,7 @@ BAD = [
     ("predict_steps", None, "an integer >= 0"),
     ("predict_steps", 2**40, "an integer >= 0 and < 2**31"),
     ("correct_every", 0, "an integer >= 1"),
-    ("history", "kalman", "one of 'window', 'recursive'"),
+    ("history", "kalman", "one of 'secant', 'window', 'recursive'"),
     ("history_window", 1, "an integer >= 2"),
     ("history_decay", 0, "> 0 and <= 1"),
     ("history_decay", 1.01, "> 0 and <= 1"),
@@ -119,14 +118,14 @@ def test_arrays_as_rates_are_checked_too(rate):
 @pytest.mark.parametrize("value", [np.ones(1), jnp.ones(2), "abc", 1j, True, 2**70, object()])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_a_loss_that_is_no_real_number(value, adaptive):
-    opt = vsa_optax.predict_gradients(adaptive=adaptive)
+    opt = blind.predict_gradients(adaptive=adaptive)
     with pytest.raises(ValueError, match="value must be one real number"):
         opt.update(PARAMS, opt.init(PARAMS), value=value)
 
 
 @pytest.mark.parametrize("leaf", ["text", b"bytes", object(), jnp.bool_(True), np.array([1, 2])])
 def test_leaves_that_are_no_floats_name_themselves(leaf):
-    opt = vsa_optax.predict_gradients()
+    opt = blind.predict_gradients()
     with pytest.raises(TypeError, match=r"leaf \['odd'\] has dtype"):
         opt.init({"w": jnp.ones(2), "odd": leaf})
     state = opt.init({"odd": jnp.ones(jnp.shape(leaf) if hasattr(leaf, "shape") else ())})
@@ -135,7 +134,7 @@ def test_leaves_that_are_no_floats_name_themselves(leaf):
 
 
 def test_complex_gradients_of_real_parameters():
-    opt = vsa_optax.predict_gradients()
+    opt = blind.predict_gradients()
     with pytest.raises(TypeError, match=r"\['w'\] has dtype complex64, but init saw a parameter of dtype float32"):
         opt.update({"w": jnp.ones(2, jnp.complex64)}, opt.init({"w": jnp.ones(2)}))
 
@@ -151,8 +150,8 @@ def test_complex_gradients_of_real_parameters():
     ],
 )
 def test_a_state_of_other_settings(theirs, message):
-    state = vsa_optax.predict_gradients(**theirs).init(PARAMS)
+    state = blind.predict_gradients(**theirs).init(PARAMS)
     with pytest.raises(ValueError, match=message):
-        vsa_optax.predict_gradients().update(PARAMS, state)
+        blind.predict_gradients().update(PARAMS, state)
     with pytest.raises(ValueError, match="state must be what init returned"):
-        vsa_optax.predict_gradients().update(PARAMS, optax.EmptyState())
+        blind.predict_gradients().update(PARAMS, optax.EmptyState())

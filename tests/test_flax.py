@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+import blind
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ STEPS = 40
 
 
 def make_opt():
-    return vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=0.02, **SHORT)
+    return blind.phase_switched(optax.adamw(1.0), learning_rate=0.02, **SHORT)
 
 
 class LinenNet(nn.Module):

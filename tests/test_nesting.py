@@ -1,5 +1,6 @@
 """Inside and around what Optax offers."""
 
+import blind
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,22 +35,22 @@ def run(opt, steps=40, params=PARAMS):
 
 
 def rated(learning_rate):
-    return vsa_optax.phase_switched(optax.adam(1.0), learning_rate=learning_rate, **SHORT)
+    return blind.phase_switched(optax.adam(1.0), learning_rate=learning_rate, **SHORT)
 
 
 NESTINGS = {
     "chain": lambda: optax.chain(optax.clip(10.0), rated(0.05), optax.scale(1.0)),
-    "chain around a chain": lambda: vsa_optax.phase_switched(
+    "chain around a chain": lambda: blind.phase_switched(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0)), learning_rate=0.05, **SHORT
     ),
-    "head of a chain": lambda: optax.chain(vsa_optax.predict_gradients(**SHORT), optax.adam(0.05)),
-    "masked inside": lambda: vsa_optax.phase_switched(
+    "head of a chain": lambda: optax.chain(blind.predict_gradients(**SHORT), optax.adam(0.05)),
+    "masked inside": lambda: blind.phase_switched(
         optax.chain(optax.masked(optax.scale_by_adam(), {"phase": True, "w": False}), optax.scale(-0.05)),
         **SHORT,
     ),
     "masked outside": lambda: optax.masked(rated(0.05), {"phase": True, "w": True}),
     "partition": lambda: optax.partition({"a": rated(0.05), "b": optax.sgd(0.0)}, {"phase": "a", "w": "b"}),
-    "partition inside": lambda: vsa_optax.phase_switched(
+    "partition inside": lambda: blind.phase_switched(
         optax.partition({"a": optax.adam(0.05), "b": optax.sgd(0.05)}, {"phase": "a", "w": "b"}), **SHORT
     ),
     "injected": lambda: optax.inject_hyperparams(rated)(learning_rate=0.05),
@@ -71,7 +72,7 @@ def test_injected_rate_equals_the_constant_one():
 
 
 def test_a_mask_outside_gives_unmasked_leaves_the_zeros_of_skipped_steps():
-    opt = optax.masked(vsa_optax.phase_switched(optax.sgd(0.0), **SHORT), {"phase": True, "w": False})
+    opt = optax.masked(blind.phase_switched(optax.sgd(0.0), **SHORT), {"phase": True, "w": False})
     state, zeros = opt.init(PARAMS), 0
     for _ in range(20):
         _, grads = vsa_optax.value_and_grad_by_phase(loss)(PARAMS, state=state)
@@ -94,7 +95,7 @@ def test_multi_steps_around_counts_emissions():
 
 def test_map_params_sees_every_parameter_sized_leaf():
     for history in ("window", "recursive"):
-        opt = vsa_optax.phase_switched(optax.adam(1.0), history=history, **SHORT)
+        opt = blind.phase_switched(optax.adam(1.0), history=history, **SHORT)
         marked = optax.tree.map_params(opt, lambda x: "param", opt.init(PARAMS), transform_non_params=lambda x: "other")
         leaves = jax.tree.leaves(marked)
         trees = {"window": 4, "recursive": 5}[history]  # history, residual and two moments
@@ -105,8 +106,8 @@ def test_map_params_sees_every_parameter_sized_leaf():
 @pytest.mark.parametrize(
     ("opt", "message"),
     [
-        (lambda: vsa_optax.phase_switched(optax.MultiSteps(optax.adam(0.1), 2)), "MultiSteps"),
-        (lambda: vsa_optax.phase_switched(0.1), "opt must be an optax.GradientTransformation, got 0.1"),
+        (lambda: blind.phase_switched(optax.MultiSteps(optax.adam(0.1), 2)), "MultiSteps"),
+        (lambda: blind.phase_switched(0.1), "opt must be an optax.GradientTransformation, got 0.1"),
     ],
 )
 def test_refused_where_it_is_made(opt, message):
@@ -120,12 +121,12 @@ def test_refused_where_it_is_made(opt, message):
         (lambda: optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(), "MultiSteps"),
         (lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)), "line search"),
         (lambda: optax.lbfgs(), "line search"),
-        (lambda: optax.chain(vsa_optax.predict_gradients(), optax.adam(0.1)), "a phase machine of its own"),
+        (lambda: optax.chain(blind.predict_gradients(), optax.adam(0.1)), "a phase machine of its own"),
     ],
 )
 def test_refused_at_init(inner, message):
     with pytest.raises(ValueError, match=message):
-        vsa_optax.phase_switched(inner()).init(PARAMS)
+        blind.phase_switched(inner()).init(PARAMS)
 
 
 @pytest.mark.parametrize("query", [vsa_optax.needs_backward, vsa_optax.phase_stats])
@@ -133,7 +134,7 @@ def test_queries_want_exactly_one_machine(query):
     with pytest.raises(ValueError, match=r"expected one phase machine.*found 0"):
         query(optax.adam(0.1).init(PARAMS))
     with pytest.raises(ValueError, match=r"expected one phase machine.*found 2"):
-        query(optax.chain(vsa_optax.predict_gradients(), rated(0.1)).init(PARAMS))
+        query(optax.chain(blind.predict_gradients(), rated(0.1)).init(PARAMS))
 
 
 def test_unknown_and_static_extra_arguments_pass_through():
@@ -143,11 +144,11 @@ def test_unknown_and_static_extra_arguments_pass_through():
         seen.update(mode=mode, extra=sorted(extra_args))
         return jax.tree.map(lambda u: -u * scale, updates), state
 
-    opt = vsa_optax.phase_switched(optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update), **SHORT)
+    opt = blind.phase_switched(optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update), **SHORT)
     emitted, _ = opt.update(
         PARAMS, opt.init(PARAMS), PARAMS, scale=jnp.float32(2.0), mode="static", value=1.0, other=None
     )
     np.testing.assert_array_equal(emitted["w"], -2.0 * np.asarray(PARAMS["w"]))
     assert seen == {"mode": "static", "extra": ["other", "value"]}
-    plain = vsa_optax.phase_switched(optax.sgd(0.1), **SHORT)
+    plain = blind.phase_switched(optax.sgd(0.1), **SHORT)
     plain.update(PARAMS, plain.init(PARAMS), PARAMS, unknown=jnp.ones(3))

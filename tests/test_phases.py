@@ -1,6 +1,7 @@
 import json
 import pathlib
 
+import blind
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +43,7 @@ def walk_loop(update, opt, losses):
 
 @pytest.mark.parametrize("trace", TRACES, ids=range(len(TRACES)))
 def test_traces(trace):
-    opt = vsa_optax.predict_gradients(**trace["config"])
+    opt = blind.predict_gradients(**trace["config"])
     losses = trace["losses"] or [1.0] * trace["steps"]
     update = jax.jit(lambda g, state, loss: opt.update(g, state, value=loss))
     by_scan, scanned = walk_scan(opt, losses)
@@ -69,7 +70,7 @@ def test_traces(trace):
     ],
 )
 def test_short_cycles(config, expected):
-    opt = vsa_optax.predict_gradients(warmup_steps=2, full_steps=1, **config)
+    opt = blind.predict_gradients(warmup_steps=2, full_steps=1, **config)
     walked, state = walk_scan(opt, [1.0] * len(expected))
     assert walked == expected
     assert reference.walk_phases(len(expected), warmup_steps=2, full_steps=1, **config) == expected
@@ -102,7 +103,7 @@ def test_walk_equals_twin(skipped, **config):
 
 
 def test_warmup_longer_than_the_window_ends():
-    opt = vsa_optax.predict_gradients(warmup_steps=25, history_window=4, full_steps=3, predict_steps=6)
+    opt = blind.predict_gradients(warmup_steps=25, history_window=4, full_steps=3, predict_steps=6)
     walked, _ = walk_scan(opt, [1.0] * 40)
     assert walked.startswith("W" * 25 + "FFFPP")
 
@@ -110,7 +111,7 @@ def test_warmup_longer_than_the_window_ends():
 def test_skipped_gradients_prolong_the_warmup_only():
     gradients = np.ones((14, 2), np.float32)
     gradients[[1, 2, 5, 6]] = np.nan
-    opt = vsa_optax.predict_gradients(warmup_steps=3, full_steps=2, predict_steps=3, correct_every=2)
+    opt = blind.predict_gradients(warmup_steps=3, full_steps=2, predict_steps=3, correct_every=2)
     walked, state = walk_scan(opt, [1.0] * 14, jnp.asarray(gradients))
     assert walked == "WWWWWFFPPCFFPP"  # 1 and 2 do not count; 5 and 6 do, though skipped as well
     assert vsa_optax.phase_stats(state).nonfinite_count == 4
@@ -118,7 +119,7 @@ def test_skipped_gradients_prolong_the_warmup_only():
 
 def adaptive_lengths(losses, **config):
     config = dict(warmup_steps=2, full_steps=5, predict_steps=20, correct_every=5) | config
-    opt = vsa_optax.predict_gradients(adaptive=True, **config)
+    opt = blind.predict_gradients(adaptive=True, **config)
     _, state = walk_scan(opt, losses)
     return int(state.machine.adaptive.full_length), int(state.machine.adaptive.predict_length)
 
@@ -148,7 +149,7 @@ def test_adaptive_handles_losses_below_zero():
 
 
 def test_nonfinite_values_are_not_remembered():
-    opt = vsa_optax.predict_gradients(adaptive=True)
+    opt = blind.predict_gradients(adaptive=True)
     _, state = walk_scan(opt, [2.0, np.nan, np.inf])
     assert state.machine.value == 2.0
     assert state.machine.adaptive.num_losses == 1
@@ -156,6 +157,6 @@ def test_nonfinite_values_are_not_remembered():
 
 
 def test_adaptive_needs_the_loss():
-    opt = vsa_optax.predict_gradients(adaptive=True)
+    opt = blind.predict_gradients(adaptive=True)
     with pytest.raises(ValueError, match=r"adaptive=True needs the loss.*value=None"):
         opt.update(jnp.ones(2), opt.init(jnp.zeros(2)))

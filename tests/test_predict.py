@@ -1,3 +1,4 @@
+import blind
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +45,7 @@ def gradient_stream(steps, seed=0, skip_rate=0.0):
 @pytest.mark.parametrize("has_residual", [True, False])
 @pytest.mark.parametrize("skip_rate", [0.0, 0.3])
 def test_predictions_equal_the_twin_over_a_hundred_steps(history, has_residual, skip_rate):
-    opt = vsa_optax.predict_gradients(
+    opt = blind.predict_gradients(
         history=history,
         residual=has_residual,
         history_window=5,
@@ -79,7 +80,7 @@ def test_predictions_equal_the_twin_over_a_hundred_steps(history, has_residual, 
 
 @pytest.mark.parametrize("history", ["window", "recursive"])
 def test_exact_on_gradients_that_move_on_a_line(history):
-    opt = vsa_optax.predict_gradients(history=history, **SHORT)
+    opt = blind.predict_gradients(history=history, **SHORT)
     start, slope = gradient_stream(2, seed=3)
     state = opt.init(PARAMS)
     update = jax.jit(opt.update)
@@ -96,7 +97,7 @@ def test_exact_on_gradients_that_move_on_a_line(history):
 @pytest.mark.parametrize("predict_in", ["update", "gradient"])
 def test_bad_gradients_leave_no_trace(history, predict_in):
     """With bad steps in between, optimizer, history and residual hold what they hold without them."""
-    opt = vsa_optax.phase_switched(optax.adam(0.1), history=history, predict_in=predict_in, **SHORT)
+    opt = blind.phase_switched(optax.adam(0.1), history=history, predict_in=predict_in, **SHORT)
     update = jax.jit(opt.update)
     state = opt.init(PARAMS)
     for step, gradient in enumerate(gradient_stream(40)):
@@ -115,7 +116,7 @@ def test_bad_gradients_leave_no_trace(history, predict_in):
 
 def test_an_optimizers_own_nan_is_not_emitted_or_recorded():
     broken = optax.stateless(lambda updates, params: jax.tree.map(lambda u: u / 0.0 * 0.0, updates))
-    opt = vsa_optax.phase_switched(broken, **SHORT)
+    opt = blind.phase_switched(broken, **SHORT)
     emitted, state = opt.update(tree_of(np.ones(sum(SIZES))), opt.init(PARAMS))
     assert not flat_of(emitted).any()
     assert state.machine.nonfinite_count == 1
@@ -123,7 +124,7 @@ def test_an_optimizers_own_nan_is_not_emitted_or_recorded():
 
 
 def test_without_predictions_a_bad_gradient_is_counted_and_opts_own_affair():
-    opt = vsa_optax.phase_switched(optax.apply_if_finite(optax.adam(0.1), 2), predict_steps=0)
+    opt = blind.phase_switched(optax.apply_if_finite(optax.adam(0.1), 2), predict_steps=0)
     emitted, state = opt.update(tree_of(np.full(sum(SIZES), np.nan)), opt.init(PARAMS), PARAMS)
     assert not flat_of(emitted).any()
     assert state.machine.nonfinite_count == 1
@@ -133,7 +134,7 @@ def test_without_predictions_a_bad_gradient_is_counted_and_opts_own_affair():
 @pytest.mark.parametrize("history", ["window", "recursive"])
 def test_predictions_beyond_the_dtype_saturate(dtype, history):
     top = float(jnp.finfo(dtype).max)
-    opt = vsa_optax.predict_gradients(history=history, warmup_steps=4, full_steps=1, predict_steps=9, correct_every=3)
+    opt = blind.predict_gradients(history=history, warmup_steps=4, full_steps=1, predict_steps=9, correct_every=3)
     state = opt.init(jnp.zeros(2, dtype))
     for step in range(14):
         gradient = jnp.asarray([(-1.0) ** step * top, top * step / 14], dtype)
@@ -189,7 +190,7 @@ OPTIMIZERS = {
 def test_without_predictions_the_bits_are_plain_optax(name, predict_in, by_scan):
     rate = optax.cosine_decay_schedule(0.05, 30)
     plain, _, _ = train(OPTIMIZERS[name](rate), 30, by_scan=by_scan)
-    opt = vsa_optax.phase_switched(OPTIMIZERS[name](rate), predict_steps=0, predict_in=predict_in)
+    opt = blind.phase_switched(OPTIMIZERS[name](rate), predict_steps=0, predict_in=predict_in)
     ours, state, _ = train(opt, 30, by_scan=by_scan)
     jax.tree.map(np.testing.assert_array_equal, ours, plain)
     assert state.history is None
@@ -201,7 +202,7 @@ def test_without_predictions_the_bits_are_plain_optax(name, predict_in, by_scan)
 def test_learning_rate_without_predictions_equals_plain_optax(predict_in):
     rate = optax.warmup_cosine_decay_schedule(0.0, 0.05, 5, 40)
     plain, _, _ = train(optax.adamw(rate), 40)
-    opt = vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=rate, predict_steps=0, predict_in=predict_in)
+    opt = blind.phase_switched(optax.adamw(1.0), learning_rate=rate, predict_steps=0, predict_in=predict_in)
     ours, _, _ = train(opt, 40)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, plain)
 
@@ -211,7 +212,7 @@ def test_the_rate_of_step_t_applies_in_every_phase(predict_in):
     """With unit directions, what is emitted is the schedule, read at the number of the step."""
     sign = optax.stateless(lambda updates, params: jax.tree.map(lambda u: -jnp.sign(u), updates))
     schedule = optax.cosine_decay_schedule(0.3, 60)
-    opt = vsa_optax.phase_switched(sign, learning_rate=schedule, predict_in=predict_in, **SHORT)
+    opt = blind.phase_switched(sign, learning_rate=schedule, predict_in=predict_in, **SHORT)
     state, params = opt.init(jnp.zeros(3)), jnp.zeros(3)
     update = jax.jit(opt.update)
     for step in range(60):
@@ -222,7 +223,7 @@ def test_the_rate_of_step_t_applies_in_every_phase(predict_in):
 
 def test_inner_state_rests_in_predict_in_the_update_domain_only():
     for predict_in, moves in (("update", False), ("gradient", True)):
-        opt = vsa_optax.phase_switched(optax.adam(0.1), predict_in=predict_in, **SHORT)
+        opt = blind.phase_switched(optax.adam(0.1), predict_in=predict_in, **SHORT)
         _, state, _ = train(opt, 40)
         counted = int(optax.tree.get(state.inner_state, "count"))
         stats = vsa_optax.phase_stats(state)
@@ -230,15 +231,15 @@ def test_inner_state_rests_in_predict_in_the_update_domain_only():
 
 
 def test_predict_gradients_in_a_chain_is_the_gradient_domain():
-    chained, _, _ = train(optax.chain(vsa_optax.predict_gradients(**SHORT), optax.adam(0.1)), 40)
-    wrapped, _, _ = train(vsa_optax.phase_switched(optax.adam(0.1), predict_in="gradient", **SHORT), 40)
+    chained, _, _ = train(optax.chain(blind.predict_gradients(**SHORT), optax.adam(0.1)), 40)
+    wrapped, _, _ = train(blind.phase_switched(optax.adam(0.1), predict_in="gradient", **SHORT), 40)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), chained, wrapped)
 
 
 @pytest.mark.parametrize("history", ["window", "recursive"])
 @pytest.mark.parametrize("predict_in", ["update", "gradient"])
 def test_same_bits_twice_and_in_scan(history, predict_in):
-    opt = vsa_optax.phase_switched(
+    opt = blind.phase_switched(
         optax.adamw(1.0), learning_rate=0.05, history=history, predict_in=predict_in, adaptive=True, **SHORT
     )
     once, twice, scanned = train(opt, 60), train(opt, 60), train(opt, 60, by_scan=True)
@@ -248,10 +249,10 @@ def test_same_bits_twice_and_in_scan(history, predict_in):
 
 def test_history_dtype_and_half_precision_parameters():
     params = {"w": jnp.ones((4, 3), jnp.bfloat16), "b": jnp.ones(2)}
-    opt = vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=1e-2, **SHORT)
+    opt = blind.phase_switched(optax.adamw(1.0), learning_rate=1e-2, **SHORT)
     state = opt.init(params)
     assert state.history.records["w"].dtype == state.residual["w"].dtype == jnp.bfloat16
-    narrow = vsa_optax.phase_switched(optax.adamw(1.0), history_dtype="bfloat16", **SHORT).init(params)
+    narrow = blind.phase_switched(optax.adamw(1.0), history_dtype="bfloat16", **SHORT).init(params)
     assert narrow.history.records["b"].dtype == jnp.bfloat16
     update = jax.jit(opt.update)
     for _ in range(20):
@@ -263,7 +264,7 @@ def test_history_dtype_and_half_precision_parameters():
 
 
 def test_complex_leaves_are_predicted():
-    opt = vsa_optax.predict_gradients(warmup_steps=2, full_steps=1, predict_steps=3)
+    opt = blind.predict_gradients(warmup_steps=2, full_steps=1, predict_steps=3)
     state = opt.init(jnp.zeros(2, jnp.complex64))
     for step in range(6):
         gradient = jnp.array([1.0 + 2.0j, -1.0j]) * step
@@ -273,7 +274,7 @@ def test_complex_leaves_are_predicted():
 
 def test_double_precision_is_kept():
     with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
-        opt = vsa_optax.predict_gradients(warmup_steps=2, full_steps=1, predict_steps=3)
+        opt = blind.predict_gradients(warmup_steps=2, full_steps=1, predict_steps=3)
         state = opt.init(jnp.zeros(2, jnp.float64))
         for step in range(6):
             gradient = jnp.array([1.0, 1e-12], jnp.float64) + jnp.array([0.0, 1.0], jnp.float64) * step
@@ -285,7 +286,7 @@ def test_double_precision_is_kept():
 
 @pytest.mark.parametrize("params", [{}, [], {"a": jnp.zeros((0, 2))}, jnp.float32(2.0), {"phase": jnp.ones(3)}])
 def test_trees_with_nothing_much_in_them(params):
-    for opt in (vsa_optax.predict_gradients(**SHORT), vsa_optax.phase_switched(optax.adam(0.1), **SHORT)):
+    for opt in (blind.predict_gradients(**SHORT), blind.phase_switched(optax.adam(0.1), **SHORT)):
         state = opt.init(params)
         update = jax.jit(opt.update)
         for _ in range(12):

@@ -10,6 +10,7 @@ import random
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import blind
 import chex
 import jax
 import jax.numpy as jnp
@@ -60,9 +61,9 @@ class Setup(NamedTuple):
     def make(self):
         rest = dict(self.settings)
         if self.optimizer == "none":
-            return vsa_optax.predict_gradients(**rest)
+            return blind.predict_gradients(**rest)
         optimizer = optax.sgd(0.1, momentum=0.9 if self.optimizer == "momentum" else None)
-        return vsa_optax.phase_switched(optimizer, **rest)
+        return blind.phase_switched(optimizer, **rest)
 
 
 def random_tree(rng, dtypes, depth):
@@ -90,7 +91,7 @@ def make_setup(number, dtypes):
         full_steps=rng.randint(1, 3),
         predict_steps=rng.choice([0, 1, 2, 3, 4, 6]),
         correct_every=rng.randint(1, 4),
-        history=rng.choice(["window", "recursive"]),
+        history=rng.choice(["window", "recursive", "secant"]),
         history_window=rng.randint(2, 4),
         history_decay=rng.choice([1e-6, 0.3, 0.95, 1.0]),
         history_dtype=rng.choice([None, None, *dtypes]),
@@ -99,9 +100,12 @@ def make_setup(number, dtypes):
         adaptive=rng.random() < 0.2,
         loss_threshold=rng.choice([0.0, 0.1]),
     )
+    if chosen["history"] == "secant":
+        chosen["residual"] = False
     optimizer = rng.choice(["none", "sgd", "momentum"])
     if optimizer != "none":
-        chosen |= dict(predict_in=rng.choice(["update", "gradient"]), learning_rate=rng.choice([None, 0.0, 0.5]))
+        domains = ["gradient"] if chosen["history"] == "secant" else ["update", "gradient"]
+        chosen |= dict(predict_in=rng.choice(domains), learning_rate=rng.choice([None, 0.0, 0.5]))
     return Setup(chosen, optimizer, random_tree(rng, dtypes, rng.randint(1, 3)))
 
 
@@ -212,22 +216,23 @@ def test_anything_in_double_precision(number, stream):
 
 
 WORDS = [None, "x", "", b"1", [], {}, (), object, 1j, np.ones(2), float("nan"), float("inf"), -1, -0.5, 1e9]
-COUNTS = dict(warmup_steps=2, full_steps=1, predict_steps=0, correct_every=1, history_window=2)
+COUNTS = dict(warmup_steps=2, full_steps=1, predict_steps=0, correct_every=1)
 INTEGERS = [2, 3, np.int64(5), 1000]
 FRACTIONS = [0.5, 1, np.float32(0.25), Fraction(1, 3)]
 # Valid values of each argument, and values that are not.
 ARGUMENTS = {
     **{name: (INTEGERS, [*WORDS, True, 2.5, low - 1]) for name, low in COUNTS.items()},
-    "history": (["window", "recursive"], [*WORDS, "windows", 1]),
+    "history_window": ([None, *INTEGERS], [*WORDS[1:], True, 2.5, 1]),
+    "history": ([None, "window", "recursive"], [*WORDS[1:], "windows", 1]),
     "history_decay": (FRACTIONS, [*WORDS, True, 0, 1.5]),
     "history_dtype": ([None, "float16", jnp.bfloat16, np.dtype("float32")], [*WORDS[1:4], "int8", jnp.complex64, bool]),
-    "residual": ([True, False], [*WORDS, 0, 1, np.True_]),
+    "residual": ([None, True, False], [*WORDS[1:], 0, 1, np.True_]),
     "residual_decay": ([*FRACTIONS, 0], [*WORDS, True, 1.5]),
     "adaptive": ([True, False], [*WORDS, 0, 1, np.True_]),
     "loss_threshold": ([*FRACTIONS, 0], [*WORDS[:-1], True]),
 }
 OF_THE_WRAPPER = {
-    "predict_in": (["update", "gradient"], [*WORDS, "updates"]),
+    "predict_in": ([None, "update", "gradient"], [*WORDS[1:], "updates"]),
     "learning_rate": ([None, *FRACTIONS, optax.constant_schedule(1.0)], [*WORDS[1:7], *WORDS[8:-1], True]),
 }
 
@@ -243,7 +248,7 @@ def test_settings_are_taken_or_refused_by_name(data, is_wrapper):
         is_wrong = data.draw(st.integers(0, 3)) == 0
         chosen[name] = data.draw(st.sampled_from(invalid if is_wrong else valid))
         wrong |= {name} if is_wrong else set()
-    make = functools.partial(vsa_optax.phase_switched, optax.sgd(1.0)) if is_wrapper else vsa_optax.predict_gradients
+    make = functools.partial(blind.phase_switched, optax.sgd(1.0)) if is_wrapper else blind.predict_gradients
     if not wrong:
         assert make(**chosen).init({"phase": jnp.zeros(2)}).machine.phase == vsa_optax.Phase.WARMUP
         return

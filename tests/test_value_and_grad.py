@@ -1,5 +1,6 @@
 import functools
 
+import blind
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import vsa_optax
 from vsa_optax import Phase
 
 SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2)
-OPT = vsa_optax.phase_switched(optax.adam(0.05), **SHORT)
+OPT = blind.phase_switched(optax.adam(0.05), **SHORT)
 PARAMS = {"w": jnp.arange(1.0, 4.0), "b": jnp.float32(0.5)}
 X = jnp.linspace(0.0, 1.0, 12).reshape(4, 3)
 

@@ -74,6 +74,8 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
         ),
         ternary_multi_steps(optax.adam(0.1), 4, True, None, trits=3, rounding="nearest", block_size=256, seed=2),
         predict_gradients(history_dtype="float16"),
+        predict_gradients(history="secant", history_window=None, calibrate=None, residual=None, guard=True),
+        phase_switched(optax.adamw(1.0), predict_in=None, history=None, guard=False),
         predict_gradients(history_dtype=np.dtype("float32")),
         predict_gradients(history_dtype=None),
         phase_switched(optax.adamw(1.0)),
@@ -164,6 +166,8 @@ def use_queries(state: optax.OptState) -> PhaseStats:
     if stats.guard is not None and stats.quality is not None:
         action: GuardAction = GuardAction(int(stats.guard.action))
         worth: jax.Array = stats.quality.r_squared
+        ridge: jax.Array | None = stats.quality.ridge
+        assert ridge is None or ridge.shape == ()
         assert action in GuardAction
         assert worth.ndim == 1
     assert number == 2

@@ -18,7 +18,8 @@ Factory = Callable[..., optax.GradientTransformationExtraArgs]
 
 # Short phases, so that a cycle takes five steps, of which two are predicted: after two of WARMUP,
 # FULL, FULL, PREDICT, PREDICT, CORRECT.
-SETTINGS = {"warmup_steps": 2, "full_steps": 2, "predict_steps": 3, "correct_every": 2, "history_window": 3}
+LENGTHS = {"warmup_steps": 2, "full_steps": 2, "predict_steps": 3, "correct_every": 2, "history_window": 3}
+SETTINGS = LENGTHS | {"calibrate": False, "guard": False}
 # SGD with momentum: FULL, FULL, PREDICT, CORRECT. It oscillates in Rosenbrock's valley, and extrapolated by
 # two steps it does so with growing amplitude.
 ONE_STEP_AHEAD = {"predict_steps": 2, "correct_every": 1}
@@ -143,20 +144,22 @@ for _name, _domain, _history in _CASES:
     _name = f"{_name}_{_domain}_{_history}"
     VARIANTS[_name] = _variant if _name in _EACH_ONCE else _variant._replace(suites=frozenset({"float64"}))
 VARIANTS["head_window"] = Variant(head_of_chain(history="window", **SETTINGS), 3e-3)
-VARIANTS["head_recursive"] = Variant(head_of_chain(history="recursive", **SETTINGS), 3e-3)
 VARIANTS["rate_inside"] = Variant(rate_inside(**SETTINGS), 3e-3, optimizes=False, suites=_NOT_REPEATED)
-VARIANTS["lean"] = Variant(switched(optax.adam, history_dtype="bfloat16", residual=False, **SETTINGS), 3e-3)
 # Blocks of two, so that even the two parameters of Optax's test problems are coded.
 _TRITS = vsa_optax.TritCodec(trits=3, block_size=2)
 _UNBIASED = vsa_optax.TritCodec(trits=2, block_size=2, unbiased=True)
 _SKETCH = vsa_optax.HypervectorCodec(compression_ratio=0.5)
 _FEW = frozenset({"float64", "sharding"})
+VARIANTS["head_recursive"] = Variant(head_of_chain(history="recursive", **SETTINGS), 3e-3, suites=_FEW)
+_LEAN = switched(optax.adam, history_dtype="bfloat16", residual=False, **SETTINGS)
+VARIANTS["lean"] = Variant(_LEAN, 3e-3, suites=_FEW)
 VARIANTS["coded_history"] = Variant(switched(optax.adam, history_codec=_TRITS, **SETTINGS), 3e-3, suites=_FEW)
 VARIANTS["compressed"] = Variant(compressed(_TRITS), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["compressed_unbiased"] = Variant(compressed(_UNBIASED, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["compressed_sketch"] = Variant(compressed(_SKETCH, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["accumulated"] = Variant(accumulated(trits=3, block_size=2), 1e-2, suites=_FEW | {"contrib"}, predicts=False)
-VARIANTS["default_lengths"] = Variant(switched(optax.adam), 1e-2, suites=frozenset())
+VARIANTS["defaults"] = Variant(switched(optax.adam), 1e-2, suites=_FEW)
+VARIANTS["default_lengths"] = Variant(switched(optax.adam, calibrate=False, guard=False), 1e-2, suites=frozenset())
 for _name, _suites in (
     ("adam_update_recursive", _NOT_REPEATED | {"sharding"}),
     ("momentum_gradient_window", _NOT_REPEATED),

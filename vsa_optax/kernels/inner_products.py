@@ -3,8 +3,11 @@
 Axes: W records; ``*shape`` of one leaf.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vsa_optax.kernels import numerics
 
@@ -23,5 +26,15 @@ def inner_of_records(records: jax.Array, x: jax.Array) -> jax.Array:
     """
     x = numerics.saturating_cast(x, records.dtype)
     wide = jnp.promote_types(records.dtype, jnp.float32)
-    products = jnp.tensordot(records.conj(), x, axes=x.ndim, precision="highest", preferred_element_type=wide)
+    products = jnp.tensordot(
+        records.conj(), x, axes=x.ndim, precision="highest", preferred_element_type=wide, **_where_it_goes(x)
+    )
     return products.real.astype(jnp.float32)
+
+
+def _where_it_goes(x: jax.Array) -> dict[str, Any]:
+    """On a mesh with explicit axes a contraction must be told how its result is laid out: whole, on every device."""
+    mesh: Any = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None) if hasattr(jax, "typeof") else None
+    if not getattr(mesh, "explicit_axes", ()):
+        return {}
+    return {"out_sharding": NamedSharding(mesh, PartitionSpec(None))}

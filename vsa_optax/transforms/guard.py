@@ -1,19 +1,21 @@
-"""The guard: how far to predict, and when to take a leap back, from the losses that true steps bring with them.
+"""The guard: how many steps to predict before the next true one, from what the last predictions were worth.
 
-A leap is what is predicted between two true steps. Let d be the drop of the log-loss over a leap of P predictions and
-the true step before it, and m and s the mean and the standard deviation of the drop from one true step to the next.
+A leap is what is predicted between two true steps. At the true step that ends a leap of P predictions, and at every
+other one, what came is compared with what was predicted of it: ``e = ||x - x̂||² / ||x||²``. The error is taken for
+one of second order in the distance, ``||x - x̂|| ~ h²`` after h = P + 1 steps; its constant is the worst of late, and
+the next leap is as long as keeps the error at the tolerance τ:
 
-    d < -max(|m|, 2 s), or not finite     the leap is taken back, P <- P / 2
-    d >= (1 + P / 2) m                    P <- 1.5 P + 0.5, and predictions get longer, by 1.1 to at most 2
-    else                                  P <- 0.7 P, predictions get shorter, down to 1
+    κ <- max(e / h⁴, 3/4 κ)
+    P + 1 <- min(1.6 h, 0.9 (τ / κ)^(1/4)),       P <= predict_steps
 
-It leaps only where the effect of a leap can be seen, ``(P + 1) m >= s``: under mini-batch noise it soon cannot, and
-what is left is the optimizer alone. Where P is below 3/4 it waits, and tries one prediction after 8 true steps, twice
-as many after each failure, up to 256, and half as many after each success. Every fourth leap is followed by two true
-steps, for m and s. Without losses a leap counts as good where the prediction at its end explains half of what came,
-and as bad where it explains nothing.
+Below 3/4 there is no leap, and every step is the optimizer's own, until ``κ < τ / 4``; then it starts with a leap of
+one. So on mini-batches, whose gradients nothing predicts to within τ, it never leaps, and the steps are those of the
+optimizer alone.
 
-All of it is a dozen scalars, the same on every device.
+There even the looking is not worth its time: after 32 true steps in a row with ``e > 1/2`` nothing is recorded or
+compared for the next 64, twice as many each time, up to 1024, until a leap has ended with ``e < τ``.
+
+A few scalars, the same on every device; the loss is not needed.
 """
 
 import dataclasses
@@ -23,240 +25,120 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vsa_optax.transforms.step_result import StepResult
-
-_RATE = 0.2  # Of the averages.
-_LONGEST_BOOST = 2.0
-_SHORTEST_WAIT, _LONGEST_WAIT = 8.0, 256.0
-_LEAPS_BETWEEN_PAIRS = 4
-_TOLERANCE = 0.5
+TOLERANCE = 0.02  # τ, of the squared error: 14 % of the norm.
+_GROWTH, _SAFETY = 1.6, 0.9
+_FORGET = 0.75  # Of κ, a true step.
+_MOST_ERROR = 100.0  # So that κ is forgotten in time.
+_SHORTEST_LEAP = 0.75
+_HOPELESS_ERROR, _HOPELESS_STEPS = 0.5, 32
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 64, 1024
 
 
 class GuardAction(enum.IntEnum):
     """What the guard did last."""
 
-    NONE, GREW, SHRANK, ROLLED_BACK, GAVE_UP = 0, 1, 2, 3, 4
+    NONE, GREW, SHRANK, GAVE_UP, SLEPT = 0, 1, 2, 3, 4
 
 
 class GuardState(NamedTuple):
     """What the guard knows.
 
     Attributes:
-        length: ``[] float32``, P, predictions of a leap.
-        boost: ``[] float32``, what predicted updates are multiplied by.
-        drop: ``[] float32``, m, the mean drop of the log-loss from one true step to the next.
-        variance: ``[] float32``, s².
-        num_drops: ``[] int32``, drops seen.
-        idle: ``[] int32``, true steps since the guard gave up.
-        wait: ``[] float32``, true steps until it tries again.
-        since_leap: ``[] int32``, true steps since the last leap, the one at its end included.
+        length: ``[] float32``, P, predictions of the next leap; 0 for none.
+        constant: ``[] float32``, κ.
         leap: ``[] int32``, predictions since the last true step.
-        leaps: ``[] int32``, leaps so far.
-        rollbacks: ``[] int32``, leaps taken back.
-        loss: ``[] float32``, log-loss of the last true step.
-        has_loss: ``[] bool``, whether it is known.
+        hopeless: ``[] int32``, true steps in a row that nothing predicted.
+        asleep: ``[] int32``, coming true steps that are neither recorded nor compared.
+        sleep: ``[] int32``, how many it will be the next time.
         action: ``[] int32``, the last `GuardAction`.
-        moved: ``[K] float32``, the present leap as weights of the predictor's features, without calibration.
     """
 
     length: jax.Array
-    boost: jax.Array
-    drop: jax.Array
-    variance: jax.Array
-    num_drops: jax.Array
-    idle: jax.Array
-    wait: jax.Array
-    since_leap: jax.Array
+    constant: jax.Array
     leap: jax.Array
-    leaps: jax.Array
-    rollbacks: jax.Array
-    loss: jax.Array
-    has_loss: jax.Array
+    hopeless: jax.Array
+    asleep: jax.Array
+    sleep: jax.Array
     action: jax.Array
-    moved: jax.Array
 
 
 class Plan(NamedTuple):
     """What the guard wants of the phase machine.
 
     Attributes:
-        leaps: ``[] bool``, whether a FULL phase may end now.
-        ends: ``[] bool``, whether a PREDICT phase must.
+        leaps: ``[] bool``, whether a FULL phase ends now.
         length: ``[] int32``, steps of a PREDICT phase.
     """
 
     leaps: jax.Array
-    ends: jax.Array
     length: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """The bounds it keeps to, and whether it can undo a leap and lengthen one.
+    """The guard of PREDICT phases of at most ``predict_steps``."""
 
-    Attributes:
-        full_steps: a FULL phase is at most so long before the guard leaps, if it wants to.
-        predict_steps: a PREDICT phase is at most so long.
-        undoes: whether what is predicted are the updates themselves.
-    """
-
-    full_steps: int
     predict_steps: int
-    undoes: bool
 
-    def init(self, num_features: int) -> GuardState:
-        """It starts with leaps of one."""
-
-        def number(value: float) -> jax.Array:
-            return jnp.asarray(value, jnp.float32)
-
-        def count() -> jax.Array:
-            return jnp.zeros([], jnp.int32)
-
+    def init(self) -> GuardState:
+        """It starts without a leap."""
         return GuardState(
-            length=number(1.0),
-            boost=number(1.0),
-            drop=number(0.0),
-            variance=number(0.0),
-            num_drops=count(),
-            idle=count(),
-            wait=number(_SHORTEST_WAIT),
-            since_leap=count(),
-            leap=count(),
-            leaps=count(),
-            rollbacks=count(),
-            loss=number(0.0),
-            has_loss=jnp.zeros([], jnp.bool_),
-            action=count(),
-            moved=jnp.zeros([num_features], jnp.float32),
+            length=jnp.zeros([], jnp.float32),
+            constant=jnp.zeros([], jnp.float32),
+            leap=jnp.zeros([], jnp.int32),
+            hopeless=jnp.zeros([], jnp.int32),
+            asleep=jnp.zeros([], jnp.int32),
+            sleep=jnp.asarray(_SHORTEST_SLEEP, jnp.int32),
+            action=jnp.asarray(GuardAction.NONE, jnp.int32),
         )
 
-    def takes_back(self, state: GuardState, is_true_step: jax.Array, loss: jax.Array | None) -> jax.Array:
-        """``[] bool``: whether the leap that ends with this true step, at this loss, is to be undone."""
-        if loss is None or not self.undoes:
-            return jnp.array(False)
-        drop = state.loss - _log(loss)
-        rose = drop < -jnp.maximum(jnp.abs(state.drop), 2 * jnp.sqrt(state.variance))
-        return is_true_step & (state.leap > 0) & state.has_loss & (rose | ~jnp.isfinite(loss))
-
-    def emitted(self, state: GuardState, is_taken_back: jax.Array, weights: jax.Array, reach: jax.Array) -> jax.Array:
-        """``[L, K]``: the features' weights in a prediction, or in what undoes the leap, from the calibrated ones."""
-        safe = jnp.where(reach != 0, reach, 1)
-        # While a leap lasts, neither records nor coefficients change: in sum it was this much of each feature.
-        return weights * jnp.where(is_taken_back, -state.moved / safe, state.boost)
-
     def after(
-        self,
-        state: GuardState,
-        is_predict: jax.Array,
-        is_taken_back: jax.Array,
-        reach: jax.Array,
-        loss: jax.Array | None,
-        result: StepResult,
-    ) -> GuardState:
-        """After a step; ``reach``, ``[K]``, is what the features were multiplied by if it was predicted."""
-        assert result.error is not None
-        assert result.is_measured is not None
-        predicted = state._replace(leap=state.leap + 1, moved=state.moved + state.boost * reach)
-        gain = jnp.where(result.is_measured, 1 - result.error**2, 0)
-        judged = self._judged(state, loss, gain, is_taken_back, result.is_finite)
-        return jax.tree.map(lambda p, j: jnp.where(is_predict, p, j), predicted, judged)
-
-    def _judged(
-        self,
-        state: GuardState,
-        loss: jax.Array | None,
-        gain: jax.Array,
-        is_taken_back: jax.Array,
-        is_finite: jax.Array,
-    ) -> GuardState:
-        """After a true step.
+        self, state: GuardState, is_predict: jax.Array, error: jax.Array, is_measured: jax.Array
+    ) -> tuple[GuardState, Plan]:
+        """The guard after a step, and what it wants.
 
         Args:
             state: before it.
-            loss: ``[]``, the step's; None if it was not given.
-            gain: ``[] float32``, what share of what came was predicted, ``1 - ||y - ŷ||² / ||y||²``.
-            is_taken_back: ``[] bool``, whether the leap that it ended was undone.
-            is_finite: ``[] bool``, whether its gradient was.
+            is_predict: ``[] bool``, whether the step was predicted.
+            error: ``[] float32``, ``||x - x̂|| / ||x||`` of a true one.
+            is_measured: ``[] bool``, whether that is known; if not, there is no leap, and nothing is learned.
         """
+        predicted = state._replace(leap=state.leap + 1)
+        unknown = state._replace(length=jnp.zeros_like(state.length), leap=jnp.zeros_like(state.leap))
+        judged = jax.tree.map(lambda j, u: jnp.where(is_measured, j, u), self._judged(state, error**2), unknown)
+        judged = jax.tree.map(lambda s, j: jnp.where(state.asleep > 0, s, j), self._sleeping(state), judged)
+        state = jax.tree.map(lambda p, j: jnp.where(is_predict, p, j), predicted, judged)
+        length = jnp.clip(jnp.round(state.length), 1, self.predict_steps).astype(jnp.int32)
+        return state, Plan(leaps=state.length > 0, length=length)
+
+    def _sleeping(self, state: GuardState) -> GuardState:
+        """After a true step that was not looked at."""
+        return state._replace(asleep=state.asleep - 1)
+
+    def _judged(self, state: GuardState, error: jax.Array) -> GuardState:
+        """After a true step with this squared error."""
+        distance = (state.leap + 1).astype(jnp.float32)
+        constant = jnp.maximum(jnp.minimum(error, _MOST_ERROR) / distance**4, _FORGET * state.constant)
+        reach = _SAFETY * (TOLERANCE / jnp.maximum(constant, jnp.finfo(jnp.float32).tiny)) ** 0.25
+        length = jnp.minimum(reach, _GROWTH * distance) - 1
+        length = jnp.where(length < _SHORTEST_LEAP, 0, jnp.minimum(length, self.predict_steps))
         ends_leap = state.leap > 0
-        good: jax.Array
-        bad: jax.Array
-        if loss is None:
-            good, bad = gain >= _TOLERANCE, gain <= 0
-            log_loss, is_known = state.loss, jnp.array(False)
-        else:
-            log_loss = _log(loss)
-            is_known = jnp.isfinite(loss) & is_finite
-            drop = state.loss - log_loss
-            state = self._averaged(state, drop, is_known & state.has_loss & ~ends_leap)
-            good = drop >= (1 + _TOLERANCE * state.leap) * state.drop
-            bad = ~is_finite | ~(drop >= -jnp.maximum(jnp.abs(state.drop), 2 * jnp.sqrt(state.variance)))
-        bad = ends_leap & (bad | is_taken_back)
-        good = ends_leap & good & ~bad & (gain > 0)
-        fair = ends_leap & ~good & ~bad
-        longest = jnp.float32(self.predict_steps)
-        length = jnp.where(good, jnp.minimum(1.5 * state.length + 0.5, longest), state.length)
-        length = jnp.where(fair, 0.7 * length, jnp.where(bad, 0.5 * length, length))
-        boost = jnp.where(good, state.boost * 1.1, jnp.where(fair | bad, state.boost / 1.2, state.boost))
-        failed = bad | (fair & (state.leap <= 1))
-        wait = jnp.where(good, state.wait / 2, jnp.where(failed, state.wait * 2, state.wait))
+        length = jnp.where(ends_leap, length, jnp.where(constant < TOLERANCE / 4, 1.0, 0.0))
+        hopeless = jnp.where(error > _HOPELESS_ERROR, state.hopeless + 1, 0)
+        falls_asleep = hopeless >= _HOPELESS_STEPS
+        sleep = jnp.where(ends_leap & (error < TOLERANCE), _SHORTEST_SLEEP, state.sleep)
         action = jnp.select(
-            [is_taken_back, good, fair | bad],
-            [GuardAction.ROLLED_BACK, GuardAction.GREW, GuardAction.SHRANK],
-            state.action,
+            [length > state.length, length == state.length, length > 0],
+            [GuardAction.GREW, state.action, GuardAction.SHRANK],
+            GuardAction.GAVE_UP,
         )
-        keeps_loss = is_known & ~is_taken_back
-        return state._replace(
+        action = jnp.where(falls_asleep, GuardAction.SLEPT, action)
+        return GuardState(
             length=length,
-            boost=jnp.clip(boost, 1.0, _LONGEST_BOOST if self.undoes else 1.0),
-            wait=jnp.clip(wait, _SHORTEST_WAIT, _LONGEST_WAIT),
-            since_leap=jnp.where(is_taken_back, 0, jnp.where(ends_leap, 1, state.since_leap + 1)),
+            constant=constant,
             leap=jnp.zeros_like(state.leap),
-            leaps=state.leaps + ends_leap,
-            rollbacks=state.rollbacks + is_taken_back,
-            # A leap that is taken back ends where it began: at the loss of before.
-            loss=jnp.where(keeps_loss, log_loss, state.loss),
-            has_loss=state.has_loss | keeps_loss,
+            hopeless=jnp.where(falls_asleep, 0, hopeless),
+            asleep=jnp.where(falls_asleep, sleep, 0),
+            sleep=jnp.where(falls_asleep, jnp.minimum(2 * sleep, _LONGEST_SLEEP), sleep),
             action=action.astype(jnp.int32),
-            moved=jnp.zeros_like(state.moved),
         )
-
-    def plan(
-        self, state: GuardState, is_true_step: jax.Array, is_warm: jax.Array, is_taken_back: jax.Array
-    ) -> tuple[GuardState, Plan]:
-        """What comes next, and the state with the true steps counted that it waits."""
-        rounded = jnp.clip(jnp.round(state.length), 1, self.predict_steps)
-        deviation = jnp.sqrt(state.variance)
-        is_seen = ~state.has_loss | ((state.drop > 0) & ((rounded + 1) * state.drop >= deviation))
-        gives_up = (state.length < 0.75) | ~is_seen
-        idle = jnp.where(is_true_step & is_warm, jnp.where(gives_up, state.idle + 1, 0), state.idle)
-        retries = gives_up & (idle >= state.wait)
-        leaps = is_seen & (~gives_up | retries)
-        wanted = jnp.where(state.leaps % _LEAPS_BETWEEN_PAIRS == 0, min(2, self.full_steps), 1)
-        state = state._replace(
-            idle=jnp.where(retries, 0, idle),
-            length=jnp.where(retries, jnp.maximum(state.length, 1.0), state.length),
-            action=jnp.where(idle > 1, GuardAction.GAVE_UP, state.action).astype(jnp.int32),
-        )
-        plan = Plan(
-            leaps=leaps & (state.since_leap >= wanted) & (self.predict_steps > 0),
-            ends=gives_up | is_taken_back,
-            length=rounded.astype(jnp.int32),
-        )
-        return state, plan
-
-    def _averaged(self, state: GuardState, drop: jax.Array, is_due: jax.Array) -> GuardState:
-        count = state.num_drops + is_due
-        rate = jnp.maximum(_RATE, 1 / jnp.maximum(count, 1))
-        distance = jnp.where(is_due, drop - state.drop, 0.0)
-        return state._replace(
-            drop=state.drop + rate * distance,
-            variance=jnp.where(is_due, (1 - rate) * (state.variance + rate * distance**2), state.variance),
-            num_drops=count,
-        )
-
-
-def _log(loss: jax.Array) -> jax.Array:
-    """The logarithm; that of f32's smallest normal number for what is zero or below."""
-    return jnp.log(jnp.maximum(loss.astype(jnp.float32), jnp.finfo(jnp.float32).tiny))

@@ -1,12 +1,7 @@
-"""What the predictor remembers of past gradients: the last W of them, or an exact recursion over all.
+"""What is remembered of past gradients: the states, and what is asked of a history.
 
-Two histories with one interface: ``init(params)``; ``scalars(state, step)``, all that is known of a step before any
-leaf is touched; ``terms(state, scalars)``, the numbers and trees whose weighted sum is the prediction;
-``record(state, tree, step, scalars)``; and for a calibrated prediction ``combine``, its features weighted anew in each
-leaf, and ``products``, those of the features with each other and with what came.
-
-The scalars are a function of their own because they must be computed outside the conditionals that use them: fused into
-a loop over a leaf, XLA computes them anew for each element.
+What a step is to a history is computed before any leaf is touched, and outside the conditionals that use it: fused into
+a loop over a leaf, XLA computes scalars anew for each element.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -65,8 +60,30 @@ class RecursiveHistoryState(NamedTuple):
     last_step: jax.Array
 
 
+class SecantHistoryState(NamedTuple):
+    """The newest record, and the changes that led to it, in a ring.
+
+    Attributes:
+        point: tree of ``[*shape]``, the parameters of the newest record.
+        gradient: tree of ``[*shape]``, its gradient.
+        moves: tree of ``[W, *shape]``, changes of the parameters from record to record; slots not yet written are 0.
+        changes: tree of ``[W, *shape]``, those of the gradient.
+        gram: ``[W, W] float32``, inner products of the moves.
+        num_records: ``[] int32``, records so far; the next change goes to slot ``num_records % W``.
+        last_step: ``[] int32``, the newest record's step.
+    """
+
+    point: Any
+    gradient: Any
+    moves: Any
+    changes: Any
+    gram: jax.Array
+    num_records: jax.Array
+    last_step: jax.Array
+
+
 class Scalars(NamedTuple):
-    """What one step is to the history.
+    """What one step is to a line in time.
 
     Attributes:
         horizon: ``[] float32``, steps from the newest record.
@@ -91,11 +108,17 @@ def describe_state(state: Any) -> str:
     if isinstance(state, WindowHistoryState | CodedWindowHistoryState):
         coded = "coded " if isinstance(state, CodedWindowHistoryState) else ""
         return f"{coded}window of {state.steps.shape[0]}"
+    if isinstance(state, SecantHistoryState):
+        return f"secant of {state.gram.shape[0]}"
     return "recursive" if isinstance(state, RecursiveHistoryState) else type(state).__name__
 
 
 class History(Protocol):
-    """A memory of gradients that predicts the coming one."""
+    """A memory of gradients."""
+
+    @property
+    def reads_params(self) -> bool:
+        """Whether it needs the parameters; None is passed for them if not."""
 
     def describe(self) -> str:
         """The settings that the shape of the state depends on."""
@@ -106,14 +129,18 @@ class History(Protocol):
     def example(self, state: Any) -> tuple[Any, int]:
         """A tree of the parameters' structure, and how many axes its leaves have before theirs."""
 
-    def scalars(self, state: Any, step: jax.Array) -> Scalars:
+    def record(self, state: Any, tree: Any, params: Any, step: jax.Array, scalars: Any) -> Any:
+        """The history with one more record, taken at ``step``."""
+
+
+class LineHistory(History, Protocol):
+    """A history whose prediction is a line in time, the weighted sum of numbers and trees."""
+
+    def scalars(self, state: Any, step: jax.Array, params: Any) -> Scalars:
         """What ``step`` is to the history."""
 
     def terms(self, state: Any, scalars: Scalars) -> tuple[list[jax.Array], list[Any]]:
         """Numbers and trees whose weighted sum is the prediction; it is zero while nothing is recorded."""
-
-    def record(self, state: Any, tree: Any, step: jax.Array, scalars: Scalars) -> Any:
-        """The history with one more record, taken at ``step``."""
 
     def num_features(self) -> int:
         """K, the parts of a calibrated prediction."""

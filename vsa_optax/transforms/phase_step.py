@@ -12,10 +12,9 @@ from jax import lax
 from vsa_optax.kernels import numerics
 from vsa_optax.transforms.conditional import split_extra_args, when
 from vsa_optax.transforms.finite import all_finite, select
-from vsa_optax.transforms.history import Scalars
 from vsa_optax.transforms.phases import Phase
-from vsa_optax.transforms.predictor import CalibrationState, Predictor
-from vsa_optax.transforms.step_result import StepResult
+from vsa_optax.transforms.predictor import Predictor
+from vsa_optax.transforms.step_result import Memory, StepResult
 
 
 class PhaseStep:
@@ -36,16 +35,14 @@ class PhaseStep:
         params: Any,
         extra_args: dict[str, Any],
         phase: jax.Array,
-        history: Any,
-        residual: Any,
-        scalars: Scalars,
-        calibration: CalibrationState | None = None,
-        weights: jax.Array | None = None,
-        emits_features: jax.Array | None = None,
+        memory: Memory,
+        scalars: Any,
+        watches: jax.Array | None = None,
     ) -> StepResult:
-        """One step in a true phase, the prediction in PREDICT.
+        """One step in a true phase, the prediction in PREDICT; ``scalars`` are what the step is to the history.
 
-        Calibrated, what is emitted are the features with ``weights``, wherever ``emits_features``.
+        A true step is compared with its prediction in CORRECT; calibrated, always; and where ``watches`` is given, if
+        that is true.
         """
         traced_args, static_args = split_extra_args(extra_args)
         emitted = jax.eval_shape(
@@ -58,26 +55,30 @@ class PhaseStep:
         leaves, treedef = jax.tree.flatten(emitted)
         predict_if, step, step_when = self._functions_for(treedef, tuple(leaves))
         is_predict = phase == Phase.PREDICT
-        emits_prediction = is_predict if emits_features is None else emits_features
+        weights = None
+        if memory.calibration is not None:
+            weights = self._predictor.weights(memory.calibration, scalars)
         has_gradient = lax.cond(is_predict, _true, all_finite, updates)
         result = StepResult(
-            target=predict_if(emits_prediction, history, residual, scalars, weights),
+            target=predict_if(is_predict, memory.history, memory.residual, scalars, weights),
             inner_state=inner_state,
-            residual=residual,
             is_finite=has_gradient,
+            residual=memory.residual,
+            calibration=memory.calibration,
             error=jnp.zeros([], jnp.float32),
             is_measured=jnp.array(False),
-            calibration=calibration,
         )
         if static_args:
             step_when = when(functools.partial(step, **static_args))
-        runs = ~emits_prediction & has_gradient
-        return step_when(runs, result, updates, params, traced_args, phase, history, scalars)
+        runs = ~is_predict & has_gradient
+        if watches is None:
+            watches = jnp.array(True) if memory.calibration is not None else phase == Phase.CORRECT
+        return step_when(runs, result, updates, params, traced_args, watches, memory.history, scalars)
 
     def _functions(self, treedef: Any, avals: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
         """Prediction, true step and conditional true step of a transformation that emits leaves like ``avals``."""
 
-        def predicted(history: Any, residual: Any, scalars: Scalars, weights: jax.Array | None) -> Any:
+        def predicted(history: Any, residual: Any, scalars: Any, weights: jax.Array | None) -> Any:
             if weights is None:
                 leaves = jax.tree.leaves(self._predictor.predict(history, residual, scalars))
             else:
@@ -85,16 +86,16 @@ class PhaseStep:
             cast = [numerics.saturating_cast(x, aval.dtype) for x, aval in zip(leaves, avals, strict=True)]
             return jax.tree.unflatten(treedef, cast)
 
-        def nothing(history: Any, residual: Any, scalars: Scalars, weights: jax.Array | None) -> Any:
+        def nothing(history: Any, residual: Any, scalars: Any, weights: jax.Array | None) -> Any:
             del history, residual, scalars, weights
             return jax.tree.unflatten(treedef, [jnp.zeros_like(aval, dtype=aval.dtype) for aval in avals])
 
         def predict_if(
-            pred: jax.Array, history: Any, residual: Any, scalars: Scalars, weights: jax.Array | None = None
+            pred: jax.Array, history: Any, residual: Any, scalars: Any, weights: jax.Array | None = None
         ) -> Any:
             return lax.cond(pred, predicted, nothing, history, residual, scalars, weights)
 
-        def measure(result: StepResult, is_due: jax.Array, history: Any, scalars: Scalars) -> StepResult:
+        def measure(result: StepResult, is_due: jax.Array, history: Any, scalars: Any) -> StepResult:
             # Always true here. But a conditional's result is one array: without it XLA copies each record on the way.
             prediction = predict_if(is_due, history, result.residual, scalars)
             residual, error, is_defined = self._predictor.measure(result.residual, result.target, prediction)
@@ -102,7 +103,7 @@ class PhaseStep:
 
         measure_when = when(measure)
 
-        def calibrate(result: StepResult, history: Any, scalars: Scalars) -> StepResult:
+        def calibrate(result: StepResult, history: Any, scalars: Any) -> StepResult:
             assert result.calibration is not None
             measured = self._predictor.calibrate(result.calibration, history, scalars, result.target)
             return result._replace(calibration=measured.state, error=measured.error, is_measured=measured.is_defined)
@@ -114,9 +115,9 @@ class PhaseStep:
             updates: Any,
             params: Any,
             extra_args: dict[str, Any],
-            phase: jax.Array,
+            watches: jax.Array,
             history: Any,
-            scalars: Scalars,
+            scalars: Any,
             **static_args: Any,
         ) -> StepResult:
             target, inner_state = self._recorded.update(
@@ -125,9 +126,9 @@ class PhaseStep:
             is_finite = all_finite(target)
             inner_state = select(is_finite, inner_state, result.inner_state)
             result = result._replace(target=target, inner_state=inner_state, is_finite=is_finite)
+            is_due = watches & is_finite
             if result.calibration is not None:
-                return calibrate_when(is_finite, result, history, scalars)
-            is_due = (phase == Phase.CORRECT) & is_finite
+                return calibrate_when(is_due, result, history, scalars)
             return measure_when(is_due, result, is_due, history, scalars)
 
         return predict_if, step, when(step)

@@ -7,7 +7,8 @@
 
 ``phase`` is the phase of the *coming* step: `advance` is called when that step is done and decides the next one. Steps
 of PREDICT and CORRECT count together; CORRECT takes precedence over the end of the phase (20 steps corrected every 5
-take 21), and two CORRECT steps never adjoin. ``predict_steps=0`` stays in FULL.
+take 21), and two CORRECT steps never adjoin. ``predict_steps=0`` stays in FULL. With a guard, FULL lasts until it wants
+to predict, PREDICT as long as it wants to, and nothing is corrected: the FULL step behind it does that.
 
 The machine reads replicated scalars only, so devices that run the same program agree on the phase.
 """
@@ -23,7 +24,6 @@ import optax
 from vsa_optax import checks
 from vsa_optax.kernels import numerics
 from vsa_optax.transforms.guard import GuardState, Plan
-from vsa_optax.transforms.predictor import CalibrationState
 
 _RECENT_LOSSES = 100
 _COMPARED_LOSSES = 10
@@ -84,7 +84,7 @@ class PhaseMachineState(NamedTuple):
         value: ``[] float32``, the last finite ``value=`` received; meaningless before ``has_value``.
         has_value: ``[] bool``, whether one was received.
         adaptive: `AdaptiveLengthsState`, or None with ``adaptive=False``.
-        calibration: `CalibrationState`, or None with ``calibrate=False``.
+        calibration: `CalibrationState` or `SecantCalibrationState`; None with a line that is not calibrated.
         guard: `GuardState`, or None with ``guard=False``.
     """
 
@@ -100,7 +100,7 @@ class PhaseMachineState(NamedTuple):
     value: jax.Array
     has_value: jax.Array
     adaptive: AdaptiveLengthsState | None
-    calibration: CalibrationState | None = None
+    calibration: Any = None
     guard: GuardState | None = None
 
 
@@ -199,10 +199,10 @@ def advance(
     if plan is not None:
         full_length, predict_length = 1, plan.length
         after_full = jnp.where(plan.leaps, Phase.PREDICT, Phase.FULL)
-    wants_correction = (done % schedule.correct_every == 0) & (phase != Phase.CORRECT)
-    in_leap = jnp.where(wants_correction, Phase.CORRECT, jnp.where(done >= predict_length, Phase.FULL, Phase.PREDICT))
-    if plan is not None:
-        in_leap = jnp.where(plan.ends & (phase != Phase.PREDICT), Phase.FULL, in_leap)
+    in_leap = jnp.where(done >= predict_length, Phase.FULL, Phase.PREDICT)
+    if plan is None:
+        wants_correction = (done % schedule.correct_every == 0) & (phase != Phase.CORRECT)
+        in_leap = jnp.where(wants_correction, Phase.CORRECT, in_leap)
     following = jnp.select(
         [phase == Phase.WARMUP, phase == Phase.FULL],
         [
@@ -232,7 +232,7 @@ def advance(
 
 
 def note_prediction_error(state: PhaseMachineState, error: jax.Array, is_measured: jax.Array) -> PhaseMachineState:
-    """Adds one CORRECT step's relative error to the running mean, if it was measured."""
+    """Adds one relative error, of what followed a prediction, to the running mean, if it was measured."""
     assert state.errors is not None
     count = state.errors.num_measured + is_measured
     mean = state.errors.mean + (error - state.errors.mean) / jnp.maximum(count, 1)

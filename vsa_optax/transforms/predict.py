@@ -1,8 +1,8 @@
 """Skip backward passes: predict what a gradient, or an optimizer's update, would have been.
 
 A true gradient enters; it leaves as it came (or as the wrapped optimizer's update), and is recorded. In PREDICT
-whatever enters is ignored, and what the records predict leaves in its place. State cost: (W + 1) times the parameters
-with a window of W records, 3 times with the recursion; one less without the residual.
+whatever enters is ignored, and what the records predict leaves in its place. State cost: 2 W + 2 times the parameters
+with the secants through W changes, W + 1 times with a window of W records, 3 times with the recursion.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 
 from vsa_optax import checks
 from vsa_optax.codecs.codec import Codec
@@ -22,7 +23,8 @@ from vsa_optax.transforms.history import describe_state
 from vsa_optax.transforms.phase_step import PhaseStep
 from vsa_optax.transforms.phases import Phase, PhaseMachineState, PhaseSchedule
 from vsa_optax.transforms.predictor import Predictor, make_predictor
-from vsa_optax.transforms.step_result import StepResult
+from vsa_optax.transforms.secant_history import SecantHistory
+from vsa_optax.transforms.step_result import Memory, StepResult
 
 
 class PhaseSwitchedState(NamedTuple):
@@ -30,8 +32,8 @@ class PhaseSwitchedState(NamedTuple):
 
     Attributes:
         machine: `PhaseMachineState`, scalars.
-        history: `WindowHistoryState`, `CodedWindowHistoryState` or `RecursiveHistoryState`; None with
-            ``predict_steps=0``.
+        history: `SecantHistoryState`, `WindowHistoryState`, `CodedWindowHistoryState` or `RecursiveHistoryState`; None
+            with ``predict_steps=0``.
         residual: tree of ``[*shape]`` in the history's dtype, the averaged prediction error, or a codec's payload of
             it; None if switched off.
         inner_state: the wrapped optimizer's state.
@@ -49,8 +51,8 @@ def predict_gradients(
     full_steps: int = 5,
     predict_steps: int = 20,
     correct_every: int = 5,
-    history: str = "window",
-    history_window: int = 8,
+    history: str | None = None,
+    history_window: int | None = None,
     history_decay: float = 0.95,
     history_dtype: jax.typing.DTypeLike | None = None,
     history_codec: Codec | None = None,
@@ -58,14 +60,18 @@ def predict_gradients(
     residual_decay: float = 0.95,
     adaptive: bool = False,
     loss_threshold: float = 0.1,
-    calibrate: bool = False,
-    guard: bool = False,
+    calibrate: bool | None = None,
+    guard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the gradients of PREDICT steps by their extrapolation; heads an ``optax.chain``.
+    """Replaces the gradients of PREDICT steps by predictions; heads an ``optax.chain``.
 
     In WARMUP, FULL and CORRECT gradients pass through unchanged and are recorded. In PREDICT the incoming gradients are
     ignored, so they need not be computed: `vsa_optax.value_and_grad_by_phase` skips them. The optimizer behind this
     link runs at every step.
+
+    By default a guard decides when to predict and for how long. It compares each true gradient with its prediction, and
+    predicts as many steps as keep the error within 14 % of the norm; on mini-batches that is none. Without it, the
+    phases are a fixed cycle, and a line through the last gradients is followed wherever it leads.
 
     A gradient with a NaN or an infinity is neither recorded nor passed on: zeros leave in its place, and the state's
     ``nonfinite_count`` goes up (with ``predict_steps=0`` it is counted, but passes). Predictions saturate at their
@@ -73,50 +79,55 @@ def predict_gradients(
 
     Args:
         warmup_steps: true gradients to record before the first FULL phase, ``>= 2``.
-        full_steps: steps of a FULL phase, ``>= 1``.
-        predict_steps: steps of a PREDICT phase, its corrections included, ``>= 0``; 0 never predicts and allocates no
-            history.
+        full_steps: steps of a FULL phase, ``>= 1``; with the guard it lasts until that wants to predict.
+        predict_steps: steps of a PREDICT phase, its corrections included, ``>= 0``; with the guard, at most so many. 0
+            never predicts and allocates no history.
         correct_every: in PREDICT, a true gradient is taken when the step within the phase is a positive multiple of
-            this, ``>= 1``.
-        history: ``"window"`` (least squares over the last ``history_window`` records, exact) or ``"recursive"`` (over
-            all records with exponentially fading weights, the same work and memory whatever the decay).
-        history_window: records W kept by the window, ``>= 2``.
-        history_decay: weight of a record relative to the next newer one, in ``(0, 1]``.
+            this, ``>= 1``. Not with the guard, where the FULL step after the phase corrects.
+        history: ``"secant"`` (from the last W changes of parameters and gradients, what the gradient is at the present
+            parameters: see `kernels.secant`), ``"window"`` (a line in time, least squares over the last W records) or
+            ``"recursive"`` (over all records with exponentially fading weights, the same work and memory whatever the
+            decay). None takes secants if there is a guard, and a window if there is none or if something is asked for
+            that only a line has: a codec, ``calibrate=True``, ``residual=True``, ``predict_in="update"``.
+        history_window: W, ``>= 2``; None takes 16 for secants and 8 for a window.
+        history_decay: of a line, weight of a record relative to the next newer one, in ``(0, 1]``.
         history_dtype: float16, bfloat16, float32 or float64 of records and residual; None keeps each leaf's own. A
-            complex leaf is kept in complex64 or complex128.
+            complex leaf is kept in complex64 or complex128. Of secants, the newest parameters keep their own.
         history_codec: a codec, such as `vsa_optax.TritCodec`, that keeps the window's records; None keeps them as they
-            are. The residual is coded likewise, and ``history_dtype`` has no effect. Needs ``history="window"``. A
-            prediction then costs one decoding, whatever W, and the residual's.
-        residual: whether to add the averaged error of past predictions, measured at CORRECT steps; None adds it unless
-            predictions are calibrated, where it must not be True.
+            are. The residual is coded likewise, and ``history_dtype`` has no effect. Needs a window. A prediction then
+            costs one decoding, whatever W, and the residual's.
+        residual: of a line, whether to add the averaged error of past predictions, measured at CORRECT steps (with the
+            guard, at all true steps); None adds it unless predictions are calibrated, where it must not be True.
         residual_decay: γ, both the average's decay and the residual's fading a step, in ``[0, 1]``.
         adaptive: whether phase lengths follow the loss: FULL grows and PREDICT shrinks while it rises, the reverse
-            while it falls. Needs ``value=`` at every update.
+            while it falls. Needs ``value=`` at every update, and ``guard=False``.
         loss_threshold: relative rise of the loss that counts as worse, ``>= 0``.
-        calibrate: whether each leaf weighs the records' mean, the slope and, with a window, the newest record by what
-            they were worth in predictions so far: out of sample, in closed form, see `kernels.calibration`.
-        guard: whether the phases' lengths follow what predicting gains, as seen in ``value=``, from no prediction at
-            all to ``predict_steps``, with FULL phases of one or two steps: see `transforms.guard`. Without ``value=``
-            it goes by the calibration's errors. Needs ``calibrate=True`` and ``adaptive=False``.
+        calibrate: of a line, whether each leaf weighs the records' mean, the slope and, with a window, the newest
+            record by what they were worth in predictions so far: out of sample, in closed form, see
+            `kernels.calibration`. None does. Secants always learn from their errors, and take no True.
+        guard: whether the phases' lengths follow the errors of the predictions: see `transforms.guard`.
 
     Returns:
         A transformation that takes the loss as the optional extra argument ``value``.
 
     State cost:
-        ``(W + 1) * P`` bytes with the window and ``3 * P`` with the recursion, for parameters of P bytes (in the
-        history's dtype, or as ``history_codec.nbytes`` counts them); ``P`` less without the residual; and less than 100
-        bytes of scalars (412 more when adaptive, 65 with the guard). Calibrated there is no residual, but
-        ``4 * (W**2 + 14)`` bytes a leaf with the window, 32 with the recursion and 56 with a codec.
+        for parameters of P bytes (in the history's dtype, or as ``history_codec.nbytes`` counts them), secants
+        ``(2 * W + 2) * P`` bytes, ``4 * (W**2 + 1)`` a leaf, and ``4 * W**2``; a window ``W * P`` and the recursion
+        ``2 * P``, and the residual ``P`` or, calibrated, ``4 * (W**2 + 14)`` bytes a leaf with a window, 32 with the
+        recursion and 56 with a codec. Besides, less than 150 bytes of scalars, 412 more when adaptive.
 
     Raises:
         ValueError: an argument outside its range, where the transformation is made; at ``update``, gradients whose
-            structure or shapes are not those given to ``init``, or ``adaptive=True`` without ``value``.
+            structure or shapes are not those given to ``init``, secants without ``params``, or ``adaptive=True``
+            without ``value``.
         TypeError: at ``init``, a leaf that is not floating point or complex.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsa_optax
         >>> opt = optax.chain(
-        ...     vsa_optax.predict_gradients(warmup_steps=2, full_steps=1, predict_steps=2), optax.sgd(1.0))
+        ...     vsa_optax.predict_gradients(
+        ...         warmup_steps=2, full_steps=1, predict_steps=2, calibrate=False, guard=False),
+        ...     optax.sgd(1.0))
         >>> params = jnp.zeros(2)
         >>> state, moves = opt.init(params), []
         >>> for step in range(5):
@@ -132,13 +143,8 @@ def predict_gradients(
         more, whose residual is measured without itself and starts to fade one step later, and which has two further
         triggers for a correction.
     """
-    return phase_switched(
-        optax.identity(),
-        predict_in="gradient",
-        warmup_steps=warmup_steps,
-        full_steps=full_steps,
-        predict_steps=predict_steps,
-        correct_every=correct_every,
+    schedule = PhaseSchedule(warmup_steps, full_steps, predict_steps, correct_every, adaptive, loss_threshold)
+    predictor = make_predictor(
         history=history,
         history_window=history_window,
         history_decay=history_decay,
@@ -146,24 +152,25 @@ def predict_gradients(
         history_codec=history_codec,
         residual=residual,
         residual_decay=residual_decay,
-        adaptive=adaptive,
-        loss_threshold=loss_threshold,
         calibrate=calibrate,
-        guard=guard,
+        guard=_check_guard(guard, adaptive),
+        predict_in=None,
     )
+    identity = optax.with_extra_args_support(optax.identity())
+    return _switched(identity, schedule, predictor, guard=guard, predicts_updates=True, learning_rate=None)
 
 
 def phase_switched(
     opt: optax.GradientTransformation,
     *,
     learning_rate: optax.ScalarOrSchedule | None = None,
-    predict_in: str = "update",
+    predict_in: str | None = None,
     warmup_steps: int = 10,
     full_steps: int = 5,
     predict_steps: int = 20,
     correct_every: int = 5,
-    history: str = "window",
-    history_window: int = 8,
+    history: str | None = None,
+    history_window: int | None = None,
     history_decay: float = 0.95,
     history_dtype: jax.typing.DTypeLike | None = None,
     history_codec: Codec | None = None,
@@ -171,14 +178,15 @@ def phase_switched(
     residual_decay: float = 0.95,
     adaptive: bool = False,
     loss_threshold: float = 0.1,
-    calibrate: bool = False,
-    guard: bool = False,
+    calibrate: bool | None = None,
+    guard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that PREDICT steps need no gradient.
 
-    With ``predict_in="update"`` the records are what ``opt`` emitted; in PREDICT their extrapolation is emitted, and
-    ``opt`` neither runs nor changes its state. With ``predict_in="gradient"`` the records are gradients, and ``opt``
-    runs at every step, on the predicted gradient in PREDICT.
+    With ``predict_in="gradient"`` the records are gradients, and ``opt`` runs at every step, on the predicted gradient
+    in PREDICT. With ``predict_in="update"`` they are what ``opt`` emitted; in PREDICT their extrapolation is emitted,
+    and ``opt`` neither runs nor changes its state. That needs a line in time: of the parameters only the gradient is a
+    function.
 
     **Learning-rate schedules.** With ``predict_in="update"`` whatever ``opt`` counts, a schedule inside it included,
     advances with true gradients only: a cosine over 1000 steps would reach a third of its way in 1000 steps. Give the
@@ -201,7 +209,8 @@ def phase_switched(
         opt: the optimizer. Line searches, ``optax.MultiSteps`` and a second phase machine are refused.
         learning_rate: a number or a schedule over all steps; None leaves what is emitted unscaled. May be injected with
             ``optax.inject_hyperparams(lambda learning_rate: phase_switched(opt, learning_rate=learning_rate))``.
-        predict_in: ``"update"`` or ``"gradient"``.
+        predict_in: ``"update"`` or ``"gradient"``; None takes what suits the history, the gradient of secants and the
+            update of lines.
         warmup_steps: as in `predict_gradients`, and so are the arguments that follow.
         full_steps: see `predict_gradients`.
         predict_steps: see `predict_gradients`; with 0 the parameters are those of ``opt`` alone, bit for bit.
@@ -216,8 +225,7 @@ def phase_switched(
         adaptive: see `predict_gradients`.
         loss_threshold: see `predict_gradients`.
         calibrate: see `predict_gradients`.
-        guard: see `predict_gradients`. With ``predict_in="update"`` it also takes a leap back, that is all predictions
-            since the last true step, if the loss rose, and lengthens predictions, by at most 2, while they pay.
+        guard: see `predict_gradients`.
 
     Returns:
         A transformation that takes the loss as the optional extra argument ``value`` and forwards it, like every other
@@ -244,8 +252,8 @@ def phase_switched(
         >>> state = opt.init(params)
         >>> for _ in range(100):
         ...     params, state = step(params, state)
-        >>> int(vsa_optax.phase_stats(state).predict_steps), bool(loss(params) < 0.1 * loss(jnp.zeros(4)))
-        (57, True)
+        >>> bool(vsa_optax.phase_stats(state).predict_steps > 70), bool(loss(params) < 0.01 * loss(jnp.zeros(4)))
+        (True, True)
     """
     if isinstance(opt, optax.MultiSteps):
         raise ValueError("opt must not be optax.MultiSteps: wrap the other way round, MultiSteps(phase_switched(...))")
@@ -253,7 +261,6 @@ def phase_switched(
         raise ValueError(f"opt must be an optax.GradientTransformation, got {opt!r}")
     opt = optax.with_extra_args_support(opt)
     _check_learning_rate(learning_rate)
-    checks.check_choice("predict_in", predict_in, ("update", "gradient"))
     schedule = PhaseSchedule(warmup_steps, full_steps, predict_steps, correct_every, adaptive, loss_threshold)
     predictor = make_predictor(
         history=history,
@@ -264,16 +271,32 @@ def phase_switched(
         residual=residual,
         residual_decay=residual_decay,
         calibrate=calibrate,
+        guard=_check_guard(guard, adaptive),
+        predict_in=predict_in,
     )
-    if checks.check_bool("guard", guard) and not calibrate:
-        raise ValueError("guard=True needs calibrate=True: it judges by what the calibration measures")
-    if guard and adaptive:
-        raise ValueError("adaptive must be False with guard=True, which sets the phases' lengths itself, got True")
+    if predict_in is None:
+        predict_in = "gradient" if isinstance(predictor.history, SecantHistory) else "update"
     # Without predictions both domains are opt itself.
     predicts_updates = predict_in == "update" or not schedule.ever_predicts
+    return _switched(
+        opt, schedule, predictor, guard=guard, predicts_updates=predicts_updates, learning_rate=learning_rate
+    )
+
+
+def _switched(
+    opt: optax.GradientTransformationExtraArgs,
+    schedule: PhaseSchedule,
+    predictor: Predictor,
+    *,
+    guard: bool,
+    predicts_updates: bool,
+    learning_rate: optax.ScalarOrSchedule | None,
+) -> optax.GradientTransformationExtraArgs:
+    """`phase_switched` of checked settings; ``predicts_updates`` are the domain."""
     recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
-    watcher = Guard(full_steps, predict_steps, undoes=predicts_updates) if guard else None
+    watcher = Guard(schedule.predict_steps) if guard and schedule.ever_predicts else None
     run = PhaseStep(recorded, predictor)
+    look = _Look(predictor)
     record = when(predictor.history.record)
 
     def init_fn(params: optax.Params) -> PhaseSwitchedState:
@@ -282,10 +305,8 @@ def phase_switched(
         _check_inner_state(inner_state)
         machine = phases.init(schedule)
         if schedule.ever_predicts:
-            calibration = predictor.init_calibration(params)
             machine = machine._replace(
-                calibration=calibration,
-                guard=watcher.init(predictor.history.num_features()) if watcher and calibration is not None else None,
+                calibration=predictor.init_calibration(params), guard=watcher.init() if watcher else None
             )
         return PhaseSwitchedState(
             machine=machine,
@@ -303,56 +324,43 @@ def phase_switched(
         value = extra_args.get("value")
         if value is not None:
             extra_args["value"] = checks.check_scalar("value", value)
-        elif adaptive:
+        elif schedule.adaptive:
             raise ValueError("adaptive=True needs the loss at every step: update(..., value=loss), got value=None")
         _check_state(state, schedule, predictor, guard)
-        if schedule.ever_predicts:
-            tree, leading = predictor.history.example(state.history)
-            checks.check_same_tree(tree, updates, what="gradients", leading_axes=leading)
-        elif params is not None:
-            checks.check_same_tree(params, updates, what="gradients")
+        _check_trees(updates, params, state, predictor)
 
         machine, memory, averaged_error = state.machine, state.history, state.residual
         step = phases.total_steps(machine)
         recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
+        plan = None
         if schedule.ever_predicts:
             # The history is read in one conditional and written in a later one, so that XLA writes it in place.
-            scalars = predictor.scalars(memory, step)
-            is_predict = machine.phase == Phase.PREDICT
-            emits_prediction, weights = is_predict, None
-            if machine.calibration is not None:
-                weights = predictor.weights(machine.calibration, scalars)
-            if machine.guard is not None:
-                assert watcher is not None
-                assert weights is not None
-                loss = extra_args.get("value")
-                is_taken_back = watcher.takes_back(machine.guard, ~is_predict, loss)
-                emits_prediction |= is_taken_back
-                weights = watcher.emitted(machine.guard, is_taken_back, weights, scalars.reach)
-            result = run(
-                updates,
-                recorded_state,
-                params,
-                extra_args,
-                machine.phase,
-                memory,
-                averaged_error,
-                scalars,
-                machine.calibration,
-                weights,
-                emits_prediction,
-            )
-            is_recorded = ~emits_prediction & result.is_finite
+            seen_params = params if predictor.history.reads_params else None
+            watches = None if machine.guard is None else machine.guard.asleep == 0
+            scalars = look(watches, memory, step, seen_params)
+            read = Memory(memory, averaged_error, machine.calibration)
+            result = run(updates, recorded_state, params, extra_args, machine.phase, read, scalars, watches)
             assert result.error is not None
             assert result.is_measured is not None
-            is_after_leap = (scalars.horizon > 1) | (machine.phase == Phase.CORRECT)
+            is_predict = machine.phase == Phase.PREDICT
+            if machine.guard is None:
+                is_after_leap = (scalars.horizon > 1) | (machine.phase == Phase.CORRECT)
+            else:
+                is_after_leap = machine.guard.leap > 0
             machine = phases.note_prediction_error(machine, result.error, result.is_measured & is_after_leap)
+            if watcher is not None:
+                assert machine.guard is not None
+                watched, plan = watcher.after(machine.guard, is_predict, result.error, result.is_measured)
+                machine = machine._replace(guard=watched)
             machine = machine._replace(calibration=result.calibration)
             averaged_error = result.residual
-            memory = record(is_recorded, memory, result.target, step, scalars)
+            is_recorded = ~is_predict & result.is_finite
+            if watches is not None:
+                is_recorded &= watches
+            memory = record(is_recorded, memory, result.target, seen_params, step, scalars)
         else:
             target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
-            result = StepResult(target, inner_state, None, all_finite(updates))
+            result = StepResult(target, inner_state, all_finite(updates))
 
         is_finite = result.is_finite
         if predicts_updates:
@@ -363,25 +371,39 @@ def phase_switched(
             inner_state = select(is_finite, inner_state, state.inner_state)
         if schedule.ever_predicts:  # Else nothing stands between opt and the caller: a select would move its last bits.
             new_updates = select(is_finite, new_updates, optax.tree.zeros_like(new_updates))
-        rate: Any = None
         if learning_rate is not None:
             rate = learning_rate(step) if callable(learning_rate) else learning_rate
-        plan = None
-        if machine.guard is not None:
-            assert watcher is not None
-            # What is taken back was scaled when it was emitted.
-            given = jnp.asarray(1.0 if rate is None else rate, jnp.float32)
-            rate = None if rate is None else jnp.where(is_taken_back, 1.0, given)
-            is_warm = machine.phase != Phase.WARMUP
-            watched = watcher.after(machine.guard, is_predict, is_taken_back, given * scalars.reach, loss, result)
-            watched, plan = watcher.plan(watched, ~is_predict, is_warm, is_taken_back)
-            machine = machine._replace(guard=watched)
-        if rate is not None:
             new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
         machine = phases.advance(schedule, machine, is_finite=is_finite, value=value, plan=plan)
         return new_updates, PhaseSwitchedState(machine, memory, averaged_error, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Look:
+    """What a step is to the history; zeros where the guard does not watch, so that nothing is read.
+
+    One function object for a predictor: outside jit, JAX compiles a conditional anew for each new one.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self._branches = predictor.scalars, self._nothing
+
+    def __call__(self, watches: jax.Array | None, memory: Any, step: jax.Array, params: Any) -> Any:
+        if watches is None:
+            return self._predictor.scalars(memory, step, params)
+        return lax.cond(watches, *self._branches, memory, step, params)
+
+    def _nothing(self, memory: Any, step: jax.Array, params: Any) -> Any:
+        shapes = jax.eval_shape(self._predictor.scalars, memory, step, params)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _check_guard(guard: Any, adaptive: Any) -> bool:
+    if checks.check_bool("guard", guard) and checks.check_bool("adaptive", adaptive):
+        raise ValueError("adaptive must be False with guard=True, which sets the phases' lengths itself, got True")
+    return guard
 
 
 def _check_learning_rate(learning_rate: Any) -> None:
@@ -416,6 +438,23 @@ def _check_inner_state(inner_state: Any) -> None:
                 raise ValueError(f"opt must not contain {reason}")
 
 
+def _check_trees(updates: Any, params: Any, state: PhaseSwitchedState, predictor: Predictor) -> None:
+    """``ValueError`` if gradients or parameters are not those that the state was made for."""
+    if state.history is None:
+        if params is not None:
+            checks.check_same_tree(params, updates, what="gradients")
+        return
+    tree, leading = predictor.history.example(state.history)
+    checks.check_same_tree(tree, updates, what="gradients", leading_axes=leading)
+    if predictor.history.reads_params:
+        if params is None and tree is not None:
+            raise ValueError(
+                "params must be given with history='secant', which is what guard=True takes: update(updates, state, "
+                "params); got None. history='window' needs none"
+            )
+        checks.check_same_tree(tree, params, what="params", leading_axes=leading)
+
+
 def _check_state(state: Any, schedule: PhaseSchedule, predictor: Predictor, guard: bool) -> None:
     """``ValueError`` if the state was made by a transformation with other settings."""
     if not isinstance(state, PhaseSwitchedState):
@@ -423,9 +462,9 @@ def _check_state(state: Any, schedule: PhaseSchedule, predictor: Predictor, guar
     wanted = predictor.history.describe() if schedule.ever_predicts else "none"
     given = "none" if state.history is None else describe_state(state.history)
     _check_setting("history", given, wanted)
-    if schedule.ever_predicts and jax.tree.leaves(predictor.history.example(state.history)[0]):
-        _check_setting("calibrate", state.machine.calibration is not None, predictor.calibrates)
+    if schedule.ever_predicts:
         _check_setting("guard", state.machine.guard is not None, guard)
+        _check_setting("calibrate", state.machine.calibration is not None, predictor.calibrates)
     _check_setting("adaptive", state.machine.adaptive is not None, schedule.adaptive)
     if schedule.ever_predicts and predictor.history.example(state.history)[0] is not None:  # A tree may be None itself.
         _check_setting("residual", state.residual is not None, predictor.has_residual)

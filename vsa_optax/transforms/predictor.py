@@ -1,182 +1,108 @@
-"""The prediction: the history's line read at a later step, and the averaged error of earlier predictions on top.
+"""What a phase machine asks of whatever predicts, and the choice of it by settings."""
 
-ĝ(t) = b + v (t - t_last) + γ^(t - t_last) r
-r    <- γ r + (1 - γ) (g - ĝ)                     at CORRECT steps
-
-Calibrated, it has no residual, and the records' mean, the line's slope and the newest record have coefficients of their
-own in each leaf: see `kernels.calibration`.
-"""
-
-import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 
 from vsa_optax import checks
 from vsa_optax.codecs import codec as codecs
-from vsa_optax.kernels import calibration, numerics, wls
 from vsa_optax.transforms.coded_history import CodedWindowHistory
-from vsa_optax.transforms.history import History, Scalars, zeros_as_stored
-from vsa_optax.transforms.leafwise import energies
+from vsa_optax.transforms.history import History, LineHistory
+from vsa_optax.transforms.line_predictor import LinePredictor
+from vsa_optax.transforms.measurement import Measurement
 from vsa_optax.transforms.recursive_history import RecursiveHistory
+from vsa_optax.transforms.secant_history import SecantHistory
+from vsa_optax.transforms.secant_predictor import SecantPredictor
 from vsa_optax.transforms.window_history import WindowHistory
 
-_FORGET = 0.95  # Of the calibration, a measurement.
 
+class Predictor(Protocol):
+    """A history, and what is made of it. Scalars and calibrations are each predictor's own."""
 
-class CalibrationState(NamedTuple):
-    """What past predictions were worth.
+    @property
+    def history(self) -> History:
+        """The memory."""
 
-    Attributes:
-        sums: `kernels.calibration.Sums`, a few scalars a leaf.
-        gram: ``[L, W, W] float32``, the products of the window's records; None for other histories.
-    """
+    @property
+    def calibrates(self) -> bool:
+        """Whether it learns from its errors."""
 
-    sums: calibration.Sums
-    gram: jax.Array | None
+    @property
+    def has_residual(self) -> bool:
+        """Whether the average of its errors is added."""
 
-
-class Measurement(NamedTuple):
-    """One prediction beside what came.
-
-    Attributes:
-        state: the calibration with it.
-        error: ``[] float32``, ``||g - ĝ|| / ||g||`` over the whole tree.
-        is_defined: ``[] bool``, whether the tree does not vanish.
-    """
-
-    state: CalibrationState
-    error: jax.Array
-    is_defined: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Predictor:
-    """A history, and the residual's settings.
-
-    With a codec the residual is a payload, encoded anew at CORRECT steps.
-    """
-
-    history: History
-    dtype: jnp.dtype | None
-    codec: codecs.Codec | None
-    has_residual: bool
-    residual_decay: float
-    calibrates: bool
-
-    def init_calibration(self, params: Any) -> CalibrationState | None:
-        """Nothing measured; None if it is switched off, or there are no leaves."""
-        num_leaves = len(jax.tree.leaves(params))
-        if not self.calibrates or not num_leaves:
-            return None
-        sums = calibration.zeros(num_leaves, self.history.num_features())
-        return CalibrationState(sums, self.history.init_gram(num_leaves))
-
-    def weights(self, state: CalibrationState, scalars: Scalars) -> jax.Array:
-        """``[L, K]``: what the calibrated prediction takes of each feature."""
-        return calibration.coefficients(state.sums) * scalars.reach
-
-    def predict_calibrated(self, history: Any, scalars: Scalars, weights: jax.Array) -> Any:
-        """Tree of predictions, in at least f32."""
-        return self.history.combine(history, scalars, weights)
-
-    def calibrate(self, state: CalibrationState, history: Any, scalars: Scalars, target: Any) -> Measurement:
-        """Compares ``target``, which is to be recorded, with its prediction."""
-        energy = energies(target)
-        gram, products, grown = self.history.products(history, scalars, state.gram, target, energy)
-        # The sums are those of the features as far as they reach.
-        reach = scalars.reach
-        reached = gram * reach[:, None] * reach, products * reach
-        theta = calibration.coefficients(state.sums)
-        sums, squared = calibration.measure(state.sums, theta, *reached, energy, _FORGET)
-        # Nothing is recorded before the first.
-        has_records = jnp.any(scalars.features != 0)
-        sums = jax.tree.map(lambda new, old: jnp.where(has_records, new, old), sums, state.sums)
-        total = jnp.sum(energy)
-        is_defined = (total > 0) & jnp.isfinite(total)
-        ratio = jnp.sum(squared) / jnp.where(is_defined, total, 1)
-        error = numerics.saturating_cast(jnp.sqrt(ratio), jnp.float32)
-        return Measurement(CalibrationState(sums, grown), error, is_defined & has_records)
+    def init_calibration(self, params: Any) -> Any:
+        """Nothing measured; None if it does not calibrate."""
 
     def init_residual(self, params: Any) -> Any:
-        """Zeros: a tree, or a payload if there is a codec; None if there is no residual."""
-        if not self.has_residual:
-            return None
-        return codecs.zero_payload(self.codec, params) if self.codec else zeros_as_stored(params, self.dtype)
+        """Zeros; None if there is no residual."""
 
-    def scalars(self, history: Any, step: jax.Array) -> Scalars:
-        """What ``step`` is to the history, and the residual's coefficient as the last one."""
-        scalars = self.history.scalars(history, step)
-        if not self.has_residual:
-            return scalars
-        faded = jnp.float32(self.residual_decay) ** scalars.horizon
-        return scalars._replace(coefficients=jnp.append(scalars.coefficients, faded))
+    def scalars(self, history: Any, step: jax.Array, params: Any) -> Any:
+        """All that a step is to the history; among it ``horizon``, ``[] float32``, steps from the newest record."""
 
-    def predict(self, history: Any, residual: Any, scalars: Scalars) -> Any:
-        """Tree of predictions, in at least f32; zeros while nothing is recorded."""
-        coefficients, trees = self.history.terms(history, scalars)
-        if self.has_residual:
-            coefficients, trees = [*coefficients, scalars.coefficients[-1]], [*trees, self._decoded(residual)]
-        return jax.tree.map(lambda *arrays: wls.combine(coefficients, arrays), *trees)
+    def weights(self, state: Any, scalars: Any) -> jax.Array:
+        """What the calibrated prediction takes of each of its parts."""
+
+    def predict(self, history: Any, residual: Any, scalars: Any) -> Any:
+        """Tree of predictions without calibration."""
+
+    def predict_calibrated(self, history: Any, scalars: Any, weights: jax.Array) -> Any:
+        """Tree of predictions with it."""
+
+    def calibrate(self, state: Any, history: Any, scalars: Any, target: Any) -> Measurement:
+        """Compares ``target``, which is to be recorded, with its prediction."""
 
     def measure(self, residual: Any, target: Any, prediction: Any) -> tuple[Any, jax.Array, jax.Array]:
-        """What a prediction of ``target``, residual included, was worth.
-
-        Returns:
-            ``(residual, error, is_defined)``: the new residual; ``||g - ĝ|| / ||g||`` over the whole tree, ``[] f32``;
-            and whether that is defined.
-        """
-        error, is_defined = numerics.relative_distance(jax.tree.leaves(target), jax.tree.leaves(prediction))
-        if not self.has_residual:
-            return None, error, is_defined
-        decay = jnp.float32(self.residual_decay)
-
-        def moved(r: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
-            return numerics.saturating_cast(wls.combine([decay, 1 - decay, decay - 1], [r, g, p]), r.dtype)
-
-        averaged = jax.tree.map(moved, self._decoded(residual), target, prediction)
-        if self.codec:
-            # A rotation may overflow where the numbers do not: such a block is kept as zeros.
-            coded = self.codec.encode(averaged)
-            averaged = jax.tree.map(lambda x: numerics.saturating_cast(x, x.dtype), coded)
-        return averaged, error, is_defined
-
-    def _decoded(self, residual: Any) -> Any:
-        return self.codec.decode(residual) if self.codec else residual
+        """The new residual, the relative error of a prediction without calibration, and whether it is defined."""
 
 
 def make_predictor(
     *,
-    history: str,
-    history_window: int,
+    history: str | None,
+    history_window: int | None,
     history_decay: float,
     history_dtype: Any,
     history_codec: Any,
     residual: bool | None,
     residual_decay: float,
-    calibrate: bool,
+    calibrate: bool | None,
+    guard: bool,
+    predict_in: str | None,
 ) -> Predictor:
-    """The predictor of these settings, checked; ranges as in `vsa_optax.predict_gradients`."""
-    checks.check_choice("history", history, ("window", "recursive"))
+    """The predictor of these settings, checked; ranges and what None means as in `vsa_optax.predict_gradients`."""
+    checks.check_choice("predict_in", "gradient" if predict_in is None else predict_in, ("update", "gradient"))
+    asked: dict[str, Any] = {"predict_in": predict_in} if predict_in == "update" else {}
+    asked |= {} if history_codec is None else {"history_codec": history_codec}
+    asked |= {name: True for name, value in (("calibrate", calibrate), ("residual", residual)) if value is True}
+    kind = ("secant" if guard and not asked else "window") if history is None else history
+    checks.check_choice("history", kind, ("secant", "window", "recursive"))
+    if kind == "secant" and asked:
+        name, value = next(iter(asked.items()))
+        raise ValueError(
+            f"{name} must be left out with history='secant', which does not predict by a line in time, got {value!r}"
+        )
+    is_line = kind != "secant"
+    if history_window is None:
+        history_window = 8 if is_line else 16
     length = checks.check_integer("history_window", history_window, 2)
     decay = checks.check_real("history_decay", history_decay, low=0.0, high=1.0, low_open=True)
     dtype = checks.check_float_dtype("history_dtype", history_dtype)
-    checks.check_bool("calibrate", calibrate)
-    if residual is None:
-        residual = not calibrate
-    if checks.check_bool("residual", residual) and calibrate:
+    calibrates = checks.check_bool("calibrate", is_line if calibrate is None else calibrate)
+    has_residual = checks.check_bool("residual", is_line and not calibrates if residual is None else residual)
+    fading = checks.check_real("residual_decay", residual_decay, low=0.0, high=1.0)
+    if has_residual and calibrates:
         raise ValueError(
             "residual must be False or None with calibrate=True, where the newest record does its work, got True"
         )
-    fading = checks.check_real("residual_decay", residual_decay, low=0.0, high=1.0)
+    if not is_line:
+        return SecantPredictor(SecantHistory(length, dtype))
     window = WindowHistory(length, decay, dtype)
-    memory: History = window if history == "window" else RecursiveHistory(decay, dtype)
+    memory: LineHistory = window if kind == "window" else RecursiveHistory(decay, dtype)
     if history_codec is not None:
-        if history != "window":
+        if kind != "window":
             raise ValueError(
                 "history_codec must be None with history='recursive', which would code its own decoded sums anew at "
                 f"every step, got {history_codec!r}"
             )
         memory = CodedWindowHistory(window, codecs.check_codec("history_codec", history_codec))
-    return Predictor(memory, dtype, history_codec, residual, fading, calibrate)
+    return LinePredictor(memory, dtype, history_codec, has_residual, fading, calibrates)

@@ -5,24 +5,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vsa_optax.kernels import calibration
+from vsa_optax.kernels import calibration, secant
 from vsa_optax.transforms.guard import GuardState
+from vsa_optax.transforms.line_predictor import CalibrationState
 from vsa_optax.transforms.phases import Phase, PhaseMachineState, total_steps
-from vsa_optax.transforms.predictor import CalibrationState
+from vsa_optax.transforms.secant_predictor import SecantCalibrationState
 
 
 class PredictionQuality(NamedTuple):
-    """What calibrated predictions are worth, leaf by leaf in the order of ``jax.tree.leaves(params)``.
+    """What predictions are worth, leaf by leaf in the order of ``jax.tree.leaves(params)``.
 
     Attributes:
-        coefficients: ``[L, K] float32``, those of the records' mean (α), of what the line adds from there to the
-            predicted step (β), and, with a window, of the newest record.
-        r_squared: ``[L] float32``, ``1 - ||x - x̂||² / ||x||²`` out of sample, averaged over about twenty true steps; 0
-            as for predicting zero, or if nothing is known.
+        coefficients: ``[L, K] float32``, of a line: those of the records' mean (α), of what the line adds from there to
+            the predicted step (β), and, with a window, of the newest record; None of a secant.
+        ridge: ``[] float32``, of a secant: the regularization that served best so far, infinite where the newest
+            gradient did; None of a line.
+        r_squared: ``[L] float32``, ``1 - ||x - x̂||² / ||x||²`` out of sample, averaged over about twenty true steps (of
+            a secant ten, each at least -3); 0, as for predicting zero, if nothing is known.
         mean_r_squared: ``[] float32``, their mean.
     """
 
-    coefficients: jax.Array
+    coefficients: jax.Array | None
+    ridge: jax.Array | None
     r_squared: jax.Array
     mean_r_squared: jax.Array
 
@@ -32,19 +36,16 @@ class GuardStats(NamedTuple):
 
     Attributes:
         action: ``[] int32``, the `vsa_optax.GuardAction` it took last.
-        predict_length: ``[] float32``, predictions of a leap as it would have them.
-        boost: ``[] float32``, what predicted updates are multiplied by.
-        rollbacks: ``[] int32``, leaps taken back.
-        drop: ``[] float32``, mean drop of the log-loss from one true step to the next.
-        drop_deviation: ``[] float32``, its standard deviation; predictions whose drop it exceeds are not made.
+        predict_length: ``[] float32``, predictions of the next leap as it would have them; 0 for none.
+        constant: ``[] float32``, κ of `transforms.guard`, by which it chooses the length: the worst squared relative
+            error of late at one step's distance.
+        asleep: ``[] int32``, coming true steps that are neither recorded nor compared.
     """
 
     action: jax.Array
     predict_length: jax.Array
-    boost: jax.Array
-    rollbacks: jax.Array
-    drop: jax.Array
-    drop_deviation: jax.Array
+    constant: jax.Array
+    asleep: jax.Array
 
 
 class PhaseStats(NamedTuple):
@@ -61,7 +62,8 @@ class PhaseStats(NamedTuple):
         speedup: float32, all steps / steps with a backward pass; 1 before any step. A count, not a time.
         nonfinite_count: int32, steps skipped for a NaN or an infinity.
         mean_prediction_error: float32, mean over CORRECT steps of ``||x - x̂|| / ||x||``, x being what is predicted, a
-            gradient or an update; 0 before the first. Calibrated, over all true steps that follow a prediction.
+            gradient or an update; 0 before the first. With the guard, or calibrated, over all true steps that follow a
+            prediction.
         last_prediction_error: float32, the same at the latest such step.
         quality: `PredictionQuality`, or None with ``calibrate=False``.
         guard: `GuardStats`, or None with ``guard=False``.
@@ -146,25 +148,24 @@ def phase_stats(opt_state: Any) -> PhaseStats:
         nonfinite_count=machine.nonfinite_count,
         mean_prediction_error=jnp.zeros([], jnp.float32) if errors is None else errors.mean,
         last_prediction_error=jnp.zeros([], jnp.float32) if errors is None else errors.last,
-        quality=None if machine.calibration is None else _quality(machine.calibration),
+        quality=_quality(machine.calibration),
         guard=None if machine.guard is None else _guard_stats(machine.guard),
     )
 
 
-def _quality(state: CalibrationState) -> PredictionQuality:
+def _quality(state: CalibrationState | SecantCalibrationState | None) -> PredictionQuality | None:
+    if state is None:
+        return None
+    if isinstance(state, SecantCalibrationState):
+        ridge = jnp.asarray(secant.RIDGES, jnp.float32)[secant.best(state.scores)]
+        r_squared = secant.r_squared(state.scores)
+        return PredictionQuality(None, ridge, r_squared, jnp.mean(r_squared))
     r_squared = calibration.r_squared(state.sums)
-    return PredictionQuality(calibration.coefficients(state.sums), r_squared, jnp.mean(r_squared))
+    return PredictionQuality(calibration.coefficients(state.sums), None, r_squared, jnp.mean(r_squared))
 
 
 def _guard_stats(state: GuardState) -> GuardStats:
-    return GuardStats(
-        action=state.action,
-        predict_length=state.length,
-        boost=state.boost,
-        rollbacks=state.rollbacks,
-        drop=state.drop,
-        drop_deviation=jnp.sqrt(state.variance),
-    )
+    return GuardStats(action=state.action, predict_length=state.length, constant=state.constant, asleep=state.asleep)
 
 
 def _machines(state: Any) -> list[PhaseMachineState]:

@@ -1,10 +1,22 @@
-"""What one step of a phase machine comes to."""
+"""What enters and what leaves one step of a phase machine."""
 
 from typing import Any, NamedTuple
 
 import jax
 
-from vsa_optax.transforms.predictor import CalibrationState
+
+class Memory(NamedTuple):
+    """What a prediction is made of.
+
+    Attributes:
+        history: the history's state.
+        residual: tree or None, the averaged error of past predictions.
+        calibration: what past predictions were worth, or None.
+    """
+
+    history: Any
+    residual: Any
+    calibration: Any
 
 
 class StepResult(NamedTuple):
@@ -13,18 +25,18 @@ class StepResult(NamedTuple):
     Attributes:
         target: tree, what the recorded transformation emitted, or its prediction; of no use if not finite.
         inner_state: the recorded transformation's state.
-        residual: tree or None, the predictor's residual.
         is_finite: ``[] bool``, false if a gradient, or what the transformation made of it, holds a NaN or an infinity.
+        residual: as in `Memory`, and so is the next.
+        calibration: None if there is none.
         error: ``[] float32``, the relative prediction error.
-        is_measured: ``[] bool``, whether ``error`` was measured, which it is at CORRECT steps, or, if predictions are
-            calibrated, at true steps.
-        calibration: the predictor's calibration, or None.
+        is_measured: ``[] bool``, whether ``error`` was measured: at CORRECT steps, or, calibrated or with the guard, at
+            all true steps.
     """
 
     target: Any
     inner_state: Any
-    residual: Any
     is_finite: jax.Array
+    residual: Any = None
+    calibration: Any = None
     error: jax.Array | None = None
     is_measured: jax.Array | None = None
-    calibration: CalibrationState | None = None

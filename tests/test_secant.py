@@ -1,0 +1,225 @@
+"""Secants: the twin in float64, exactness on quadratics, the ridge that errors choose, edges of numbers and trees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+import vsa_optax
+from vsa_optax import Phase
+from vsa_optax.kernels import secant
+
+SHAPES = {"w": (4, 3), "b": (), "empty": (0, 2)}
+SIZE = 13
+CYCLE = dict(history="secant", guard=False, warmup_steps=6, full_steps=2, predict_steps=3, correct_every=9)
+
+
+def tree_of(flat):
+    flat = jnp.asarray(flat, jnp.float32)
+    return {"w": flat[:12].reshape(4, 3), "b": flat[12], "empty": jnp.zeros((0, 2))}
+
+
+def flat_of(tree):
+    return np.concatenate([np.ravel(tree["w"]), np.ravel(tree["b"])]).astype(np.float64)
+
+
+def curved(seed):
+    """A function of the parameters that is all but linear, and its noise."""
+    rng = np.random.default_rng(seed)
+    half = rng.normal(size=(SIZE, SIZE))
+    hessian, third = half @ half.T / SIZE, 0.03 * rng.normal(size=(SIZE, SIZE))
+    return lambda x: hessian @ x + (third @ x) ** 2
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_predictions_equal_the_twin_over_a_hundred_steps(noise):
+    opt = vsa_optax.predict_gradients(history_window=5, **CYCLE)
+    twin = reference.SecantPredictor(window=5, ridges=secant.RIDGES, forget=0.9)
+    gradient_at, rng = curved(1), np.random.default_rng(2)
+    x, update = rng.normal(size=SIZE).astype(np.float32), jax.jit(opt.update)
+    state, predicted, ridges = opt.init(tree_of(x)), 0, set()
+    for _ in range(100):
+        phase = Phase(int(state.machine.phase))
+        gradient = (gradient_at(x) + noise * rng.normal(size=SIZE)).astype(np.float32)
+        emitted, state = update(tree_of(gradient), state, tree_of(x))
+        if phase == Phase.PREDICT:
+            predicted += 1
+            expected = twin.predict(x)
+            assert np.linalg.norm(flat_of(emitted) - expected) < 2e-3 * np.linalg.norm(expected)
+        else:
+            np.testing.assert_array_equal(flat_of(emitted), gradient)
+            twin.record(x, gradient)
+        ridges.add(int(secant.best(state.machine.calibration.scores)))
+        # A walk that turns, so that the changes span more than a line.
+        x = (x - 0.2 * flat_of(emitted) + 0.1 * rng.normal(size=SIZE)).astype(np.float32)
+    assert predicted > 40
+    np.testing.assert_allclose(state.machine.calibration.scores.of_ridges, twin.scores, rtol=2e-2, atol=1e-5)
+    quality = vsa_optax.phase_stats(state).quality
+    assert quality.ridge == np.float32(secant.RIDGES[twin.best])
+    if noise:
+        assert quality.ridge >= 0.01
+    else:
+        assert quality.ridge <= 1e-2
+    assert quality.r_squared[1] == pytest.approx(0.0, abs=1e-6)  # the empty leaf's
+
+
+def test_a_quadratic_is_known_where_the_parameters_have_been():
+    """Of four dimensions, after four steps and more, the gradient anywhere."""
+    hessian = jnp.diag(jnp.array([1.0, 2.0, 5.0, 10.0]))
+    opt = vsa_optax.predict_gradients(history="secant", guard=False, warmup_steps=8, full_steps=1, predict_steps=50)
+    update, rng = jax.jit(opt.update), np.random.default_rng(0)
+    x = jnp.ones(4)
+    state = opt.init(x)
+    for _ in range(50):
+        emitted, state = update(hessian @ x, state, x)
+        np.testing.assert_allclose(emitted, hessian @ x, atol=0.03)
+        x = jnp.asarray(rng.normal(size=4), jnp.float32)
+    assert vsa_optax.phase_stats(state).predict_steps > 30
+
+
+def test_training_on_a_quadratic_takes_the_same_way_with_few_gradients():
+    curvature = jnp.logspace(-2, 0, 6)
+    loss = lambda x: 0.5 * jnp.sum(curvature * x**2)  # noqa: E731
+    plain, ours = optax.sgd(1.0, momentum=0.9), vsa_optax.phase_switched(optax.sgd(1.0, momentum=0.9))
+
+    def path(opt, steps=120):
+        opt = optax.with_extra_args_support(opt)
+
+        def step(carry, _):
+            x, state = carry
+            updates, state = opt.update(jax.grad(loss)(x), state, x)
+            return (optax.apply_updates(x, updates), state), x
+
+        start = jnp.ones(6)
+        return jax.jit(lambda: jax.lax.scan(step, (start, opt.init(start)), None, length=steps))()
+
+    (_, state), ours_path = path(ours)
+    _, plain_path = path(plain)
+    np.testing.assert_allclose(ours_path, plain_path, atol=5e-3)
+    assert vsa_optax.phase_stats(state).predict_steps > 60
+
+
+def test_where_nothing_helps_the_newest_gradient_predicts():
+    rng = np.random.default_rng(3)
+    opt = vsa_optax.predict_gradients(**CYCLE)
+    update = jax.jit(opt.update)
+    x = jnp.zeros(40)
+    state = opt.init(x)
+    for _ in range(60):
+        was = state
+        gradient = jnp.asarray(1.0 + 0.2 * rng.normal(size=40), jnp.float32)
+        emitted, state = update(gradient, state, x)
+        if was.machine.phase == Phase.PREDICT and vsa_optax.phase_stats(was).total_steps > 40:
+            np.testing.assert_array_equal(emitted, was.history.gradient)
+        x = x + jnp.asarray(rng.normal(size=40), jnp.float32)
+    assert vsa_optax.phase_stats(state).quality.ridge == np.inf
+
+
+def test_the_products_kept_are_those_of_the_changes():
+    opt = vsa_optax.predict_gradients(history_window=4, **CYCLE)
+    update, rng = jax.jit(opt.update), np.random.default_rng(4)
+    x = tree_of(np.zeros(SIZE))
+    state = opt.init(x)
+    for _ in range(17):
+        _, state = update(tree_of(rng.normal(size=SIZE)), state, x)
+        x = tree_of(rng.normal(size=SIZE))
+    moves = np.concatenate([np.asarray(m).reshape(4, -1) for m in jax.tree.leaves(state.history.moves)], axis=1)
+    np.testing.assert_allclose(state.history.gram, moves @ moves.T, rtol=1e-4, atol=1e-4)
+    for leaf, changes in enumerate(jax.tree.leaves(state.history.changes)):
+        flat = np.asarray(changes).reshape(4, -1)
+        np.testing.assert_allclose(state.machine.calibration.gram[leaf], flat @ flat.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
+def test_dtypes_pass_through(dtype):
+    params = {"a": jnp.ones((3, 2), dtype), "b": jnp.ones([], jnp.float32)}
+    opt = vsa_optax.predict_gradients(history_dtype=None if dtype == "complex64" else "bfloat16", **CYCLE)
+    update, state = jax.jit(opt.update), opt.init(params)
+    kinds = jax.tree.map(lambda x: (x.dtype, x.weak_type), state)
+    hessian = np.float32(0.3)
+    for _ in range(40):
+        emitted, state = update(jax.tree.map(lambda x: (hessian * x).astype(x.dtype), params), state, params)
+        assert emitted["a"].dtype == jnp.dtype(dtype)
+        expected = hessian * np.asarray(params["a"]).astype(np.complex64)
+        np.testing.assert_allclose(np.asarray(emitted["a"]).astype(np.complex64), expected, rtol=0.05, atol=1e-4)
+        params = jax.tree.map(lambda p, u: (p - 0.5 * u).astype(p.dtype), params, emitted)
+    assert jax.tree.map(lambda x: (x.dtype, x.weak_type), state) == kinds
+    assert vsa_optax.phase_stats(state).predict_steps > 15
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-18, 1e15, 1e30])
+def test_far_from_one_it_falls_back_on_the_newest_gradient_and_stays_finite(magnitude):
+    rng = np.random.default_rng(5)
+    opt = vsa_optax.predict_gradients(**CYCLE)
+    update, x = jax.jit(opt.update), jnp.zeros(8)
+    state = opt.init(x)
+    for _ in range(30):
+        emitted, state = update(jnp.asarray(magnitude * rng.normal(size=8), jnp.float32), state, x)
+        assert np.isfinite(emitted).all()
+        x = jnp.asarray(magnitude * rng.normal(size=8), jnp.float32)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_bad_gradient_leaves_no_trace():
+    opt = vsa_optax.phase_switched(optax.adam(0.1), **CYCLE)
+    update, rng = jax.jit(opt.update), np.random.default_rng(6)
+    x = tree_of(rng.normal(size=SIZE))
+    state = opt.init(x)
+    for _ in range(20):
+        gradient = rng.normal(size=SIZE)
+        if bool(vsa_optax.needs_backward(state)):
+            emitted, after = update(tree_of(np.where(np.arange(SIZE) == 3, np.nan, gradient)), state, x)
+            assert not flat_of(emitted).any()
+            for left, right in (
+                (after.history, state.history),
+                (after.inner_state, state.inner_state),
+                (after.machine.calibration, state.machine.calibration),
+            ):
+                jax.tree.map(np.testing.assert_array_equal, left, right)
+        updates, state = update(tree_of(gradient), state, x)
+        x = optax.apply_updates(x, updates)
+
+
+def test_the_state_costs_what_is_documented():
+    params = {"a": jnp.zeros(1000), "b": jnp.zeros([70, 3])}
+    size = 4 * 1210
+    for window, dtype, trees in ((16, None, 34), (3, None, 8), (4, "bfloat16", 5.5)):
+        state = vsa_optax.predict_gradients(history_window=window, history_dtype=dtype).init(params)
+        total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        per_leaf, besides = 4 * (window**2 + 1), 4 * window**2
+        assert 0 < total - trees * size - 2 * per_leaf - besides < 150
+        assert state.residual is None
+
+
+def test_what_only_a_line_has_is_refused_or_makes_it_a_line():
+    make = vsa_optax.phase_switched
+    for name, value in (("predict_in", "update"), ("calibrate", True), ("residual", True)):
+        with pytest.raises(ValueError, match=f"{name} must be left out with history='secant'"):
+            make(optax.sgd(0.1), history="secant", **{name: value})
+    for settings in ({"predict_in": "update"}, {"calibrate": True}, {"history_codec": vsa_optax.TritCodec()}):
+        state = make(optax.sgd(0.1), **settings).init(jnp.ones(3))
+        assert "WindowHistoryState" in type(state.history).__name__
+    assert type(make(optax.sgd(0.1)).init(jnp.ones(3)).history).__name__ == "SecantHistoryState"
+    assert type(make(optax.sgd(0.1), guard=False).init(jnp.ones(3)).history).__name__ == "WindowHistoryState"
+
+
+def test_parameters_are_asked_for():
+    opt = vsa_optax.predict_gradients()
+    state = opt.init(jnp.ones(3))
+    with pytest.raises(ValueError, match="params must be given with history='secant'"):
+        opt.update(jnp.ones(3), state)
+    with pytest.raises(ValueError, match="params: "):
+        opt.update(jnp.ones(3), state, jnp.ones(4))
+    opt.update({}, opt.init({}), {})
+
+
+def test_no_changes_have_no_coefficients():
+    np.testing.assert_array_equal(secant.coefficients(jnp.zeros([3, 3]), jnp.zeros(3)), np.zeros([7, 3]))
+    one = jnp.zeros([3, 3]).at[1, 1].set(4.0)
+    found = secant.coefficients(one, jnp.array([0.0, 8.0, 0.0]))
+    np.testing.assert_allclose(found[:, 1], [2.0 / (1 + ridge) for ridge in secant.RIDGES], rtol=1e-5)
+    np.testing.assert_array_equal(found[:, [0, 2]], 0.0)
+    broken = secant.coefficients(one.at[0, 0].set(jnp.inf), jnp.array([jnp.nan, 8.0, 0.0]))
+    assert np.isfinite(broken).all()
