@@ -45,7 +45,14 @@ def run(task_name, predict_in, history, steps, num_seeds):
     """``(errors [seeds], final losses [seeds], bytes of the window, of the residual, parameters)``."""
     task = TASKS[task_name]()
     schedule = optax.cosine_decay_schedule(RATE, steps)
-    opt = vsa_optax.phase_switched(optax.adam(1.0), learning_rate=schedule, predict_in=predict_in, **HISTORIES[history])
+    opt = vsa_optax.phase_switched(
+        optax.adam(1.0),
+        learning_rate=schedule,
+        predict_in=predict_in,
+        calibrate=False,
+        guard=False,
+        **HISTORIES[history],
+    )
 
     @jax.jit
     def train(params, batches):

@@ -31,17 +31,20 @@ PLAIN_TREES = 7
 
 
 def variants(window):
-    kwargs = dict(learning_rate=RATE, history_window=window)
+    blind = dict(history_window=window, calibrate=False, guard=False)
     update, gradient = dict(predict_in="update"), dict(predict_in="gradient")
 
     def make(**kw):
-        return vsa_optax.phase_switched(optax.adamw(1.0), **kwargs, **kw)
+        return vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=RATE, **(blind | kw))
 
     # name: transformation, phase, trees to be moved.
     # PREDICT reads the history and the residual and writes the prediction, which the parameters' update reads.
     # FULL does what AdamW does; the update is written and read, and recorded: the window writes one row, the recursion
     # reads and writes two trees. Calibrated, the true step reads the records too, and the update twice more.
-    guarded = dict(calibrate=True, guard=True)
+    # Secants: every step reads the moves, and the way there from two trees. FULL reads the changes and the newest
+    # gradient to compare, and writes a move, a change, the point and the gradient; PREDICT reads the changes and
+    # the newest gradient, and writes the prediction, which AdamW reads.
+    secants = {num: dict(history="secant", history_window=num, guard=True) for num in (window, 2 * window)}
     return {
         "window, PREDICT": (make(**update), Phase.PREDICT, window + 1 + 1 + 3),
         "window, FULL": (make(**update), Phase.FULL, PLAIN_TREES + 2 + 2),
@@ -51,8 +54,16 @@ def variants(window):
         "window, gradient domain, PREDICT": (make(**gradient), Phase.PREDICT, window + 1 + 1 + PLAIN_TREES),
         "window, gradient domain, FULL": (make(**gradient), Phase.FULL, PLAIN_TREES + 2),
         "calibrated, FULL": (make(calibrate=True, **update), Phase.FULL, PLAIN_TREES + 2 + 2 + window + 2),
-        "guarded, FULL": (make(**guarded, **update), Phase.FULL, PLAIN_TREES + 2 + 2 + window + 2),
-        "guarded, PREDICT": (make(**guarded, **update), Phase.PREDICT, window + 1 + 3),
+        "calibrated, guarded, FULL": (
+            make(calibrate=True, guard=True, **update),
+            Phase.FULL,
+            PLAIN_TREES + 2 + 2 + window + 2,
+        ),
+        **{
+            f"secants of {num}, {phase.name}": (make(**kw), phase, PLAIN_TREES + 2 * num + trees)
+            for num, kw in secants.items()
+            for phase, trees in ((Phase.FULL, 2 + 1 + 4), (Phase.PREDICT, 2 + 1 + 1))
+        },
         "predict_steps=0": (make(predict_steps=0), None, PLAIN_TREES),
     }
 
@@ -161,6 +172,7 @@ def main():
         print(f"  {name:34s} {quartiles(values / seconds['plain'])}")
     print(f"  (plain: {np.median(seconds['plain']) * 1e3:.1f} ms)\n")
 
+    steps.clear()  # Their states take as much memory as those to come.
     grads = jax.tree.map(lambda p: 0.01 * p + 1e-3, params)
     # In place: a copy to fresh memory would be slower, and the floor too kind.
     copy = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1.0, tree), donate_argnums=0)

@@ -1,0 +1,112 @@
+"""Tasks for skipping backward passes: without noise, where it should pay, and mini-batches, where it must not harm."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import codec_tasks
+import jax
+import jax.numpy as jnp
+import numpy as np
+from codec_tasks import Task
+
+FRACTIONS = (0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.25, 1.5)
+BOUNDARY_WEIGHT = 10.0
+
+
+class Case(NamedTuple):
+    """A task and how it is used.
+
+    Attributes:
+        task: makes it.
+        rates: the grid to choose plain Adam's from.
+        steps: of training.
+        recorded: steps of a trajectory, at the middle one of the task's own rates.
+        least: targets for the ratio of backward passes.
+        fractions: of the steps, plain Adam's budgets.
+        runs_apart: whether each run is a job of its own, as it takes long.
+    """
+
+    task: Callable[[], Task]
+    rates: tuple[float, ...]
+    steps: int
+    recorded: int
+    least: tuple[float, ...]
+    fractions: tuple[float, ...] = FRACTIONS
+    runs_apart: bool = False
+
+
+@functools.cache
+def digits_full_batch():
+    """The loss that is differentiated is the final one."""
+    task = codec_tasks.digits(64)
+    return task._replace(
+        description=task.description.replace("batch 64", "full batch"),
+        batches=no_batches,
+        loss=lambda params, _: task.final(params),
+    )
+
+
+def no_batches(seed, steps):
+    del seed
+    return np.zeros((steps, 1), np.int32)
+
+
+@functools.cache
+def pinn(frequency, width=32, num_points=128):
+    """A network of two hidden layers for ``u'' = -sin(frequency pi x)`` on [0, 1], zero at both ends."""
+    points = jnp.linspace(0, 1, num_points)
+    sizes = [1, width, width, 1]
+
+    def init(seed):
+        layers = []
+        for key, fan_in, fan_out in zip(jax.random.split(jax.random.key(seed), 3), sizes, sizes[1:], strict=False):
+            is_first = fan_in == 1
+            scale = (3 if is_first else 1) * np.sqrt(2 / (fan_in + fan_out))
+            bias = (0.5 if is_first else 0.0) * jax.random.normal(jax.random.fold_in(key, 1), (fan_out,))
+            layers.append({"kernel": scale * jax.random.normal(key, (fan_in, fan_out)), "bias": bias})
+        return layers
+
+    def solution(params, x):
+        hidden = x[None]
+        for layer in params[:-1]:
+            hidden = jnp.tanh(hidden @ layer["kernel"] + layer["bias"])
+        return (hidden @ params[-1]["kernel"] + params[-1]["bias"])[0]
+
+    def final(params):
+        second = jax.vmap(jax.grad(jax.grad(functools.partial(solution, params))))(points)
+        residual = second + jnp.sin(frequency * np.pi * points)
+        ends = solution(params, jnp.array(0.0)) ** 2 + solution(params, jnp.array(1.0)) ** 2
+        return jnp.mean(residual**2) + BOUNDARY_WEIGHT * ends
+
+    num = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: init(0))))
+    return Task(
+        f"PINN: {num:,} parameters, u'' = -sin({frequency} pi x) at {num_points} points; final loss is the same",
+        rates=(0.003, 0.01, 0.02),
+        init=init,
+        batches=no_batches,
+        loss=lambda params, _: final(params),
+        final=final,
+    )
+
+
+CASES = {
+    "digits, full batch": Case(digits_full_batch, (0.003, 0.01, 0.03, 0.06), 300, 300, (1.5, 2.5)),
+    "PINN, sin(2 pi x)": Case(lambda: pinn(2), (0.003, 0.01, 0.02, 0.04), 2000, 600, (1.5,)),
+    "PINN, sin(6 pi x)": Case(lambda: pinn(6), (0.003, 0.01, 0.02, 0.04), 2000, 600, (1.5,)),
+    "digits, batch 64": Case(lambda: codec_tasks.digits(64), (0.001, 0.003, 0.01, 0.03), 300, 300, (1.0,)),
+    "chars, batch 8": Case(
+        lambda: codec_tasks.characters(8, 128),
+        (0.001, 0.003, 0.006, 0.012),
+        200,
+        120,
+        (1.0,),
+        fractions=(0.65, 1.0, 1.25),
+        runs_apart=True,
+    ),
+}
+
+
+def chosen(task):
+    """The names of the cases that contain ``task``."""
+    return [name for name in CASES if task in name]
