@@ -14,15 +14,13 @@ import numpy as np
 import pytest
 
 import vsa_optax
-from vsa_optax import demo
+from vsa_optax import GuardAction, Phase, demo
 
 for _package in ("flax", "matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(_package)
 
 _STEPS = 40
-# Of 40 steps 10 are WARMUP and 5 FULL, the next 21 PREDICT with a CORRECT after 5, 10, 15 and 20 steps of the
-# phase, and the last 4 FULL again: 17 are predicted.
-_BACKWARD_PASSES = 40 - 17
+_WINDOW = 16  # The default.
 
 
 class _Demo(NamedTuple):
@@ -60,10 +58,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> _Demo:
     return _run_demo(tmp_path_factory.mktemp("demo") / "new" / "folder")
 
 
+@pytest.fixture(scope="module")
+def on_small_batches(tmp_path_factory: pytest.TempPathFactory) -> _Demo:
+    """A short demo on batches of 64."""
+    return _run_demo(tmp_path_factory.mktemp("demo"), "--seed", "3", "--batch-size", "64")
+
+
 def test_prints_the_table_and_where_the_picture_is(finished: _Demo) -> None:
     rows = _rows(finished.output)
     assert list(rows) == ["plain AdamW", "phase-switched AdamW"]
-    assert [row[2] for row in rows.values()] == [str(_STEPS), str(_BACKWARD_PASSES)]
+    assert [row[2] for row in rows.values()] == [str(run.backward_passes) for run in finished[:2]]
     for loss, accuracy, *_ in rows.values():
         assert 0 < float(loss) < 2.3  # Below ln 10, a guess among ten digits.
         assert 50 < float(accuracy.rstrip("%")) <= 100
@@ -77,38 +81,70 @@ def test_picture_is_a_png_that_shows_something(finished: _Demo) -> None:
     assert min(pixels.shape[:2]) > 500
     red, green, blue = np.moveaxis((pixels[..., :3] * 255).round().astype(np.int32), -1, 0)
     colours = {f"#{colour:06x}" for colour in np.unique(red << 16 | green << 8 | blue)}
-    assert {*demo._SHADES.values(), "#333333", demo._BLUE_DOTS["color"]} <= colours
+    assert {*demo._SHADES.values(), "#333333", demo._RED, demo._BLUE_DOTS["color"]} <= colours
 
 
-def test_counts_backward_passes_as_the_machine_does(finished: _Demo) -> None:
-    assert finished.plain.backward_passes == _STEPS
-    assert finished.switched.backward_passes == _BACKWARD_PASSES
-    assert np.sum(finished.switched.steps.phase != vsa_optax.Phase.PREDICT) == _BACKWARD_PASSES
+def test_picture_marks_where_the_guard_gave_up(finished: _Demo, tmp_path: Path) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    pictures = []
+    for action in (GuardAction.SHRANK, GuardAction.GAVE_UP):
+        steps = finished.switched.steps
+        steps = steps._replace(action=np.full_like(steps.action, action))
+        demo._draw(finished.plain, finished.switched._replace(steps=steps), tmp_path / "marks.png")
+        pictures.append(image.imread(tmp_path / "marks.png")[..., :3])
+    red = [int(demo._RED[i : i + 2], 16) for i in (1, 3, 5)]
+    without, marked = (np.sum(np.all((pixels * 255).round() == red, axis=-1)) for pixels in pictures)
+    assert marked > without + 100
+
+
+def test_predicts_and_ends_where_plain_training_does(finished: _Demo) -> None:
+    plain, switched = finished.plain, finished.switched
+    assert plain.backward_passes == _STEPS
+    assert switched.backward_passes == np.sum(switched.steps.phase != Phase.PREDICT) < _STEPS
+    assert switched.final_loss == pytest.approx(plain.final_loss, rel=0.1)
+
+
+def test_small_batches_are_plain_training(on_small_batches: _Demo) -> None:
+    plain, switched = on_small_batches.plain, on_small_batches.switched
+    assert plain.backward_passes == switched.backward_passes == _STEPS
+    assert not np.any(switched.steps.predict_length)
+    np.testing.assert_allclose(plain.steps.loss, switched.steps.loss, rtol=1e-3)  # The rate is applied elsewhere.
 
 
 def test_records_every_step(finished: _Demo) -> None:
     plain, switched = finished.plain.steps, finished.switched.steps
-    is_predict = switched.phase == vsa_optax.Phase.PREDICT
-    is_correct = switched.phase == vsa_optax.Phase.CORRECT
-    assert plain.loss.shape == switched.loss.shape == (_STEPS,)
+    for field in (plain.loss, plain.gradient_norm, *switched):
+        assert field.shape == (_STEPS,)
+    assert plain[2:] == (None,) * len(plain[2:])
+    assert set(switched.phase.tolist()) == {Phase.WARMUP, Phase.FULL, Phase.PREDICT}  # No CORRECT.
+    is_predict = switched.phase == Phase.PREDICT
+    first = np.argmax(is_predict)
     assert np.all(switched.gradient_norm[is_predict] == 0)
     assert np.all(switched.gradient_norm[~is_predict] > 0)
-    assert np.all(switched.prediction_error[is_correct] > 0)
-    # The weights and the batches are the same, and so are 15 steps, up to rounding.
-    np.testing.assert_allclose(plain.loss[:15], switched.loss[:15], rtol=1e-4)
+    assert not np.any(switched.last_prediction_error[: first + 1])
+    behind = 1 + np.flatnonzero(is_predict[:-1] & ~is_predict[1:])
+    assert np.all(switched.last_prediction_error[behind] > 0)
+    assert np.all(switched.predict_length[is_predict] > 0)
+    assert set(switched.action[is_predict].tolist()) <= {GuardAction.GREW, GuardAction.SHRANK}
+    assert np.all(switched.mean_r_squared <= 1)
+    assert np.all(switched.mean_r_squared[is_predict] > 0)
+    # The weights and the batches are the same, and so are the steps before a prediction, up to rounding.
+    np.testing.assert_allclose(plain.loss[:first], switched.loss[:first], rtol=1e-4)
 
 
 def test_state_bytes_are_those_of_the_documented_cost(finished: _Demo) -> None:
     size = 4 * (64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10)
     assert 2 * size <= finished.plain.state_bytes < 2 * size + 100
-    assert 11 * size <= finished.switched.state_bytes < 11 * size + 200  # Moments, 8 records, residual.
+    trees = 2 + 2 * _WINDOW + 2  # Moments; moves and changes; newest parameters and gradient.
+    products = 6 * 4 * (_WINDOW**2 + 1) + 4 * _WINDOW**2  # Of six leaves' changes, and of the moves.
+    assert 0 < finished.switched.state_bytes - trees * size - products < 150
 
 
-def test_same_seed_same_losses(tmp_path: Path) -> None:
-    first, again = (_run_demo(tmp_path, "--seed", "3", "--batch-size", "64") for _ in range(2))
-    for method, cells in _rows(first.output).items():
+def test_same_seed_same_losses(on_small_batches: _Demo, tmp_path: Path) -> None:
+    again = _run_demo(tmp_path, "--seed", "3", "--batch-size", "64")
+    for method, cells in _rows(on_small_batches.output).items():
         assert cells[:3] == _rows(again.output)[method][:3]
-    np.testing.assert_array_equal(first.switched.steps.loss, again.switched.steps.loss)
+    np.testing.assert_array_equal(on_small_batches.switched.steps.loss, again.switched.steps.loss)
 
 
 def test_another_seed_gives_other_weights_and_batches() -> None:

@@ -1,4 +1,4 @@
-"""Trains one classifier twice, by plain AdamW and with most backward passes predicted, and compares the two.
+"""Trains one classifier twice, by plain AdamW and with gradients predicted where they can be, and compares the two.
 
 Run as ``python -m vsa_optax.demo``: options enter, a table on standard output and a picture leave.
 Needs the extra ``vsa-optax[demo]``, which is imported only once the options are known to be good.
@@ -20,22 +20,24 @@ import numpy as np
 import optax
 
 import vsa_optax
-from vsa_optax import Phase
+from vsa_optax import GuardAction, Phase
+from vsa_optax.transforms.guard import TOLERANCE
 
 _TRAIN_SIZE = 1437  # Of 1797 images; the other 360 are the test set.
 _DESCRIPTION = """Trains a small network on scikit-learn's handwritten digits twice, from the same weights and
-on the same batches: by plain AdamW, and by AdamW inside vsa_optax.phase_switched, which in most steps runs no
-backward pass but predicts the update. Shows the progress, prints a table, and draws losses, phases, gradient
-norms and prediction errors."""
+on the same batches: by plain AdamW, and by AdamW inside vsa_optax.phase_switched, which predicts gradients
+instead of running backward passes for as many steps as its guard trusts the predictions. Shows the progress,
+prints a table, and draws losses, phases, gradient norms, prediction errors, and what the guard made of them."""
 _BATCH_HELP = f"""images a step, 1 to {_TRAIN_SIZE}, or 0 for the whole training set. The larger the batch,
-the less noisy and the more predictable the gradients, and the more time a skipped backward pass saves; at 64,
-on a CPU, predicting costs loss and accuracy and saves no time"""
+the less noisy and the more predictable the gradients, and the more time a skipped backward pass saves; at 64
+the guard predicts nothing, and training is plain AdamW with more memory and more time a step"""
 _NOTES = """Final training loss: over the whole training set, after the last step. Wall time: of the training
 steps; compilation is excluded. State bytes: of the optimizer's live state."""
 _REFRESH_EVERY = 10  # Steps between two looks at the device's results, each of which waits for them.
 _REQUIRED = ("flax", "sklearn", "matplotlib", "tqdm")
 _PICTURE = "training.png"
-_SHADES = {Phase.WARMUP: "#d9d9d9", Phase.FULL: "#bcd7ee", Phase.PREDICT: "#fdf0cc", Phase.CORRECT: "#f3ac6b"}
+_SHADES = {Phase.WARMUP: "#d9d9d9", Phase.FULL: "#bcd7ee", Phase.PREDICT: "#fdf0cc"}
+_RED = "#b3261e"
 _BLUE_DOTS = {"color": "#0b5fa5", "linewidth": 1, "marker": ".", "markersize": 5}
 
 
@@ -66,14 +68,20 @@ class StepRecord(NamedTuple):
     Attributes:
         loss: ``[] float32``, of the batch, before the step; in PREDICT that of the last true step.
         gradient_norm: ``[] float32``, 0 in PREDICT.
-        phase: ``[] int32``, the `Phase` performed; None for the plain run, and so is the next.
-        prediction_error: ``[] float32``, at the latest CORRECT step.
+        phase: ``[] int32``, the `Phase` performed; None for the plain run, and so are the following.
+        last_prediction_error: ``[] float32``, at the latest true step behind a prediction; 0 before the first.
+        predict_length: ``[] float32``, steps the guard would predict next; 0 for none.
+        action: ``[] int32``, the `GuardAction` it took last.
+        mean_r_squared: ``[] float32``, of the predictions at about the last ten true steps.
     """
 
     loss: Any
     gradient_norm: Any
-    phase: Any
-    prediction_error: Any
+    phase: Any = None
+    last_prediction_error: Any = None
+    predict_length: Any = None
+    action: Any = None
+    mean_r_squared: Any = None
 
 
 class Run(NamedTuple):
@@ -137,10 +145,20 @@ def _train(task: Task, options: argparse.Namespace, *, by_phase: bool) -> Run:
             phase = vsa_optax.phase_stats(state).phase
             value, grads = vsa_optax.value_and_grad_by_phase(task.loss)(params, *batch, state=state)
         else:
-            phase, (value, grads) = None, jax.value_and_grad(task.loss)(params, *batch)
+            value, grads = jax.value_and_grad(task.loss)(params, *batch)
         updates, state = opt.update(grads, state, params, value=value)
-        error = vsa_optax.phase_stats(state).last_prediction_error if by_phase else None
-        record = StepRecord(value, optax.tree.norm(grads), phase, error)
+        record = StepRecord(value, optax.tree.norm(grads))
+        if by_phase:
+            stats = vsa_optax.phase_stats(state)
+            assert stats.guard is not None
+            assert stats.quality is not None
+            record = record._replace(
+                phase=phase,
+                last_prediction_error=stats.last_prediction_error,
+                predict_length=stats.guard.predict_length,
+                action=stats.guard.action,
+                mean_r_squared=stats.quality.mean_r_squared,
+            )
         return optax.apply_updates(params, updates), state, record
 
     # A step consumes what it is given, hence the copies; its first call is slower, and left out.
@@ -227,27 +245,45 @@ def _table(*runs: Run) -> str:
 
 
 def _draw(plain: Run, switched: Run, path: Path) -> None:
-    """Losses above, gradient norms and prediction errors below, the phases behind all three."""
+    """Losses, gradient norms, prediction errors, and what the guard made of them; the phases behind them all."""
     from matplotlib.figure import Figure
 
     name, steps = switched.method, switched.steps
-    (true_steps,) = np.nonzero(steps.phase != Phase.PREDICT)
-    (corrections,) = np.nonzero(steps.phase == Phase.CORRECT)
-    figure = Figure(figsize=(10, 7.5), layout="constrained")
-    losses, norms, errors = axes = figure.subplots(3, 1, sharex=True, height_ratios=[2.2, 1, 1])
+    is_predict = steps.phase == Phase.PREDICT
+    (true_steps,) = np.nonzero(~is_predict)
+    landings = 1 + np.flatnonzero(is_predict[:-1] & ~is_predict[1:])
+    refusals = landings[steps.action[landings] == GuardAction.GAVE_UP]
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    losses, norms, errors, lengths = axes = figure.subplots(4, 1, sharex=True, height_ratios=[2.2, 1, 1, 1])
     for axis, field in ((losses, "loss"), (norms, "gradient_norm")):
         axis.plot(getattr(plain.steps, field), color="#333333", label=plain.method)
         axis.plot(true_steps, getattr(steps, field)[true_steps], **_BLUE_DOTS, label=name)
         axis.set_yscale("log")
-    errors.plot(corrections, steps.prediction_error[corrections], **_BLUE_DOTS)
-    errors.set_ylim(bottom=0)
-    for axis, label in zip(axes, ("batch loss", "gradient norm", "prediction error"), strict=True):
+
+    error = steps.last_prediction_error
+    errors.plot(landings, error[landings], **_BLUE_DOTS)
+    tolerance = TOLERANCE**0.5  # The guard's is of the squared error.
+    errors.axhline(tolerance, color="#333333", linestyle="--", linewidth=1, label="tolerance of the guard")
+    gave_up = {"color": _RED, "marker": "X", "linestyle": "", "zorder": 3, "label": f"gave up: {len(refusals)}"}
+    errors.plot(refusals, error[refusals], **gave_up)
+    errors.set_ylim(0, 1.5 * float(np.max(error[landings], initial=tolerance)))
+    errors.legend(loc="upper right", ncols=2, framealpha=0.95)
+
+    lengths.plot(steps.predict_length, color="#333333", drawstyle="steps-post")
+    lengths.set_ylim(0, 1.1 * float(np.max(steps.predict_length, initial=1)))
+    quality = lengths.twinx()  # Of the first step nothing was predicted.
+    quality.plot(np.arange(len(is_predict))[1:], steps.mean_r_squared[1:], color=_RED, linewidth=1)
+    quality.set_ylabel("mean R²", color=_RED)
+    quality.tick_params(axis="y", colors=_RED)
+
+    names = "batch loss", "gradient norm", "prediction error", "steps to predict"
+    for axis, label in zip(axes, names, strict=True):
         _shade(axis, steps.phase)
-        axis.set(ylabel=label, xlim=(-0.5, len(steps.phase) - 0.5))
+        axis.set(ylabel=label, xlim=(-0.5, len(is_predict) - 0.5))
         axis.grid(alpha=0.3)
-    losses.set_title(f"{name} on digits: {switched.backward_passes} of {len(steps.phase)} backward passes")
+    losses.set_title(f"{name} on digits: {switched.backward_passes} of {len(is_predict)} backward passes")
     losses.legend(loc="upper right", ncols=2, framealpha=0.95)
-    errors.set_xlabel(f"step  ({name}: a point at each step with a backward pass; errors at CORRECT steps)")
+    lengths.set_xlabel(f"step  ({name}: a point at each backward pass; errors where it follows a prediction)")
     figure.savefig(path, dpi=130)
 
 
