@@ -201,6 +201,7 @@ def test_a_gradient_that_is_not_finite_ends_predicting_and_a_finite_one_starts_i
         _, state = update(jnp.ones(5), state, jnp.ones(5))
     while not bool(vsa_optax.needs_backward(state)):
         _, state = update(jnp.ones(5), state, jnp.ones(5))
+    assert int(vsa_optax.phase_stats(state).predict_steps) > 5
     _, state = update(jnp.full(5, jnp.nan), state, jnp.ones(5))
     assert state.machine.phase == Phase.FULL
     assert vsa_optax.phase_stats(state).guard.predict_length == 0
