@@ -6,7 +6,6 @@ Arguments: folder, number of steps, steps between two checkpoints (0 for none). 
 import hashlib
 import sys
 
-import blind
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,7 +13,7 @@ import optax
 import vsa_optax
 from vsa_optax import checkpoint
 
-SETTINGS = dict(learning_rate=0.02, warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, history_window=5)
+SETTINGS = dict(learning_rate=0.02, warmup_steps=2, predict_steps=4, history_window=5)
 X = jax.random.normal(jax.random.key(1), (16, 4))
 
 
@@ -23,7 +22,7 @@ def loss(params):
 
 
 def train(folder, steps, save_every):
-    opt = blind.phase_switched(optax.adamw(1.0), **SETTINGS)
+    opt = vsa_optax.phase_switched(optax.adamw(1.0), **SETTINGS)
 
     @jax.jit
     def step(params, opt_state):
