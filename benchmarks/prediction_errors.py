@@ -73,7 +73,7 @@ def calibrated(gram, products, energy):
 def prediction_weights(horizon):
     """``[W]`` for each prediction without calibration, and ``[K, W]`` for the library's features of the one with it."""
     filled = WindowHistoryState(None, jnp.arange(WINDOW, dtype=jnp.int32), jnp.int32(WINDOW))
-    scalars = WindowHistory(WINDOW, DECAY, None).scalars(filled, jnp.int32(WINDOW - 1 + horizon), None)
+    scalars = WindowHistory(WINDOW, DECAY, None).scalars(filled, jnp.int32(WINDOW - 1 + horizon))
     line, features, reach = (np.asarray(x, np.float64) for x in (scalars.coefficients, scalars.features, scalars.reach))
     last = np.eye(WINDOW)[-1]
     fixed = {"zero": 0 * last, "last": last, "mean": np.full(WINDOW, 1 / WINDOW), "line": line}
@@ -132,7 +132,10 @@ def relative_secant_error(points, gradients, horizon):
     targets = np.arange(CHANGES + horizon, gradients.shape[1])
     rows = targets[:, None] - horizon - 1 - np.arange(CHANGES)  # Change i leads to record i + 1.
     ahead = targets[:, None] - 1 - np.arange(horizon)
-    pick = lambda gram, a, b: np.moveaxis(gram[..., a[:, :, None], b[:, None, :]], -3, 0)  # noqa: E731
+
+    def pick(gram, a, b):
+        return np.moveaxis(gram[..., a[:, :, None], b[:, None, :]], -3, 0)
+
     energy = gradients[:, targets, targets].T
     squared = secant_errors(
         *(

@@ -73,7 +73,7 @@ MUTANTS = [
     Mutant("transforms/guard.py", "jnp.where(is_measured, j, u)", "j", "test_guard.py -k not_finite"),
     Mutant("transforms/guard.py", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "test_guard.py -k sleeps"),
     Mutant("transforms/guard.py", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "test_guard.py -k sleep"),
-    Mutant("transforms/predict.py", "is_recorded &= watches", "is_recorded |= watches", "test_guard.py -k asleep"),
+    Mutant("transforms/switched.py", "is_recorded &= watches", "is_recorded |= watches", "test_guard.py -k asleep"),
     Mutant("kernels/secant.py", "(1 + ridges) * unit", "(1 - ridges) * unit", SECANT),
     Mutant("kernels/secant.py", "- 2 * linear + quadratic", "- linear + quadratic", SECANT),
     Mutant("kernels/secant.py", "jnp.argmin(scores", "jnp.argmax(scores", SECANT),
@@ -223,7 +223,7 @@ MUTANTS = [
         CODED,
     ),
     Mutant(
-        "transforms/coded_history.py", "self.codec.encode(kept), params", "self.codec.encode(kept, step), params", CODED
+        "transforms/coded_history.py", "self.codec.encode(kept), step", "self.codec.encode(kept, step), step", CODED
     ),
     Mutant("transforms/coded_history.py", "numerics.saturating_cast(x, s.dtype)", "x", "test_coded_history.py -k half"),
     Mutant(
@@ -297,7 +297,7 @@ MUTANTS = [
     Mutant("transforms/finite.py", "finite &= numerics", "finite |= numerics", STEP),
     Mutant("transforms/finite.py", "jnp.where(take_new, n, o)", "jnp.where(take_new, o, n)", STEP),
     Mutant(
-        "transforms/predict.py",
+        "transforms/switched.py",
         "is_recorded = ~is_predict & result",
         "is_recorded = is_predict & result",
         LINE,
@@ -310,7 +310,7 @@ MUTANTS = [
     ),
     Mutant("transforms/phase_step.py", "lax.cond(is_predict, _true", "lax.cond(~is_predict, _true", LINE),
     Mutant("transforms/phase_step.py", "else phase == Phase.CORRECT", "else phase != Phase.CORRECT", TWIN),
-    Mutant("transforms/predict.py", "jnp.asarray(rate, u.dtype) * u", "-jnp.asarray(rate, u.dtype) * u", STEP),
+    Mutant("transforms/switched.py", "jnp.asarray(rate, u.dtype) * u", "-jnp.asarray(rate, u.dtype) * u", STEP),
     Mutant("kernels/trit_sums.py", "[of_blocks]) + _decode(", "[of_blocks]) - _decode(", SUM),
     Mutant("kernels/trit_sums.py", "+ piece.x) / divisor", "- piece.x) / divisor", SUM),
     Mutant("kernels/trit_rows.py", "first + jnp.arange(few.num) >= i", "first + jnp.arange(few.num) >= 0 * i", SUM),

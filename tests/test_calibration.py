@@ -161,7 +161,7 @@ def test_nothing_is_learnt_from_a_target_that_vanishes():
     sums, squared = calibration.measure(sums, theta, gram, products, jnp.array([0.0, 1.0]), 0.9)
     np.testing.assert_array_equal(sums.weight, [0, 1])
     np.testing.assert_array_equal(squared, [1, 0])
-    np.testing.assert_array_equal(calibration.r_squared(sums), [0, 1])
+    np.testing.assert_array_equal(calibration.r_squared(sums.error, sums.weight), [0, 1])
     np.testing.assert_array_equal(calibration.coefficients(sums)[0], [1, 0, 0])
 
 

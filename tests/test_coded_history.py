@@ -112,10 +112,10 @@ def test_the_window_is_that_of_decoded_records(num):
         decoded = codec.decode(codec.encode(record))
         for i, (history, tree) in enumerate(((coded, record), (plain, decoded))):
             at = jnp.int32(step + step // 2)
-            states[i] = history.record(states[i], tree, None, at, history.scalars(states[i], at, None))
+            states[i] = history.record(states[i], tree, at, history.scalars(states[i], at))
     predictions = []
     for history, state in zip((coded, plain), states, strict=True):
-        coefficients, trees = history.terms(state, history.scalars(state, jnp.int32(20), None))
+        coefficients, trees = history.terms(state, history.scalars(state, jnp.int32(20)))
         predictions.append(flat_of(jax.tree.map(lambda *rows, c=coefficients: wls.combine(c, rows), *trees)))
     np.testing.assert_allclose(*predictions, atol=2e-6 * max(1, abs(predictions[1]).max()))
     assert states[0].steps.tolist() == states[1].steps.tolist()

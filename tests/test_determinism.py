@@ -97,9 +97,9 @@ def assert_laid_out(tree, leading):
 
 def assert_state_laid_out(state):
     if isinstance(state.history, vsa_optax.transforms.history.SecantHistoryState):
-        assert_laid_out(state.history.moves, 1)
-        assert_laid_out(state.history.changes, 1)
-        assert_laid_out(state.history.point, 0)
+        assert_laid_out(state.history.diff_params, 1)
+        assert_laid_out(state.history.diff_gradients, 1)
+        assert_laid_out(state.history.params, 0)
         assert_laid_out(state.history.gradient, 0)
         return
     if isinstance(state.history, vsa_optax.transforms.history.WindowHistoryState):

@@ -9,7 +9,7 @@ import pytest
 import vsa_optax
 from vsa_optax import GuardAction, Phase
 from vsa_optax.transforms.guard import TOLERANCE, Guard
-from vsa_optax.transforms.predict import PhaseSwitchedState
+from vsa_optax.transforms.switched import PhaseSwitchedState
 
 CURVATURE = jnp.logspace(-2, 0, 30)
 

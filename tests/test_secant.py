@@ -81,7 +81,10 @@ def test_a_quadratic_is_known_where_the_parameters_have_been():
 
 def test_training_on_a_quadratic_takes_the_same_way_with_few_gradients():
     curvature = jnp.logspace(-2, 0, 6)
-    loss = lambda x: 0.5 * jnp.sum(curvature * x**2)  # noqa: E731
+
+    def loss(x):
+        return 0.5 * jnp.sum(curvature * x**2)
+
     plain, ours = optax.sgd(1.0, momentum=0.9), vsa_optax.phase_switched(optax.sgd(1.0, momentum=0.9))
 
     def path(opt, steps=120):
@@ -125,9 +128,9 @@ def test_the_products_kept_are_those_of_the_changes():
     for _ in range(17):
         _, state = update(tree_of(rng.normal(size=SIZE)), state, x)
         x = tree_of(rng.normal(size=SIZE))
-    moves = np.concatenate([np.asarray(m).reshape(4, -1) for m in jax.tree.leaves(state.history.moves)], axis=1)
+    moves = np.concatenate([np.asarray(m).reshape(4, -1) for m in jax.tree.leaves(state.history.diff_params)], axis=1)
     np.testing.assert_allclose(state.history.gram, moves @ moves.T, rtol=1e-4, atol=1e-4)
-    for leaf, changes in enumerate(jax.tree.leaves(state.history.changes)):
+    for leaf, changes in enumerate(jax.tree.leaves(state.history.diff_gradients)):
         flat = np.asarray(changes).reshape(4, -1)
         np.testing.assert_allclose(state.machine.calibration.gram[leaf], flat @ flat.T, rtol=1e-4, atol=1e-4)
 

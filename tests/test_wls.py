@@ -30,10 +30,10 @@ def compiled(history):
     """To record at a step, and to predict for one, by the history's own pieces."""
 
     def record(state, record, at):
-        return history.record(state, record, None, at, history.scalars(state, at, None))
+        return history.record(state, record, at, history.scalars(state, at))
 
     def predict(state, step):
-        return wls.combine(*history.terms(state, history.scalars(state, step, None)))
+        return wls.combine(*history.terms(state, history.scalars(state, step)))
 
     return jax.jit(record), jax.jit(predict)
 

@@ -102,9 +102,12 @@ def measure(
     return Sums(*kept), squared
 
 
-def r_squared(sums: Sums) -> jax.Array:
-    """``[L]``: ``1 - mean of ||y - ŷ||² / ||y||²``, out of sample; 0, as for predicting zero, if nothing is known."""
-    return jnp.where(sums.weight > 0, 1 - sums.error / jnp.where(sums.weight > 0, sums.weight, 1), 0)
+def r_squared(error: jax.Array, weight: jax.Array) -> jax.Array:
+    """``[L]``: ``1 - mean of ||y - ŷ||² / ||y||²`` from the sum of errors and the sum of their weights.
+
+    0, as for predicting zero, if nothing is known.
+    """
+    return jnp.where(weight > 0, 1 - error / jnp.where(weight > 0, weight, 1), 0)
 
 
 def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:

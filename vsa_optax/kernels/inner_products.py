@@ -21,8 +21,7 @@ def inner(x: jax.Array, y: jax.Array) -> jax.Array:
 def inner_of_records(records: jax.Array, x: jax.Array) -> jax.Array:
     """``[W] float32``: ``<r_i, x>`` of ``[W, *shape]`` with ``[*shape]``.
 
-    A product of a matrix with a vector, in the records' precision, which reads each record once: on a CPU 7.6 ms for 8
-    records of 4M numbers, where 8 fused sums of products took 44 ms.
+    A product of a matrix with a vector, in the records' precision, which reads each record once.
     """
     x = numerics.saturating_cast(x, records.dtype)
     wide = jnp.promote_types(records.dtype, jnp.float32)

@@ -114,9 +114,3 @@ def scored(scores: Scores, squared: jax.Array, energy: jax.Array, forget: float)
         moved(scores.of_leaves, relative(squared[best(scores)], energy)),
         moved(scores.weight, jnp.ones([], jnp.float32)),
     )
-
-
-def r_squared(scores: Scores) -> jax.Array:
-    """``[L]``: ``1 - mean of ||g - ĝ||² / ||g||²``, at least -3; 0, as for predicting zero, if nothing is known."""
-    is_known = scores.weight > 0
-    return jnp.where(is_known, 1 - scores.of_leaves / jnp.where(is_known, scores.weight, 1), 0)

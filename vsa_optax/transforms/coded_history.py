@@ -27,11 +27,6 @@ class CodedWindowHistory:
     window: WindowHistory
     codec: codecs.Codec
 
-    @property
-    def reads_params(self) -> bool:
-        """It does not."""
-        return False
-
     def describe(self) -> str:
         """Window and length; the codec compares its own settings with those of the records."""
         return f"coded {self.window.describe()}"
@@ -45,9 +40,9 @@ class CodedWindowHistory:
         """Shapes and dtypes of the records."""
         return codecs.shapes_of(self.codec.specs(state.records)), 0
 
-    def scalars(self, state: CodedWindowHistoryState, step: jax.Array, params: Any) -> Scalars:
+    def scalars(self, state: CodedWindowHistoryState, step: jax.Array) -> Scalars:
         """One coefficient a slot."""
-        return self.window.scalars(state, step, params)
+        return self.window.scalars(state, step)
 
     def terms(self, state: CodedWindowHistoryState, scalars: Scalars) -> tuple[list[jax.Array], list[Any]]:
         """One term, the decoded sum."""
@@ -55,12 +50,12 @@ class CodedWindowHistory:
         return [jnp.ones([], jnp.float32)], [self.codec.decode_sum(state.records, coefficients)]
 
     def record(
-        self, state: CodedWindowHistoryState, tree: Any, params: Any, step: jax.Array, scalars: Scalars
+        self, state: CodedWindowHistoryState, tree: Any, step: jax.Array, scalars: Scalars
     ) -> CodedWindowHistoryState:
         """Overwrites the oldest slot."""
         shapes, _ = self.example(state)
         kept = jax.tree.map(lambda x, s: numerics.saturating_cast(x, s.dtype), tree, shapes)
-        return self.window.record(state, self.codec.encode(kept), params, step, scalars)
+        return self.window.record(state, self.codec.encode(kept), step, scalars)
 
     def num_features(self) -> int:
         """The mean, the slope, and the newest record."""

@@ -106,14 +106,11 @@ class Guard:
         predicted = state._replace(leap=state.leap + 1)
         unknown = state._replace(length=jnp.zeros_like(state.length), leap=jnp.zeros_like(state.leap))
         judged = jax.tree.map(lambda j, u: jnp.where(is_measured, j, u), self._judged(state, error**2), unknown)
-        judged = jax.tree.map(lambda s, j: jnp.where(state.asleep > 0, s, j), self._sleeping(state), judged)
+        slept = state._replace(asleep=state.asleep - 1)
+        judged = jax.tree.map(lambda s, j: jnp.where(state.asleep > 0, s, j), slept, judged)
         state = jax.tree.map(lambda p, j: jnp.where(is_predict, p, j), predicted, judged)
         length = jnp.clip(jnp.round(state.length), 1, self.predict_steps).astype(jnp.int32)
         return state, Plan(leaps=state.length > 0, length=length)
-
-    def _sleeping(self, state: GuardState) -> GuardState:
-        """After a true step that was not looked at."""
-        return state._replace(asleep=state.asleep - 1)
 
     def _judged(self, state: GuardState, error: jax.Array) -> GuardState:
         """After a true step with this squared error."""

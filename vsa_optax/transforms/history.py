@@ -64,19 +64,19 @@ class SecantHistoryState(NamedTuple):
     """The newest record, and the changes that led to it, in a ring.
 
     Attributes:
-        point: tree of ``[*shape]``, the parameters of the newest record.
+        params: tree of ``[*shape]``, the parameters of the newest record.
         gradient: tree of ``[*shape]``, its gradient.
-        moves: tree of ``[W, *shape]``, changes of the parameters from record to record; slots not yet written are 0.
-        changes: tree of ``[W, *shape]``, those of the gradient.
-        gram: ``[W, W] float32``, inner products of the moves.
+        diff_params: tree of ``[W, *shape]``, from record to record; slots not yet written are 0.
+        diff_gradients: tree of ``[W, *shape]``, likewise.
+        gram: ``[W, W] float32``, inner products of ``diff_params``.
         num_records: ``[] int32``, records so far; the next change goes to slot ``num_records % W``.
         last_step: ``[] int32``, the newest record's step.
     """
 
-    point: Any
+    params: Any
     gradient: Any
-    moves: Any
-    changes: Any
+    diff_params: Any
+    diff_gradients: Any
     gram: jax.Array
     num_records: jax.Array
     last_step: jax.Array
@@ -116,10 +116,6 @@ def describe_state(state: Any) -> str:
 class History(Protocol):
     """A memory of gradients."""
 
-    @property
-    def reads_params(self) -> bool:
-        """Whether it needs the parameters; None is passed for them if not."""
-
     def describe(self) -> str:
         """The settings that the shape of the state depends on."""
 
@@ -129,15 +125,15 @@ class History(Protocol):
     def example(self, state: Any) -> tuple[Any, int]:
         """A tree of the parameters' structure, and how many axes its leaves have before theirs."""
 
-    def record(self, state: Any, tree: Any, params: Any, step: jax.Array, scalars: Any) -> Any:
-        """The history with one more record, taken at ``step``."""
-
 
 class LineHistory(History, Protocol):
     """A history whose prediction is a line in time, the weighted sum of numbers and trees."""
 
-    def scalars(self, state: Any, step: jax.Array, params: Any) -> Scalars:
+    def scalars(self, state: Any, step: jax.Array) -> Scalars:
         """What ``step`` is to the history."""
+
+    def record(self, state: Any, tree: Any, step: jax.Array, scalars: Scalars) -> Any:
+        """The history with one more record, taken at ``step``."""
 
     def terms(self, state: Any, scalars: Scalars) -> tuple[list[jax.Array], list[Any]]:
         """Numbers and trees whose weighted sum is the prediction; it is zero while nothing is recorded."""

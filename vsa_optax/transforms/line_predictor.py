@@ -8,6 +8,7 @@ own in each leaf: see `kernels.calibration`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.kernels import calibration, numerics, wls
+from vsa_optax.transforms.comparison import Comparison, Memory, no_comparison, num_rows
 from vsa_optax.transforms.history import LineHistory, Scalars, zeros_as_stored
 from vsa_optax.transforms.leafwise import energies
-from vsa_optax.transforms.measurement import Measurement, nothing_measured, num_rows
 
 _FORGET = 0.95  # Of the calibration, a measurement.
 
@@ -48,6 +49,11 @@ class LinePredictor:
     residual_decay: float
     calibrates: bool
 
+    @property
+    def reads_params(self) -> bool:
+        """It does not."""
+        return False
+
     def init_calibration(self, params: Any) -> CalibrationState | None:
         """Nothing measured; None if it is switched off."""
         if not self.calibrates:
@@ -56,20 +62,48 @@ class LinePredictor:
         sums = calibration.zeros(num_leaves, self.history.num_features())
         return CalibrationState(sums, self.history.init_gram(num_leaves))
 
-    def weights(self, state: CalibrationState, scalars: Scalars) -> jax.Array:
-        """``[L, K]``: what the calibrated prediction takes of each feature."""
-        return calibration.coefficients(state.sums) * scalars.reach
+    def init_residual(self, params: Any) -> Any:
+        """Zeros: a tree, or a payload if there is a codec; None if there is no residual."""
+        if not self.has_residual:
+            return None
+        return codecs.zero_payload(self.codec, params) if self.codec else zeros_as_stored(params, self.dtype)
 
-    def predict_calibrated(self, history: Any, scalars: Scalars, weights: jax.Array) -> Any:
-        """Tree of predictions, in at least f32."""
-        return self.history.combine(history, scalars, weights)
+    def scalars(self, history: Any, step: jax.Array, params: Any) -> Scalars:
+        """What ``step`` is to the history, and the residual's coefficient as the last one."""
+        del params
+        scalars = self.history.scalars(history, step)
+        if not self.has_residual:
+            return scalars
+        faded = jnp.float32(self.residual_decay) ** scalars.horizon
+        return scalars._replace(coefficients=jnp.append(scalars.coefficients, faded))
 
-    def calibrate(self, state: CalibrationState, history: Any, scalars: Scalars, target: Any) -> Measurement:
-        """Compares ``target``, which is to be recorded, with its prediction."""
+    def record(self, history: Any, tree: Any, params: Any, step: jax.Array, scalars: Scalars) -> Any:
+        """The history with one more record."""
+        del params
+        return self.history.record(history, tree, step, scalars)
+
+    def weights(self, state: CalibrationState | None, scalars: Scalars) -> jax.Array | None:
+        """``[L, K]``: what a calibrated prediction takes of each feature."""
+        return None if state is None else calibration.coefficients(state.sums) * scalars.reach
+
+    def predict(self, history: Any, residual: Any, scalars: Scalars, weights: jax.Array | None) -> Any:
+        """Tree of predictions, in at least f32; zeros while nothing is recorded."""
+        if weights is not None:
+            return self.history.combine(history, scalars, weights)
+        coefficients, trees = self.history.terms(history, scalars)
+        if self.has_residual:
+            coefficients, trees = [*coefficients, scalars.coefficients[-1]], [*trees, self._decoded(residual)]
+        return jax.tree.map(lambda *arrays: wls.combine(coefficients, arrays), *trees)
+
+    def compare(self, memory: Memory, scalars: Scalars, target: Any, predicted: Callable[[], Any]) -> Comparison:
+        """Of ``target``, which is to be recorded, with its prediction; calibrated, without forming that."""
+        if memory.calibration is None:
+            return self._compare(memory.residual, target, predicted())
+        state = memory.calibration
         if not jax.tree.leaves(target):
-            return nothing_measured(state)
+            return no_comparison(memory)
         energy = energies(target)
-        gram, products, grown = self.history.products(history, scalars, state.gram, target, energy)
+        gram, products, grown = self.history.products(memory.history, scalars, state.gram, target, energy)
         # The sums are those of the features as far as they reach.
         reach = scalars.reach
         reached = gram * reach[:, None] * reach, products * reach
@@ -82,39 +116,12 @@ class LinePredictor:
         is_defined = (total > 0) & jnp.isfinite(total)
         ratio = jnp.sum(squared) / jnp.where(is_defined, total, 1)
         error = numerics.saturating_cast(jnp.sqrt(ratio), jnp.float32)
-        return Measurement(CalibrationState(sums, grown), error, is_defined & has_records)
+        return Comparison(memory.residual, CalibrationState(sums, grown), error, is_defined & has_records)
 
-    def init_residual(self, params: Any) -> Any:
-        """Zeros: a tree, or a payload if there is a codec; None if there is no residual."""
-        if not self.has_residual:
-            return None
-        return codecs.zero_payload(self.codec, params) if self.codec else zeros_as_stored(params, self.dtype)
-
-    def scalars(self, history: Any, step: jax.Array, params: Any) -> Any:
-        """What ``step`` is to the history, and the residual's coefficient as the last one."""
-        scalars = self.history.scalars(history, step, params)
-        if not self.has_residual:
-            return scalars
-        faded = jnp.float32(self.residual_decay) ** scalars.horizon
-        return scalars._replace(coefficients=jnp.append(scalars.coefficients, faded))
-
-    def predict(self, history: Any, residual: Any, scalars: Any) -> Any:
-        """Tree of predictions, in at least f32; zeros while nothing is recorded."""
-        coefficients, trees = self.history.terms(history, scalars)
-        if self.has_residual:
-            coefficients, trees = [*coefficients, scalars.coefficients[-1]], [*trees, self._decoded(residual)]
-        return jax.tree.map(lambda *arrays: wls.combine(coefficients, arrays), *trees)
-
-    def measure(self, residual: Any, target: Any, prediction: Any) -> tuple[Any, jax.Array, jax.Array]:
-        """What a prediction of ``target``, residual included, was worth.
-
-        Returns:
-            ``(residual, error, is_defined)``: the new residual; ``||g - ĝ|| / ||g||`` over the whole tree, ``[] f32``;
-            and whether that is defined.
-        """
+    def _compare(self, residual: Any, target: Any, prediction: Any) -> Comparison:
         error, is_defined = numerics.relative_distance(jax.tree.leaves(target), jax.tree.leaves(prediction))
         if not self.has_residual:
-            return None, error, is_defined
+            return Comparison(None, None, error, is_defined)
         decay = jnp.float32(self.residual_decay)
 
         def moved(r: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
@@ -125,7 +132,7 @@ class LinePredictor:
             # A rotation may overflow where the numbers do not: such a block is kept as zeros.
             coded = self.codec.encode(averaged)
             averaged = jax.tree.map(lambda x: numerics.saturating_cast(x, x.dtype), coded)
-        return averaged, error, is_defined
+        return Comparison(averaged, None, error, is_defined)
 
     def _decoded(self, residual: Any) -> Any:
         return self.codec.decode(residual) if self.codec else residual

@@ -10,11 +10,12 @@ import optax
 from jax import lax
 
 from vsa_optax.kernels import numerics
+from vsa_optax.transforms.comparison import Memory
 from vsa_optax.transforms.conditional import split_extra_args, when
 from vsa_optax.transforms.finite import all_finite, select
 from vsa_optax.transforms.phases import Phase
 from vsa_optax.transforms.predictor import Predictor
-from vsa_optax.transforms.step_result import Memory, StepResult
+from vsa_optax.transforms.step_result import StepResult
 
 
 class PhaseStep:
@@ -55,9 +56,7 @@ class PhaseStep:
         leaves, treedef = jax.tree.flatten(emitted)
         predict_if, step, step_when = self._functions_for(treedef, tuple(leaves))
         is_predict = phase == Phase.PREDICT
-        weights = None
-        if memory.calibration is not None:
-            weights = self._predictor.weights(memory.calibration, scalars)
+        weights = self._predictor.weights(memory.calibration, scalars)
         has_gradient = lax.cond(is_predict, _true, all_finite, updates)
         result = StepResult(
             target=predict_if(is_predict, memory.history, memory.residual, scalars, weights),
@@ -79,10 +78,7 @@ class PhaseStep:
         """Prediction, true step and conditional true step of a transformation that emits leaves like ``avals``."""
 
         def predicted(history: Any, residual: Any, scalars: Any, weights: jax.Array | None) -> Any:
-            if weights is None:
-                leaves = jax.tree.leaves(self._predictor.predict(history, residual, scalars))
-            else:
-                leaves = jax.tree.leaves(self._predictor.predict_calibrated(history, scalars, weights))
+            leaves = jax.tree.leaves(self._predictor.predict(history, residual, scalars, weights))
             cast = [numerics.saturating_cast(x, aval.dtype) for x, aval in zip(leaves, avals, strict=True)]
             return jax.tree.unflatten(treedef, cast)
 
@@ -90,25 +86,25 @@ class PhaseStep:
             del history, residual, scalars, weights
             return jax.tree.unflatten(treedef, [jnp.zeros_like(aval, dtype=aval.dtype) for aval in avals])
 
-        def predict_if(
-            pred: jax.Array, history: Any, residual: Any, scalars: Any, weights: jax.Array | None = None
-        ) -> Any:
+        def predict_if(pred: jax.Array, history: Any, residual: Any, scalars: Any, weights: jax.Array | None) -> Any:
             return lax.cond(pred, predicted, nothing, history, residual, scalars, weights)
 
-        def measure(result: StepResult, is_due: jax.Array, history: Any, scalars: Any) -> StepResult:
-            # Always true here. But a conditional's result is one array: without it XLA copies each record on the way.
-            prediction = predict_if(is_due, history, result.residual, scalars)
-            residual, error, is_defined = self._predictor.measure(result.residual, result.target, prediction)
-            return result._replace(residual=residual, error=error, is_measured=is_defined)
+        def compare(result: StepResult, is_due: jax.Array, history: Any, scalars: Any) -> StepResult:
+            def prediction() -> Any:
+                # ``is_due`` is always true here. But a conditional's result is one array: without it XLA copies each
+                # record on the way.
+                return predict_if(is_due, history, result.residual, scalars, None)
 
-        measure_when = when(measure)
+            memory = Memory(history, result.residual, result.calibration)
+            found = self._predictor.compare(memory, scalars, result.target, prediction)
+            return result._replace(
+                residual=found.residual,
+                calibration=found.calibration,
+                error=found.error,
+                is_measured=found.is_defined,
+            )
 
-        def calibrate(result: StepResult, history: Any, scalars: Any) -> StepResult:
-            assert result.calibration is not None
-            measured = self._predictor.calibrate(result.calibration, history, scalars, result.target)
-            return result._replace(calibration=measured.state, error=measured.error, is_measured=measured.is_defined)
-
-        calibrate_when = when(calibrate)
+        compare_when = when(compare)
 
         def step(
             result: StepResult,
@@ -127,9 +123,7 @@ class PhaseStep:
             inner_state = select(is_finite, inner_state, result.inner_state)
             result = result._replace(target=target, inner_state=inner_state, is_finite=is_finite)
             is_due = watches & is_finite
-            if result.calibration is not None:
-                return calibrate_when(is_due, result, history, scalars)
-            return measure_when(is_due, result, is_due, history, scalars)
+            return compare_when(is_due, result, is_due, history, scalars)
 
         return predict_if, step, when(step)
 

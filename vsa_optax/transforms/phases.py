@@ -57,6 +57,8 @@ class AdaptiveLengthsState(NamedTuple):
 class PredictionErrorState(NamedTuple):
     """Relative errors ``||x - x̂|| / ||x||`` of what is predicted, at CORRECT steps.
 
+    With the guard, or calibrated, at all true steps that follow a prediction.
+
     Attributes:
         num_measured: ``[] int32``, errors measured.
         mean: ``[] float32``, their mean.

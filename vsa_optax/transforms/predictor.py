@@ -1,5 +1,6 @@
 """What a phase machine asks of whatever predicts, and the choice of it by settings."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -7,9 +8,9 @@ import jax
 from vsa_optax import checks
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.transforms.coded_history import CodedWindowHistory
+from vsa_optax.transforms.comparison import Comparison, Memory
 from vsa_optax.transforms.history import History, LineHistory
 from vsa_optax.transforms.line_predictor import LinePredictor
-from vsa_optax.transforms.measurement import Measurement
 from vsa_optax.transforms.recursive_history import RecursiveHistory
 from vsa_optax.transforms.secant_history import SecantHistory
 from vsa_optax.transforms.secant_predictor import SecantPredictor
@@ -22,6 +23,10 @@ class Predictor(Protocol):
     @property
     def history(self) -> History:
         """The memory."""
+
+    @property
+    def reads_params(self) -> bool:
+        """Whether it needs the parameters; None is passed for them if not."""
 
     @property
     def calibrates(self) -> bool:
@@ -40,20 +45,17 @@ class Predictor(Protocol):
     def scalars(self, history: Any, step: jax.Array, params: Any) -> Any:
         """All that a step is to the history; among it ``horizon``, ``[] float32``, steps from the newest record."""
 
-    def weights(self, state: Any, scalars: Any) -> jax.Array:
-        """What the calibrated prediction takes of each of its parts."""
+    def record(self, history: Any, tree: Any, params: Any, step: jax.Array, scalars: Any) -> Any:
+        """The history with one more record, taken at ``step`` and these parameters."""
 
-    def predict(self, history: Any, residual: Any, scalars: Any) -> Any:
-        """Tree of predictions without calibration."""
+    def weights(self, state: Any, scalars: Any) -> jax.Array | None:
+        """What a calibrated prediction takes of each of its parts; None without calibration."""
 
-    def predict_calibrated(self, history: Any, scalars: Any, weights: jax.Array) -> Any:
-        """Tree of predictions with it."""
+    def predict(self, history: Any, residual: Any, scalars: Any, weights: Any) -> Any:
+        """Tree of predictions, in at least f32."""
 
-    def calibrate(self, state: Any, history: Any, scalars: Any, target: Any) -> Measurement:
-        """Compares ``target``, which is to be recorded, with its prediction."""
-
-    def measure(self, residual: Any, target: Any, prediction: Any) -> tuple[Any, jax.Array, jax.Array]:
-        """The new residual, the relative error of a prediction without calibration, and whether it is defined."""
+    def compare(self, memory: Memory, scalars: Any, target: Any, predicted: Callable[[], Any]) -> Comparison:
+        """Of ``target``, which is to be recorded, with its prediction, which ``predicted`` forms if it is needed."""
 
 
 def make_predictor(

@@ -158,9 +158,9 @@ def _quality(state: CalibrationState | SecantCalibrationState | None) -> Predict
         return None
     if isinstance(state, SecantCalibrationState):
         ridge = jnp.asarray(secant.RIDGES, jnp.float32)[secant.best(state.scores)]
-        r_squared = secant.r_squared(state.scores)
+        r_squared = calibration.r_squared(state.scores.of_leaves, state.scores.weight)
         return PredictionQuality(None, ridge, r_squared, jnp.mean(r_squared))
-    r_squared = calibration.r_squared(state.sums)
+    r_squared = calibration.r_squared(state.sums.error, state.sums.weight)
     return PredictionQuality(calibration.coefficients(state.sums), None, r_squared, jnp.mean(r_squared))
 
 

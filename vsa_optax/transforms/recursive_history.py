@@ -29,11 +29,6 @@ class RecursiveHistory:
         # With both computed from the old mean, XLA copies it; a decay this small needs the digits more.
         return self.decay >= 0.5
 
-    @property
-    def reads_params(self) -> bool:
-        """It does not."""
-        return False
-
     def describe(self) -> str:
         """Recursive."""
         return "recursive"
@@ -53,9 +48,8 @@ class RecursiveHistory:
         """The mean."""
         return state.mean, 0
 
-    def scalars(self, state: RecursiveHistoryState, step: jax.Array, params: Any) -> Scalars:
+    def scalars(self, state: RecursiveHistoryState, step: jax.Array) -> Scalars:
         """Coefficients of mean and velocity, and what a record at ``step`` would do."""
-        del params
         horizon = (step - state.last_step).astype(jnp.float32)
         moments, gains = wls.forget_and_add(
             state.weight, state.lag, state.spread, horizon, self.decay, mean_first=self._mean_first
@@ -96,10 +90,9 @@ class RecursiveHistory:
         return *products_of_trees([state.mean, state.velocity], tree), None
 
     def record(
-        self, state: RecursiveHistoryState, tree: Any, params: Any, step: jax.Array, scalars: Scalars
+        self, state: RecursiveHistoryState, tree: Any, step: jax.Array, scalars: Scalars
     ) -> RecursiveHistoryState:
         """Moves mean and velocity by the record's distance from the mean."""
-        del params
         assert scalars.moments is not None
         assert scalars.gains is not None
         weight, lag, spread = scalars.moments

@@ -20,8 +20,8 @@ class SecantScalars(NamedTuple):
 
     Attributes:
         horizon: ``[] float32``, steps from the newest record.
-        coefficients: ``[R, W] float32``, of the changes in the prediction, by each ridge.
-        products: ``[W] float32``, of the moves with the way from the newest record to the parameters.
+        coefficients: ``[R, W] float32``, of ``diff_gradients`` in the prediction, by each ridge.
+        products: ``[W] float32``, of ``diff_params`` with the way from the newest record to the parameters.
         energy: ``[] float32``, that way's squared length.
     """
 
@@ -41,11 +41,6 @@ class SecantHistory:
     length: int
     dtype: jnp.dtype | None
 
-    @property
-    def reads_params(self) -> bool:
-        """It does."""
-        return True
-
     def describe(self) -> str:
         """Secant and length."""
         return f"secant of {self.length}"
@@ -57,11 +52,11 @@ class SecantHistory:
             return jnp.broadcast_to(zeros[None], (self.length, *zeros.shape))
 
         return SecantHistoryState(
-            # Moves are small beside the parameters: their difference needs all of their digits.
-            point=zeros_as_stored(params, None),
+            # Differences are small beside the parameters, which need all of their digits for them.
+            params=zeros_as_stored(params, None),
             gradient=zeros_as_stored(params, self.dtype),
-            moves=jax.tree.map(ring, zeros_as_stored(params, self.dtype)),
-            changes=jax.tree.map(ring, zeros_as_stored(params, self.dtype)),
+            diff_params=jax.tree.map(ring, zeros_as_stored(params, self.dtype)),
+            diff_gradients=jax.tree.map(ring, zeros_as_stored(params, self.dtype)),
             gram=jnp.zeros([self.length, self.length], jnp.float32),
             num_records=jnp.zeros([], jnp.int32),
             last_step=jnp.zeros([], jnp.int32),
@@ -72,10 +67,10 @@ class SecantHistory:
         return state.gradient, 0
 
     def scalars(self, state: SecantHistoryState, step: jax.Array, params: Any) -> SecantScalars:
-        """One pass over the moves."""
-        way = jax.tree.map(difference, params, state.point)
+        """One pass over ``diff_params``."""
+        way = jax.tree.map(difference, params, state.params)
         products, energy = jnp.zeros([self.length], jnp.float32), jnp.zeros([], jnp.float32)
-        for records, x in zip(jax.tree.leaves(state.moves), jax.tree.leaves(way), strict=True):
+        for records, x in zip(jax.tree.leaves(state.diff_params), jax.tree.leaves(way), strict=True):
             products = products + inner_products.inner_of_records(records, x)
             energy = energy + inner_products.inner(x, x)
         # Before the first record there is no way from it.
@@ -105,10 +100,10 @@ class SecantHistory:
 
         row = scalars.products.at[slot].set(scalars.energy)
         return SecantHistoryState(
-            point=jax.tree.map(kept, state.point, params),
+            params=jax.tree.map(kept, state.params, params),
             gradient=jax.tree.map(kept, state.gradient, tree),
-            moves=jax.tree.map(changed, state.moves, params, state.point),
-            changes=jax.tree.map(changed, state.changes, tree, state.gradient),
+            diff_params=jax.tree.map(changed, state.diff_params, params, state.params),
+            diff_gradients=jax.tree.map(changed, state.diff_gradients, tree, state.gradient),
             gram=state.gram.at[slot].set(row).at[:, slot].set(row),
             num_records=optax.safe_increment(state.num_records),
             last_step=step,

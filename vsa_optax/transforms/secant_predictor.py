@@ -1,15 +1,16 @@
 """Prediction by secants: from the parameters, with the ridge that served best so far; see `kernels.secant`."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from vsa_optax.kernels import inner_products, numerics, secant, wls
+from vsa_optax.transforms.comparison import Comparison, Memory, no_comparison, num_rows
 from vsa_optax.transforms.history import SecantHistoryState
 from vsa_optax.transforms.leafwise import energies
-from vsa_optax.transforms.measurement import Measurement, nothing_measured, num_rows
 from vsa_optax.transforms.secant_history import SecantHistory, SecantScalars, difference
 
 _FORGET = 0.9  # Of the scores, a measurement.
@@ -32,6 +33,11 @@ class SecantPredictor:
     """It is always calibrated, and has no residual."""
 
     history: SecantHistory
+
+    @property
+    def reads_params(self) -> bool:
+        """It does."""
+        return True
 
     @property
     def calibrates(self) -> bool:
@@ -59,38 +65,34 @@ class SecantPredictor:
         """What the parameters are to the history."""
         return self.history.scalars(history, step, params)
 
-    def predict(self, history: SecantHistoryState, residual: Any, scalars: SecantScalars) -> Any:
-        """The newest gradient, as with an infinite ridge."""
-        del residual, scalars
-        return history.gradient
-
-    def measure(self, residual: Any, target: Any, prediction: Any) -> tuple[Any, jax.Array, jax.Array]:
-        """No residual, and the relative error."""
-        del residual
-        return None, *numerics.relative_distance(jax.tree.leaves(target), jax.tree.leaves(prediction))
+    def record(
+        self, history: SecantHistoryState, tree: Any, params: Any, step: jax.Array, scalars: SecantScalars
+    ) -> SecantHistoryState:
+        """The history with one more record."""
+        return self.history.record(history, tree, params, step, scalars)
 
     def weights(self, state: SecantCalibrationState, scalars: SecantScalars) -> jax.Array:
         """``[W]``: those of the changes, by the best ridge."""
         return scalars.coefficients[secant.best(state.scores)]
 
-    def predict_calibrated(self, history: SecantHistoryState, scalars: SecantScalars, weights: jax.Array) -> Any:
+    def predict(self, history: SecantHistoryState, residual: None, scalars: SecantScalars, weights: jax.Array) -> Any:
         """The newest gradient and its weighted changes, one pass over them, in at least f32."""
-        del scalars
+        del residual, scalars
         coefficients = [jnp.ones([], jnp.float32), *(weights[i] for i in range(self.history.length))]
 
         def combined(gradient: jax.Array, changes: jax.Array) -> jax.Array:
             return wls.combine(coefficients, [gradient, *(changes[i] for i in range(self.history.length))])
 
-        return jax.tree.map(combined, history.gradient, history.changes)
+        return jax.tree.map(combined, history.gradient, history.diff_gradients)
 
-    def calibrate(
-        self, state: SecantCalibrationState, history: SecantHistoryState, scalars: SecantScalars, target: Any
-    ) -> Measurement:
-        """Compares ``target``, which is to be recorded, with its predictions; one pass over the changes."""
+    def compare(self, memory: Memory, scalars: SecantScalars, target: Any, predicted: Callable[[], Any]) -> Comparison:
+        """Of ``target``, which is to be recorded, with the predictions of all ridges; one pass over the changes."""
+        del predicted
         if not jax.tree.leaves(target):
-            return nothing_measured(state)
+            return no_comparison(memory)
+        history, state = memory.history, memory.calibration
         change = jax.tree.map(difference, target, history.gradient)
-        pairs = zip(jax.tree.leaves(history.changes), jax.tree.leaves(change), strict=True)
+        pairs = zip(jax.tree.leaves(history.diff_gradients), jax.tree.leaves(change), strict=True)
         products = jnp.stack([inner_products.inner_of_records(records, x) for records, x in pairs])
         missed, energy = energies(change), energies(target)
         squared = secant.errors(scalars.coefficients, state.gram, products, missed)
@@ -106,4 +108,4 @@ class SecantPredictor:
         gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
         ratio = jnp.sum(squared[secant.best(state.scores)]) / jnp.where(total > 0, total, 1)
         error = numerics.saturating_cast(jnp.sqrt(ratio), jnp.float32)
-        return Measurement(SecantCalibrationState(scores, gram), error, is_defined)
+        return Comparison(None, SecantCalibrationState(scores, gram), error, is_defined)

@@ -1,22 +1,8 @@
-"""What enters and what leaves one step of a phase machine."""
+"""What one step of a phase machine comes to."""
 
 from typing import Any, NamedTuple
 
 import jax
-
-
-class Memory(NamedTuple):
-    """What a prediction is made of.
-
-    Attributes:
-        history: the history's state.
-        residual: tree or None, the averaged error of past predictions.
-        calibration: what past predictions were worth, or None.
-    """
-
-    history: Any
-    residual: Any
-    calibration: Any
 
 
 class StepResult(NamedTuple):
@@ -26,7 +12,7 @@ class StepResult(NamedTuple):
         target: tree, what the recorded transformation emitted, or its prediction; of no use if not finite.
         inner_state: the recorded transformation's state.
         is_finite: ``[] bool``, false if a gradient, or what the transformation made of it, holds a NaN or an infinity.
-        residual: as in `Memory`, and so is the next.
+        residual: as in `comparison.Memory`, and so is the next.
         calibration: None if there is none.
         error: ``[] float32``, the relative prediction error.
         is_measured: ``[] bool``, whether ``error`` was measured: at CORRECT steps, or, calibrated or with the guard, at

@@ -24,11 +24,6 @@ class WindowHistory:
     decay: float
     dtype: jnp.dtype | None
 
-    @property
-    def reads_params(self) -> bool:
-        """It does not."""
-        return False
-
     def describe(self) -> str:
         """Window and length."""
         return f"window of {self.length}"
@@ -51,9 +46,8 @@ class WindowHistory:
         """The records."""
         return state.records, 1
 
-    def scalars(self, state: WindowHistoryState | CodedWindowHistoryState, step: jax.Array, params: Any) -> Scalars:
+    def scalars(self, state: WindowHistoryState | CodedWindowHistoryState, step: jax.Array) -> Scalars:
         """One coefficient a slot."""
-        del params
         newest = (state.num_records - 1) % self.length
         rank = (newest - jnp.arange(self.length, dtype=jnp.int32)) % self.length
         weights = jnp.where(rank < state.num_records, jnp.float32(self.decay) ** rank, 0.0)
@@ -74,9 +68,9 @@ class WindowHistory:
         rows = [jax.tree.map(lambda r, i=i: r[i], state.records) for i in slots]
         return [scalars.coefficients[i] for i in slots], rows
 
-    def record(self, state: _Ring, tree: Any, params: Any, step: jax.Array, scalars: Scalars) -> _Ring:
+    def record(self, state: _Ring, tree: Any, step: jax.Array, scalars: Scalars) -> _Ring:
         """Overwrites the oldest slot."""
-        del params, scalars
+        del scalars
         slot = state.num_records % self.length
         return state._replace(
             records=jax.tree.map(

@@ -1,0 +1,218 @@
+"""The transformation behind `predict_gradients` and `phase_switched`, of checked settings: its state and its update."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from vsa_optax import checks
+from vsa_optax.transforms import phases, queries
+from vsa_optax.transforms.comparison import Memory
+from vsa_optax.transforms.conditional import when
+from vsa_optax.transforms.finite import all_finite, select
+from vsa_optax.transforms.guard import Guard
+from vsa_optax.transforms.history import describe_state
+from vsa_optax.transforms.phase_step import PhaseStep
+from vsa_optax.transforms.phases import Phase, PhaseMachineState, PhaseSchedule
+from vsa_optax.transforms.predictor import Predictor
+from vsa_optax.transforms.step_result import StepResult
+
+
+class PhaseSwitchedState(NamedTuple):
+    """State of `predict_gradients` and `phase_switched`.
+
+    Attributes:
+        machine: `PhaseMachineState`, scalars.
+        history: `SecantHistoryState`, `WindowHistoryState`, `CodedWindowHistoryState` or `RecursiveHistoryState`; None
+            with ``predict_steps=0``.
+        residual: tree of ``[*shape]`` in the history's dtype, the averaged prediction error, or a codec's payload of
+            it; None if switched off.
+        inner_state: the wrapped optimizer's state.
+    """
+
+    machine: PhaseMachineState
+    history: Any
+    residual: Any
+    inner_state: Any
+
+
+def switched(
+    opt: optax.GradientTransformationExtraArgs,
+    schedule: PhaseSchedule,
+    predictor: Predictor,
+    *,
+    guard: bool,
+    predicts_updates: bool,
+    learning_rate: optax.ScalarOrSchedule | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Follows ``opt``, or the predictor in its place.
+
+    Args:
+        opt: the optimizer.
+        schedule: of the phases.
+        predictor: of what is recorded.
+        guard: whether the phases follow the errors of the predictions.
+        predicts_updates: whether what ``opt`` emits is recorded and predicted; else the gradients are.
+        learning_rate: multiplies what leaves, in every phase; a number, a schedule over all steps, or None.
+    """
+    recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
+    watcher = Guard(schedule.predict_steps) if guard and schedule.ever_predicts else None
+    run = PhaseStep(recorded, predictor)
+    look = _Look(predictor)
+    record = when(predictor.record)
+
+    def init_fn(params: optax.Params) -> PhaseSwitchedState:
+        checks.check_inexact_leaves(params)
+        inner_state = opt.init(params)
+        _check_inner_state(inner_state)
+        machine = phases.init(schedule)
+        if schedule.ever_predicts:
+            machine = machine._replace(
+                calibration=predictor.init_calibration(params), guard=watcher.init() if watcher else None
+            )
+        return PhaseSwitchedState(
+            machine=machine,
+            history=predictor.history.init(params) if schedule.ever_predicts else None,
+            residual=predictor.init_residual(params) if schedule.ever_predicts else None,
+            inner_state=inner_state,
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: PhaseSwitchedState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PhaseSwitchedState]:
+        value = extra_args.get("value")
+        if value is not None:
+            extra_args["value"] = checks.check_scalar("value", value)
+        elif schedule.adaptive:
+            raise ValueError("adaptive=True needs the loss at every step: update(..., value=loss), got value=None")
+        _check_state(state, schedule, predictor, guard)
+        _check_trees(updates, params, state, predictor)
+
+        machine, memory, averaged_error = state.machine, state.history, state.residual
+        step = phases.total_steps(machine)
+        recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
+        plan = None
+        if schedule.ever_predicts:
+            # The history is read in one conditional and written in a later one, so that XLA writes it in place.
+            seen_params = params if predictor.reads_params else None
+            watches = None if machine.guard is None else machine.guard.asleep == 0
+            scalars = look(watches, memory, step, seen_params)
+            read = Memory(memory, averaged_error, machine.calibration)
+            result = run(updates, recorded_state, params, extra_args, machine.phase, read, scalars, watches)
+            assert result.error is not None
+            assert result.is_measured is not None
+            is_predict = machine.phase == Phase.PREDICT
+            if machine.guard is None:
+                is_after_leap = (scalars.horizon > 1) | (machine.phase == Phase.CORRECT)
+            else:
+                is_after_leap = machine.guard.leap > 0
+            machine = phases.note_prediction_error(machine, result.error, result.is_measured & is_after_leap)
+            if watcher is not None:
+                assert machine.guard is not None
+                watched, plan = watcher.after(machine.guard, is_predict, result.error, result.is_measured)
+                machine = machine._replace(guard=watched)
+            machine = machine._replace(calibration=result.calibration)
+            averaged_error = result.residual
+            is_recorded = ~is_predict & result.is_finite
+            if watches is not None:
+                is_recorded &= watches
+            memory = record(is_recorded, memory, result.target, seen_params, step, scalars)
+        else:
+            target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
+            result = StepResult(target, inner_state, all_finite(updates))
+
+        is_finite = result.is_finite
+        if predicts_updates:
+            new_updates, inner_state = result.target, result.inner_state
+        else:
+            new_updates, inner_state = opt.update(result.target, state.inner_state, params, **extra_args)
+            is_finite &= all_finite(new_updates)
+            inner_state = select(is_finite, inner_state, state.inner_state)
+        if schedule.ever_predicts:  # Else nothing stands between opt and the caller: a select would move its last bits.
+            new_updates = select(is_finite, new_updates, optax.tree.zeros_like(new_updates))
+        if learning_rate is not None:
+            rate = learning_rate(step) if callable(learning_rate) else learning_rate
+            new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
+        machine = phases.advance(schedule, machine, is_finite=is_finite, value=value, plan=plan)
+        return new_updates, PhaseSwitchedState(machine, memory, averaged_error, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Look:
+    """What a step is to the history; zeros where the guard does not watch, so that nothing is read.
+
+    One function object for a predictor: outside jit, JAX compiles a conditional anew for each new one.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self._branches = predictor.scalars, self._nothing
+
+    def __call__(self, watches: jax.Array | None, memory: Any, step: jax.Array, params: Any) -> Any:
+        if watches is None:
+            return self._predictor.scalars(memory, step, params)
+        return lax.cond(watches, *self._branches, memory, step, params)
+
+    def _nothing(self, memory: Any, step: jax.Array, params: Any) -> Any:
+        shapes = jax.eval_shape(self._predictor.scalars, memory, step, params)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _check_inner_state(inner_state: Any) -> None:
+    if queries.contains_machine(inner_state):
+        raise ValueError(
+            "opt must not contain a phase machine of its own: use predict_gradients or phase_switched once"
+        )
+    refused = {
+        optax.MultiStepsState: "optax.MultiSteps: wrap the other way round, MultiSteps(phase_switched(...))",
+        optax.ScaleByBacktrackingLinesearchState: "a line search: it evaluates the loss itself at every step",
+        optax.ScaleByZoomLinesearchState: "a line search: it evaluates the loss itself at every step",
+    }
+    types = tuple(refused)
+    for leaf in jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, types)):
+        for kind, reason in refused.items():
+            if isinstance(leaf, kind):
+                raise ValueError(f"opt must not contain {reason}")
+
+
+def _check_trees(updates: Any, params: Any, state: PhaseSwitchedState, predictor: Predictor) -> None:
+    """``ValueError`` if gradients or parameters are not those that the state was made for."""
+    if state.history is None:
+        if params is not None:
+            checks.check_same_tree(params, updates, what="gradients")
+        return
+    tree, leading = predictor.history.example(state.history)
+    checks.check_same_tree(tree, updates, what="gradients", leading_axes=leading)
+    if predictor.reads_params:
+        if params is None and tree is not None:
+            raise ValueError(
+                "params must be given with history='secant', which is what guard=True takes: update(updates, state, "
+                "params); got None. history='window' needs none"
+            )
+        checks.check_same_tree(tree, params, what="params", leading_axes=leading)
+
+
+def _check_state(state: Any, schedule: PhaseSchedule, predictor: Predictor, guard: bool) -> None:
+    """``ValueError`` if the state was made by a transformation with other settings."""
+    if not isinstance(state, PhaseSwitchedState):
+        raise ValueError(f"state must be what init returned, a PhaseSwitchedState, got {type(state).__name__}")
+    wanted = predictor.history.describe() if schedule.ever_predicts else "none"
+    given = "none" if state.history is None else describe_state(state.history)
+    _check_setting("history", given, wanted)
+    if schedule.ever_predicts:
+        _check_setting("guard", state.machine.guard is not None, guard)
+        _check_setting("calibrate", state.machine.calibration is not None, predictor.calibrates)
+    _check_setting("adaptive", state.machine.adaptive is not None, schedule.adaptive)
+    if schedule.ever_predicts and predictor.history.example(state.history)[0] is not None:  # A tree may be None itself.
+        _check_setting("residual", state.residual is not None, predictor.has_residual)
+
+
+def _check_setting(name: str, given: Any, wanted: Any) -> None:
+    if given != wanted:
+        raise ValueError(f"state was made with other settings: {name} is {given!r}, here {wanted!r}")
