@@ -69,7 +69,7 @@ MUTANTS = [
     Mutant("transforms/guard.py", "_MOST_ERROR) / distance**4", "_MOST_ERROR) / distance**2", GUARD),
     Mutant("transforms/guard.py", "_FORGET * state.constant", "0 * state.constant", GUARD),
     Mutant("transforms/guard.py", "jnp.minimum(reach, _GROWTH * distance)", "reach", GUARD),
-    Mutant("transforms/guard.py", "constant < TOLERANCE / 4", "constant < TOLERANCE", GUARD),
+    Mutant("transforms/guard.py", "constant < self.tolerance / 4", "constant < self.tolerance", GUARD),
     Mutant("transforms/guard.py", "jnp.where(is_measured, j, u)", "j", "test_guard.py -k not_finite"),
     Mutant("transforms/guard.py", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "test_guard.py -k sleeps"),
     Mutant("transforms/guard.py", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "test_guard.py -k sleep"),

@@ -74,8 +74,10 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
         ),
         ternary_multi_steps(optax.adam(0.1), 4, True, None, trits=3, rounding="nearest", block_size=256, seed=2),
         predict_gradients(history_dtype="float16"),
-        predict_gradients(history="secant", history_window=None, calibrate=None, residual=None, guard=True),
-        phase_switched(optax.adamw(1.0), predict_in=None, history=None, guard=False),
+        predict_gradients(
+            history="secant", history_window=None, calibrate=None, residual=None, guard=True, guard_tolerance=0.1
+        ),
+        phase_switched(optax.adamw(1.0), predict_in=None, history=None, guard=False, guard_tolerance=1),
         predict_gradients(history_dtype=np.dtype("float32")),
         predict_gradients(history_dtype=None),
         phase_switched(optax.adamw(1.0)),

@@ -21,7 +21,7 @@ import optax
 
 import vsa_optax
 from vsa_optax import GuardAction, Phase
-from vsa_optax.transforms.guard import TOLERANCE
+from vsa_optax.transforms.guard import DEFAULT_TOLERANCE
 
 _TRAIN_SIZE = 1437  # Of 1797 images; the other 360 are the test set.
 _DESCRIPTION = """Trains a small network on scikit-learn's handwritten digits twice, from the same weights and
@@ -262,7 +262,7 @@ def _draw(plain: Run, switched: Run, path: Path) -> None:
 
     error = steps.last_prediction_error
     errors.plot(landings, error[landings], **_BLUE_DOTS)
-    tolerance = TOLERANCE**0.5  # The guard's is of the squared error.
+    tolerance = DEFAULT_TOLERANCE**0.5  # The guard's is of the squared error.
     errors.axhline(tolerance, color="#333333", linestyle="--", linewidth=1, label="tolerance of the guard")
     gave_up = {"color": _RED, "marker": "X", "linestyle": "", "zorder": 3, "label": f"gave up: {len(refusals)}"}
     errors.plot(refusals, error[refusals], **gave_up)

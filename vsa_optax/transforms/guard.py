@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-TOLERANCE = 0.02  # τ, of the squared error: 14 % of the norm.
+DEFAULT_TOLERANCE = 0.02  # τ, of the squared error: 14 % of the norm.
 _GROWTH, _SAFETY = 1.6, 0.9
 _FORGET = 0.75  # Of κ, a true step.
 _MOST_ERROR = 100.0  # So that κ is forgotten in time.
@@ -76,9 +76,10 @@ class Plan(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Guard:
-    """The guard of PREDICT phases of at most ``predict_steps``."""
+    """The guard of PREDICT phases of at most ``predict_steps``, with τ for tolerance."""
 
     predict_steps: int
+    tolerance: float
 
     def init(self) -> GuardState:
         """It starts without a leap."""
@@ -116,14 +117,14 @@ class Guard:
         """After a true step with this squared error."""
         distance = (state.leap + 1).astype(jnp.float32)
         constant = jnp.maximum(jnp.minimum(error, _MOST_ERROR) / distance**4, _FORGET * state.constant)
-        reach = _SAFETY * (TOLERANCE / jnp.maximum(constant, jnp.finfo(jnp.float32).tiny)) ** 0.25
+        reach = _SAFETY * (self.tolerance / jnp.maximum(constant, jnp.finfo(jnp.float32).tiny)) ** 0.25
         length = jnp.minimum(reach, _GROWTH * distance) - 1
         length = jnp.where(length < _SHORTEST_LEAP, 0, jnp.minimum(length, self.predict_steps))
         ends_leap = state.leap > 0
-        length = jnp.where(ends_leap, length, jnp.where(constant < TOLERANCE / 4, 1.0, 0.0))
+        length = jnp.where(ends_leap, length, jnp.where(constant < self.tolerance / 4, 1.0, 0.0))
         hopeless = jnp.where(error > _HOPELESS_ERROR, state.hopeless + 1, 0)
         falls_asleep = hopeless >= _HOPELESS_STEPS
-        sleep = jnp.where(ends_leap & (error < TOLERANCE), _SHORTEST_SLEEP, state.sleep)
+        sleep = jnp.where(ends_leap & (error < self.tolerance), _SHORTEST_SLEEP, state.sleep)
         action = jnp.select(
             [length > state.length, length == state.length, length > 0],
             [GuardAction.GREW, state.action, GuardAction.SHRANK],

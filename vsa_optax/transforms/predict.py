@@ -14,6 +14,7 @@ import optax
 
 from vsa_optax import checks
 from vsa_optax.codecs.codec import Codec
+from vsa_optax.transforms.guard import DEFAULT_TOLERANCE, Guard
 from vsa_optax.transforms.phases import PhaseSchedule
 from vsa_optax.transforms.predictor import make_predictor
 from vsa_optax.transforms.switched import switched
@@ -36,6 +37,7 @@ def predict_gradients(
     loss_threshold: float = 0.1,
     calibrate: bool | None = None,
     guard: bool = True,
+    guard_tolerance: float = DEFAULT_TOLERANCE,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradients of PREDICT steps by predictions; heads an ``optax.chain``.
 
@@ -44,7 +46,7 @@ def predict_gradients(
     link runs at every step.
 
     By default a guard decides when to predict and for how long. It compares each true gradient with its prediction, and
-    predicts as many steps as keep the error within 14 % of the norm; on mini-batches that is none. Without it, the
+    predicts as many steps as keep the error within ``guard_tolerance``; on mini-batches that is none. Without it, the
     phases are a fixed cycle, and a line through the last gradients is followed wherever it leads.
 
     A gradient with a NaN or an infinity is neither recorded nor passed on: zeros leave in its place, and the state's
@@ -80,6 +82,8 @@ def predict_gradients(
             record by what they were worth in predictions so far: out of sample, in closed form, see
             `kernels.calibration`. None does. Secants always learn from their errors, and take no True.
         guard: whether the phases' lengths follow the errors of the predictions: see `transforms.guard`.
+        guard_tolerance: τ, in ``(0, 1]``: the guard predicts as many steps as keep ``||x - x̂||² / ||x||²`` at that.
+            Of no effect without a guard.
 
     Returns:
         A transformation that takes the loss as the optional extra argument ``value``.
@@ -131,7 +135,8 @@ def predict_gradients(
         predict_in=None,
     )
     identity = optax.with_extra_args_support(optax.identity())
-    return switched(identity, schedule, predictor, guard=guard, predicts_updates=True, learning_rate=None)
+    watcher = _make_guard(guard, guard_tolerance, schedule)
+    return switched(identity, schedule, predictor, guard=watcher, predicts_updates=True, learning_rate=None)
 
 
 def phase_switched(
@@ -154,6 +159,7 @@ def phase_switched(
     loss_threshold: float = 0.1,
     calibrate: bool | None = None,
     guard: bool = True,
+    guard_tolerance: float = DEFAULT_TOLERANCE,
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that PREDICT steps need no gradient.
 
@@ -200,6 +206,7 @@ def phase_switched(
         loss_threshold: see `predict_gradients`.
         calibrate: see `predict_gradients`.
         guard: see `predict_gradients`.
+        guard_tolerance: see `predict_gradients`.
 
     Returns:
         A transformation that takes the loss as the optional extra argument ``value`` and forwards it, like every other
@@ -252,8 +259,9 @@ def phase_switched(
         predict_in = "gradient" if predictor.reads_params else "update"
     # Without predictions both domains are opt itself.
     predicts_updates = predict_in == "update" or not schedule.ever_predicts
+    watcher = _make_guard(guard, guard_tolerance, schedule)
     return switched(
-        opt, schedule, predictor, guard=guard, predicts_updates=predicts_updates, learning_rate=learning_rate
+        opt, schedule, predictor, guard=watcher, predicts_updates=predicts_updates, learning_rate=learning_rate
     )
 
 
@@ -261,6 +269,11 @@ def _check_guard(guard: Any, adaptive: Any) -> bool:
     if checks.check_bool("guard", guard) and checks.check_bool("adaptive", adaptive):
         raise ValueError("adaptive must be False with guard=True, which sets the phases' lengths itself, got True")
     return guard
+
+
+def _make_guard(guard: bool, tolerance: Any, schedule: PhaseSchedule) -> Guard | None:
+    tolerance = checks.check_real("guard_tolerance", tolerance, low=0.0, high=1.0, low_open=True)
+    return Guard(schedule.predict_steps, tolerance) if guard and schedule.ever_predicts else None
 
 
 def _check_learning_rate(learning_rate: Any) -> None:

@@ -43,7 +43,7 @@ def switched(
     schedule: PhaseSchedule,
     predictor: Predictor,
     *,
-    guard: bool,
+    guard: Guard | None,
     predicts_updates: bool,
     learning_rate: optax.ScalarOrSchedule | None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -53,12 +53,11 @@ def switched(
         opt: the optimizer.
         schedule: of the phases.
         predictor: of what is recorded.
-        guard: whether the phases follow the errors of the predictions.
+        guard: by which the phases follow the errors of the predictions, or None.
         predicts_updates: whether what ``opt`` emits is recorded and predicted; else the gradients are.
         learning_rate: multiplies what leaves, in every phase; a number, a schedule over all steps, or None.
     """
     recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
-    watcher = Guard(schedule.predict_steps) if guard and schedule.ever_predicts else None
     run = PhaseStep(recorded, predictor)
     look = _Look(predictor)
     record = when(predictor.record)
@@ -70,7 +69,7 @@ def switched(
         machine = phases.init(schedule)
         if schedule.ever_predicts:
             machine = machine._replace(
-                calibration=predictor.init_calibration(params), guard=watcher.init() if watcher else None
+                calibration=predictor.init_calibration(params), guard=guard.init() if guard else None
             )
         return PhaseSwitchedState(
             machine=machine,
@@ -90,7 +89,7 @@ def switched(
             extra_args["value"] = checks.check_scalar("value", value)
         elif schedule.adaptive:
             raise ValueError("adaptive=True needs the loss at every step: update(..., value=loss), got value=None")
-        _check_state(state, schedule, predictor, guard)
+        _check_state(state, schedule, predictor, has_guard=guard is not None)
         _check_trees(updates, params, state, predictor)
 
         machine, memory, averaged_error = state.machine, state.history, state.residual
@@ -112,9 +111,9 @@ def switched(
             else:
                 is_after_leap = machine.guard.leap > 0
             machine = phases.note_prediction_error(machine, result.error, result.is_measured & is_after_leap)
-            if watcher is not None:
+            if guard is not None:
                 assert machine.guard is not None
-                watched, plan = watcher.after(machine.guard, is_predict, result.error, result.is_measured)
+                watched, plan = guard.after(machine.guard, is_predict, result.error, result.is_measured)
                 machine = machine._replace(guard=watched)
             machine = machine._replace(calibration=result.calibration)
             averaged_error = result.residual
@@ -198,7 +197,7 @@ def _check_trees(updates: Any, params: Any, state: PhaseSwitchedState, predictor
         checks.check_same_tree(tree, params, what="params", leading_axes=leading)
 
 
-def _check_state(state: Any, schedule: PhaseSchedule, predictor: Predictor, guard: bool) -> None:
+def _check_state(state: Any, schedule: PhaseSchedule, predictor: Predictor, *, has_guard: bool) -> None:
     """``ValueError`` if the state was made by a transformation with other settings."""
     if not isinstance(state, PhaseSwitchedState):
         raise ValueError(f"state must be what init returned, a PhaseSwitchedState, got {type(state).__name__}")
@@ -206,7 +205,7 @@ def _check_state(state: Any, schedule: PhaseSchedule, predictor: Predictor, guar
     given = "none" if state.history is None else describe_state(state.history)
     _check_setting("history", given, wanted)
     if schedule.ever_predicts:
-        _check_setting("guard", state.machine.guard is not None, guard)
+        _check_setting("guard", state.machine.guard is not None, has_guard)
         _check_setting("calibrate", state.machine.calibration is not None, predictor.calibrates)
     _check_setting("adaptive", state.machine.adaptive is not None, schedule.adaptive)
     if schedule.ever_predicts and predictor.history.example(state.history)[0] is not None:  # A tree may be None itself.
