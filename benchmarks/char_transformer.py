@@ -26,7 +26,7 @@ class Size(NamedTuple):
         width: of a character's vector.
         layers: how many.
         heads: of each layer.
-        dtype: of the factors of matrix products; all else is float32.
+        dtype: of matrix products and attention; all else is float32.
     """
 
     context: int
@@ -94,7 +94,7 @@ def init(seed, size=SMALL, alphabet=None):
 
 def loss(params, windows, size=SMALL):
     """Mean cross-entropy in nats of the next characters in ``windows``, ``[batch, context + 1] int32``."""
-    hidden = params["embedding"][windows[:, :-1]] + params["position"]
+    hidden = _embedded(params["embedding"], windows[:, :-1], size.dtype) + params["position"]
     hidden, _ = jax.lax.scan(functools.partial(_layer, size), hidden, params["layers"])
     logits = _product(_normalized(hidden, params["norm"]), params["head"], size.dtype)
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
@@ -127,9 +127,16 @@ def _layer(size, hidden, layer):
     return hidden + _product(jax.nn.gelu(inner), layer["mlp_out"], size.dtype) + layer["mlp_out_bias"], None
 
 
+def _embedded(table, numbers, dtype):
+    """The rows; of less than float32 as a product, whose gradient a GPU adds up in the same order every time."""
+    if dtype == jnp.float32:
+        return table[numbers]
+    return _product(jax.nn.one_hot(numbers, len(table), dtype=dtype), table, dtype)
+
+
 def _product(x, kernel, dtype):
-    """``x @ kernel`` of factors in ``dtype``, summed in float32."""
-    return jnp.matmul(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+    """``x @ kernel`` in float32, of factors in ``dtype``; so are the factors of its gradients' products."""
+    return (x.astype(dtype) @ kernel.astype(dtype)).astype(jnp.float32)
 
 
 def _normalized(x, gain):
