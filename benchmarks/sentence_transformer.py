@@ -66,7 +66,7 @@ class Layer(nn.Module):
         attended = nn.Dense(WIDTH, name="attention")(attended.reshape(hidden.shape))
         hidden = _norm(name="attention_norm")(hidden + attended)
         inner = nn.gelu(nn.Dense(4 * WIDTH, name="inner")(hidden), approximate=False)
-        return _norm(name="norm")(hidden + nn.Dense(WIDTH, name="outer")(inner)), None
+        return _norm(name="norm")(hidden + nn.Dense(WIDTH, name="outer")(inner))
 
 
 class SentenceTransformer(nn.Module):
@@ -78,10 +78,16 @@ class SentenceTransformer(nn.Module):
         hidden = nn.Embed(VOCABULARY, WIDTH, name="words")(tokens)
         hidden += nn.Embed(POSITIONS, WIDTH, name="positions")(jnp.arange(tokens.shape[1]))
         hidden += nn.Embed(2, WIDTH, name="types")(jnp.zeros([], jnp.int32))
-        layers = nn.scan(
-            Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=LAYERS
-        )
-        hidden, _ = layers(name="layers")(_norm(name="norm")(hidden), is_token)
+        hidden = _norm(name="norm")(hidden)
+        layer = Layer(parent=None)  # Under jax.lax.scan, as Flax 0.11.0 has a scan that JAX 0.6.0 cannot jit.
+
+        def init(key):
+            return jax.vmap(lambda key: layer.init(key, hidden, is_token)["params"])(jax.random.split(key, LAYERS))
+
+        def apply(hidden, params):
+            return layer.apply({"params": params}, hidden, is_token), None
+
+        hidden, _ = jax.lax.scan(apply, hidden, self.param("layers", init))
         mean = jnp.sum(hidden * is_token[..., None], axis=1) / jnp.sum(is_token, axis=1)[:, None]
         return mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
 
@@ -163,7 +169,8 @@ def pairs():
         for names, function in functions(tree, place.with_suffix("").parts):
             sentence, *_ = re.split(r"(?<=[.!?])\s|\n\s*\n", ast.get_docstring(function) or "", maxsplit=1)
             called = f"{', '.join(filter(None, map(words, names)))} ({ast.unparse(function.args)})"
-            if len(sentence.split()) > 1 and not {called, sentence} & seen:
+            is_prose = len(sentence.split()) > 1 and not sentence.startswith(">>>")
+            if is_prose and not {called, sentence} & seen:
                 found.append((called, sentence))
                 seen |= {called, sentence}
     return found
@@ -201,7 +208,7 @@ def sentence_transformer(batch_size=64):
     num = optax.tree.size(start)
     return Task(
         f"sentence transformer: {num:,} parameters, {LAYERS} layers of width {WIDTH}; {len(train):,} pairs of texts of "
-        f"{LENGTH} tokens, batch {batch_size}; final loss on {len(held_out)} pairs held out, {HELD_OUT_BATCH} at a time",
+        f"{LENGTH} tokens, batch {batch_size}; final loss on {HELD_OUT} pairs held out, {HELD_OUT_BATCH} at a time",
         rates=(2e-5, 5e-5, 1e-4),
         init=lambda seed: jax.tree.map(jnp.array, start),
         batches=lambda seed, steps: codec_tasks.shuffled(seed, steps, len(train), batch_size),
