@@ -5,11 +5,10 @@ Run `python benchmarks/accumulation.py fidelity training > benchmarks/accumulati
 without a name all four are run. `memory` draws `accumulation.png` beside the script. `fidelity` and `training` start a
 process a core: where there is a GPU, put `JAX_PLATFORMS=cpu` in front. All of `training` takes an hour on two cores:
 `--case` and `--methods` choose from it. In the committed log of the GPU, the model of 151 million parameters has
-`WIDTH`, `LAYERS` and `HEADS` of 1024, 12 and 16 in `large_transformer`.
+a width of 1024, 12 layers and 16 heads as `char_transformer.LARGE`.
 """
 
 import argparse
-import contextlib
 import functools
 import itertools
 import pathlib
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from char_transformer import LARGE
 from codec_tasks import print_row, spread, verdict
 
 import vsa_optax
@@ -325,18 +325,9 @@ def training(options):
         print(flush=True)
 
 
-@contextlib.contextmanager
 def large_transformer():
-    """Shapes of the parameters of `char_transformer`, made large for the time being."""
-    large = {"WIDTH": 384, "LAYERS": 6, "HEADS": 6}
-    small = {name: getattr(char_transformer, name) for name in large}
-    try:
-        for name, value in large.items():
-            setattr(char_transformer, name, value)
-        yield jax.eval_shape(lambda: char_transformer.init(0))
-    finally:
-        for name, value in small.items():
-            setattr(char_transformer, name, value)
+    """Shapes of its parameters."""
+    return jax.eval_shape(lambda: char_transformer.init(0, LARGE))
 
 
 def adamw_behind(every_k):
@@ -350,10 +341,10 @@ def step_bytes(opt, params, micro_batch):
     """Bytes of arguments, outputs and temporaries of a compiled, donated micro-step, and seconds to compile it."""
 
     def step(params, state, batch):
-        emitted, state = opt.update(jax.grad(char_transformer.loss)(params, batch), state, params)
+        emitted, state = opt.update(jax.grad(char_transformer.loss)(params, batch, LARGE), state, params)
         return optax.apply_updates(params, emitted), state
 
-    batch = jax.ShapeDtypeStruct((micro_batch, char_transformer.CONTEXT + 1), jnp.int32)
+    batch = jax.ShapeDtypeStruct((micro_batch, LARGE.context + 1), jnp.int32)
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(opt.init, params), batch)
     began = time.perf_counter()
     memory = lowered.compile().memory_analysis()
@@ -362,25 +353,25 @@ def step_bytes(opt, params, micro_batch):
 
 
 def memory(options):
-    with large_transformer() as params:
-        tasks.print_header("MEMORY: AdamW, K = 8", char_transformer.describe())
-        print("Bits a parameter of the accumulated gradients alone, with scales and padding")
-        adamw = optax.adamw(1e-3)
-        others = {
-            "optax.MultiSteps, bfloat16": optax.MultiSteps(adamw, 8, accumulator_dtype=jnp.bfloat16),
-            "int8, blocks of 256": rivals.multi_steps(adamw, 8, rivals.int8_blocks()),
-        }
-        sizes = {}
-        for name, opt in (adamw_behind(8) | others).items():
-            sizes[name] = bits(jax.eval_shape(opt.init, params).acc_grads, params)
-            most = {in_trits(trits): limit for trits, limit in MOST_BITS.items()}.get(name)
-            target = f"target: at most {most:g}, {verdict(sizes[name] <= most)}" if most else ""
-            print_row([30, 10, 34], [name, f"{sizes[name]:.3f}", target])
-        draw({name: value / 8 for name, value in sizes.items()}, num_parameters(params))
+    params = large_transformer()
+    tasks.print_header("MEMORY: AdamW, K = 8", char_transformer.describe(LARGE))
+    print("Bits a parameter of the accumulated gradients alone, with scales and padding")
+    adamw = optax.adamw(1e-3)
+    others = {
+        "optax.MultiSteps, bfloat16": optax.MultiSteps(adamw, 8, accumulator_dtype=jnp.bfloat16),
+        "int8, blocks of 256": rivals.multi_steps(adamw, 8, rivals.int8_blocks()),
+    }
+    sizes = {}
+    for name, opt in (adamw_behind(8) | others).items():
+        sizes[name] = bits(jax.eval_shape(opt.init, params).acc_grads, params)
+        most = {in_trits(trits): limit for trits, limit in MOST_BITS.items()}.get(name)
+        target = f"target: at most {most:g}, {verdict(sizes[name] <= most)}" if most else ""
+        print_row([30, 10, 34], [name, f"{sizes[name]:.3f}", target])
+    draw({name: value / 8 for name, value in sizes.items()}, num_parameters(params))
 
-        print("\nThe whole compiled, donated micro-step: arguments + outputs + temporaries - aliases")
-        for micro_batch in options.micro_batches:
-            print_step_bytes(adamw, params, micro_batch)
+    print("\nThe whole compiled, donated micro-step: arguments + outputs + temporaries - aliases")
+    for micro_batch in options.micro_batches:
+        print_step_bytes(adamw, params, micro_batch)
 
 
 def print_step_bytes(adamw, params, micro_batch):
@@ -450,13 +441,13 @@ def stepper(opt, params, gradients):
 
 def speed(options):
     rounds = options.rounds
-    with large_transformer() as shapes:
-        tasks.print_header(
-            "SPEED: the optimizer's part of a micro-step, AdamW behind, gradients, parameters and state donated",
-            f"{jax.devices()[0].device_kind}; {num_parameters(shapes):,} parameters of the large char transformer",
-            f"n = {rounds} rounds in which all take turns; median [quartiles]; ratios within a round",
-        )
-        params = jax.jit(char_transformer.init)(0)
+    shapes = large_transformer()
+    tasks.print_header(
+        "SPEED: the optimizer's part of a micro-step, AdamW behind, gradients, parameters and state donated",
+        f"{jax.devices()[0].device_kind}; {num_parameters(shapes):,} parameters of the large char transformer",
+        f"n = {rounds} rounds in which all take turns; median [quartiles]; ratios within a round",
+    )
+    params = jax.jit(char_transformer.init, static_argnums=1)(0, LARGE)
     gradients = jax.tree.map(lambda p: 1e-3 * jax.random.normal(jax.random.key(1), p.shape), params)
     # The gradient's memory is no result's, but may be worked in.
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")

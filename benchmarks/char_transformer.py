@@ -8,14 +8,40 @@ import functools
 import hashlib
 import pathlib
 import sysconfig
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-CONTEXT, WIDTH, LAYERS, HEADS = 64, 144, 2, 4
 _CHARACTERS = 2_000_000
+
+
+class Size(NamedTuple):
+    """Of a transformer.
+
+    Attributes:
+        context: most characters that it sees.
+        width: of a character's vector.
+        layers: how many.
+        heads: of each layer.
+        dtype: of matrix products and attention; all else is float32.
+    """
+
+    context: int
+    width: int
+    layers: int
+    heads: int
+    dtype: jnp.dtype = jnp.float32
+
+    def describe(self):
+        """A few words."""
+        return f"{self.layers} layers of width {self.width}, {self.heads} heads, context {self.context}"
+
+
+SMALL = Size(context=64, width=144, layers=2, heads=4)
+LARGE = Size(context=64, width=384, layers=6, heads=6)
 
 
 @functools.cache
@@ -27,76 +53,90 @@ def text():
     return numbers.astype(np.int32), len(alphabet)
 
 
-def describe():
+def describe(size=SMALL):
     """One line on text and model."""
     numbers, alphabet = text()
-    size = sum(leaf.size for leaf in jax.tree.leaves(init(0)))
+    num = optax.tree.size(jax.eval_shape(lambda: init(0, size)))
     digest = hashlib.sha256(numbers.tobytes()).hexdigest()[:12]
     return (
-        f"char transformer: {size:,} parameters, {LAYERS} layers of width {WIDTH}, {HEADS} heads, context {CONTEXT}; "
+        f"char transformer: {num:,} parameters, {size.describe()}; "
         f"{len(numbers):,} characters of the standard library's source (sha256 {digest}), alphabet of {alphabet}"
     )
 
 
-def init(seed):
-    """Weights; each layer's leaves are stacked on a leading axis."""
-    alphabet = text()[1]
+def init(seed, size=SMALL, alphabet=None):
+    """Weights; each layer's leaves are stacked on a leading axis. Without an alphabet that of the text is taken."""
+    alphabet = alphabet or text()[1]
+    context, width, layers = size.context, size.width, size.layers
     keys = iter(jax.random.split(jax.random.key(seed), 6))
 
     def normal(*shape, scale):
         return scale * jax.random.normal(next(keys), shape)
 
-    deep = (2 * LAYERS * WIDTH) ** -0.5
+    deep = (2 * layers * width) ** -0.5
     return {
-        "embedding": normal(alphabet, WIDTH, scale=1.0),
-        "position": normal(CONTEXT, WIDTH, scale=0.3),
+        "embedding": normal(alphabet, width, scale=1.0),
+        "position": normal(context, width, scale=0.3),
         "layers": {
-            "attention_in": normal(LAYERS, WIDTH, 3 * WIDTH, scale=WIDTH**-0.5),
-            "attention_out": normal(LAYERS, WIDTH, WIDTH, scale=deep),
-            "mlp_in": normal(LAYERS, WIDTH, 4 * WIDTH, scale=WIDTH**-0.5),
-            "mlp_in_bias": jnp.zeros([LAYERS, 4 * WIDTH]),
-            "mlp_out": normal(LAYERS, 4 * WIDTH, WIDTH, scale=deep / 2),
-            "mlp_out_bias": jnp.zeros([LAYERS, WIDTH]),
-            "norm_1": jnp.ones([LAYERS, WIDTH]),
-            "norm_2": jnp.ones([LAYERS, WIDTH]),
+            "attention_in": normal(layers, width, 3 * width, scale=width**-0.5),
+            "attention_out": normal(layers, width, width, scale=deep),
+            "mlp_in": normal(layers, width, 4 * width, scale=width**-0.5),
+            "mlp_in_bias": jnp.zeros([layers, 4 * width]),
+            "mlp_out": normal(layers, 4 * width, width, scale=deep / 2),
+            "mlp_out_bias": jnp.zeros([layers, width]),
+            "norm_1": jnp.ones([layers, width]),
+            "norm_2": jnp.ones([layers, width]),
         },
-        "norm": jnp.ones([WIDTH]),
-        "head": jnp.zeros([WIDTH, alphabet]),
+        "norm": jnp.ones([width]),
+        "head": jnp.zeros([width, alphabet]),
     }
 
 
-def loss(params, windows):
-    """Mean cross-entropy in nats of the next characters in ``windows``, ``[batch, CONTEXT + 1] int32``."""
-    hidden = params["embedding"][windows[:, :-1]] + params["position"]
-    hidden, _ = jax.lax.scan(_layer, hidden, params["layers"])
-    logits = _normalized(hidden, params["norm"]) @ params["head"]
+def loss(params, windows, size=SMALL):
+    """Mean cross-entropy in nats of the next characters in ``windows``, ``[batch, context + 1] int32``."""
+    hidden = _embedded(params["embedding"], windows[:, :-1], size.dtype) + params["position"]
+    hidden, _ = jax.lax.scan(functools.partial(_layer, size), hidden, params["layers"])
+    logits = _product(_normalized(hidden, params["norm"]), params["head"], size.dtype)
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
 
 def batches(seed, steps, size):
-    """``[steps, size, CONTEXT + 1] int32``: windows anywhere in the first nine tenths of the text."""
+    """``[steps, size, 65] int32``: windows anywhere in the first nine tenths of the text."""
     numbers = text()[0]
-    last = len(numbers) * 9 // 10 - CONTEXT - 1
+    last = len(numbers) * 9 // 10 - SMALL.context - 1
     return _windows(np.random.default_rng(seed).integers(0, last, (steps, size)))
 
 
 def held_out(size):
-    """``[size, CONTEXT + 1] int32``: windows evenly spaced in the last tenth."""
+    """``[size, 65] int32``: windows evenly spaced in the last tenth."""
     numbers = text()[0]
-    return _windows(np.linspace(len(numbers) * 9 // 10, len(numbers) - CONTEXT - 1, size).astype(np.int64))
+    return _windows(np.linspace(len(numbers) * 9 // 10, len(numbers) - SMALL.context - 1, size).astype(np.int64))
 
 
 def _windows(starts):
-    return text()[0][starts[..., None] + np.arange(CONTEXT + 1)]
+    return text()[0][starts[..., None] + np.arange(SMALL.context + 1)]
 
 
-def _layer(hidden, layer):
+def _layer(size, hidden, layer):
     normed = _normalized(hidden, layer["norm_1"])
-    query, key, value = jnp.split((normed @ layer["attention_in"]).reshape(*hidden.shape[:2], HEADS, -1), 3, axis=-1)
+    queries = _product(normed, layer["attention_in"], size.dtype).astype(size.dtype)
+    query, key, value = jnp.split(queries.reshape(*hidden.shape[:2], size.heads, -1), 3, axis=-1)
     attended = jax.nn.dot_product_attention(query, key, value, is_causal=True).reshape(hidden.shape)
-    hidden = hidden + attended @ layer["attention_out"]
-    inner = jax.nn.gelu(_normalized(hidden, layer["norm_2"]) @ layer["mlp_in"] + layer["mlp_in_bias"])
-    return hidden + inner @ layer["mlp_out"] + layer["mlp_out_bias"], None
+    hidden = hidden + _product(attended, layer["attention_out"], size.dtype)
+    inner = _product(_normalized(hidden, layer["norm_2"]), layer["mlp_in"], size.dtype) + layer["mlp_in_bias"]
+    return hidden + _product(jax.nn.gelu(inner), layer["mlp_out"], size.dtype) + layer["mlp_out_bias"], None
+
+
+def _embedded(table, numbers, dtype):
+    """The rows; of less than float32 as a product, whose gradient a GPU adds up in the same order every time."""
+    if dtype == jnp.float32:
+        return table[numbers]
+    return _product(jax.nn.one_hot(numbers, len(table), dtype=dtype), table, dtype)
+
+
+def _product(x, kernel, dtype):
+    """``x @ kernel`` in float32, of factors in ``dtype``; so are the factors of its gradients' products."""
+    return (x.astype(dtype) @ kernel.astype(dtype)).astype(jnp.float32)
 
 
 def _normalized(x, gain):

@@ -40,6 +40,13 @@ class Task(NamedTuple):
     final: Callable[[Any], jax.Array]
 
 
+def shuffled(seed, steps, size, batch_size):
+    """``[steps, batch_size] int32``, numbers below ``size``: shuffled anew every epoch, whose remainder is left out."""
+    rng, whole = np.random.default_rng(seed), size // batch_size
+    epochs = [rng.permutation(size)[: whole * batch_size] for _ in range(-(-steps // whole))]
+    return np.concatenate(epochs).reshape(-1, batch_size)[:steps].astype(np.int32)
+
+
 @functools.cache
 def digits(batch_size):
     """The demo's network; loss over its whole training set at the end. A batch is a list of images' numbers."""
@@ -50,9 +57,7 @@ def digits(batch_size):
     def batches(seed, steps):
         if batch_size == size:
             return np.broadcast_to(np.arange(size, dtype=np.int32), (steps, size))
-        rng, whole = np.random.default_rng(seed), size // batch_size
-        epochs = [rng.permutation(size)[: whole * batch_size] for _ in range(-(-steps // whole))]
-        return np.concatenate(epochs).reshape(-1, batch_size)[:steps].astype(np.int32)
+        return shuffled(seed, steps, size, batch_size)
 
     num = sum(leaf.size for leaf in jax.tree.leaves(task.params))
     return Task(

@@ -1,6 +1,7 @@
 """Tasks for skipping backward passes: without noise, where it should pay, and mini-batches, where it must not harm."""
 
 import functools
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import codec_tasks
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from codec_tasks import Task
 
 FRACTIONS = (0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.25, 1.5)
@@ -110,3 +112,28 @@ CASES = {
 def chosen(task):
     """The names of the cases that contain ``task``."""
     return [name for name in CASES if task in name]
+
+
+def trial(cases, steps=5):
+    """Trains a few steps with Adam in each case of a dictionary; prints losses, and seconds a step behind the first."""
+    for name, case in cases.items():
+        task, rate = case.task(), case.rates[len(case.rates) // 2]
+        opt = optax.adam(rate)
+
+        @jax.jit
+        def step(params, state, batch, task=task, opt=opt):
+            value, grads = jax.value_and_grad(task.loss)(params, batch)
+            updates, state = opt.update(grads, state)
+            return value, optax.apply_updates(params, updates), state
+
+        print(f"{name}: {task.description}")
+        params, final = task.init(0), jax.jit(task.final)
+        state = opt.init(params)
+        print(f"  final loss before: {final(params):.4f}; rate {rate:g}; loss of each batch:", end="", flush=True)
+        for number, batch in enumerate(task.batches(0, steps)):
+            value, params, state = step(params, state, batch)
+            print(f" {value:.4f}", end="", flush=True)
+            if number == 0:
+                began = time.perf_counter()
+        seconds = (time.perf_counter() - began) / (steps - 1)
+        print(f"\n  final loss after {steps} steps: {final(params):.4f}; {seconds:.4f} s a step", flush=True)
