@@ -39,7 +39,7 @@ def texts():
 @functools.cache
 def byte_transformer(batch_size, context):
     """Loss on held-out windows at the end, evenly spaced, as many as predict `HELD_OUT` bytes."""
-    size = char_transformer.LARGE._replace(context=context, dtype=jnp.bfloat16)
+    size = char_transformer.LARGE._replace(context=context, dtype=jnp.bfloat16, recomputes=True)
     train, held_out = (jnp.asarray(text) for text in texts())
     held_out_starts = np.linspace(0, len(held_out) - context - 1, HELD_OUT // context).astype(np.int32)
 

@@ -27,6 +27,7 @@ class Size(NamedTuple):
         layers: how many.
         heads: of each layer.
         dtype: of matrix products and attention; all else is float32.
+        recomputes: whether the backward pass computes anew what is cheap, all of a layer but the products with weights.
     """
 
     context: int
@@ -34,6 +35,7 @@ class Size(NamedTuple):
     layers: int
     heads: int
     dtype: jnp.dtype = jnp.float32
+    recomputes: bool = False
 
     def describe(self):
         """A few words."""
@@ -95,7 +97,11 @@ def init(seed, size=SMALL, alphabet=None):
 def loss(params, windows, size=SMALL):
     """Mean cross-entropy in nats of the next characters in ``windows``, ``[batch, context + 1] int32``."""
     hidden = _embedded(params["embedding"], windows[:, :-1], size.dtype) + params["position"]
-    hidden, _ = jax.lax.scan(functools.partial(_layer, size), hidden, params["layers"])
+    layer = functools.partial(_layer, size)
+    if size.recomputes:
+        are_kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        layer = jax.checkpoint(layer, policy=are_kept, prevent_cse=False)
+    hidden, _ = jax.lax.scan(layer, hidden, params["layers"])
     logits = _product(_normalized(hidden, params["norm"]), params["head"], size.dtype)
     return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).mean()
 
