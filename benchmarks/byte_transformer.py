@@ -70,10 +70,10 @@ def byte_transformer(batch_size, context):
     )
 
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES, FRACTIONS = (5e-4, 1e-3, 2e-3, 4e-3), (0.5, 0.65, 0.8, 1.0)
 CASES = {
-    "bytes, batch 64": Case(functools.partial(byte_transformer, 64, 256), RATES, 400, 200, (1.0, 1.3)),
-    "bytes, batch 1024": Case(functools.partial(byte_transformer, 1024, 128), RATES, 200, 200, (1.0, 1.3)),
+    "bytes, batch 64": Case(functools.partial(byte_transformer, 64, 256), RATES, 400, 200, (1.0, 1.3), FRACTIONS),
+    "bytes, batch 1024": Case(functools.partial(byte_transformer, 1024, 128), RATES, 200, 200, (1.0, 1.3), FRACTIONS),
 }
 
 

@@ -241,7 +241,9 @@ def check():
 
 
 CASES = {
-    "sentences, batch 64": Case(sentence_transformer, (1e-5, 2e-5, 5e-5, 1e-4, 2e-4), 200, 100, (1.0, 1.3)),
+    "sentences, batch 64": Case(
+        sentence_transformer, (1e-5, 2e-5, 5e-5, 1e-4, 2e-4), 200, 100, (1.0, 1.3), (0.5, 0.65, 0.8, 1.0)
+    ),
 }
 
 

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from vsa_optax import trits, vsa
     from vsa_optax.codecs.hypervector import HypervectorCodec
     from vsa_optax.codecs.trit import TritCodec
+    from vsa_optax.presets import aggressive, balanced, conservative
     from vsa_optax.transforms.accumulate import accumulate_ternary, ternary_multi_steps
     from vsa_optax.transforms.compress import compress_gradients
     from vsa_optax.transforms.guard import GuardAction
@@ -25,7 +26,10 @@ __all__ = [
     "PhaseStats",
     "TritCodec",
     "accumulate_ternary",
+    "aggressive",
+    "balanced",
     "compress_gradients",
+    "conservative",
     "needs_backward",
     "phase_stats",
     "phase_switched",
@@ -45,7 +49,10 @@ _HOMES = {
     "PhaseStats": "transforms.queries",
     "TritCodec": "codecs.trit",
     "accumulate_ternary": "transforms.accumulate",
+    "aggressive": "presets",
+    "balanced": "presets",
     "compress_gradients": "transforms.compress",
+    "conservative": "presets",
     "needs_backward": "transforms.queries",
     "phase_stats": "transforms.queries",
     "phase_switched": "transforms.predict",

@@ -1,0 +1,370 @@
+"""The suite: training with skipped backward passes beside what else one could do with as many, each at its best.
+
+Run `python benchmarks/prediction.py | tee benchmarks/prediction.log` for the tasks without noise and the small ones in
+mini-batches; it starts a process a core: where there is a GPU, put `JAX_PLATFORMS=cpu` in front. On a GPU, run
+`--task bytes`, or `--task sentences` (see `sentence_transformer.py` for its weights): one run after the other.
+
+Each method chooses rate, betas and its own settings by a few seeds. Then it is run with these, and with plain Adam's
+betas at a quarter of plain Adam's best rate, which is where recipes usually are. Plain Adam is given fewer and more
+steps, rate and betas chosen for each: that tells how many backward passes it needs for the loss that a method ends at.
+"""
+
+import argparse
+import functools
+import itertools
+import sys
+import time
+from typing import NamedTuple
+
+import byte_transformer
+import codec_tasks
+import digits_cnn
+import jax
+import numpy as np
+import optax
+import prediction_tasks
+import sentence_transformer
+from codec_tasks import print_row, verdict
+from guard import BETAS, MOST_WORSE, MOST_WORSE_SEED, geometric_mean, mean_and_half, passes_needed, spread
+from prediction_methods import METHODS, WARMUP
+
+CASES = prediction_tasks.CASES | digits_cnn.CASES | sentence_transformer.CASES | byte_transformer.CASES
+LARGE = [*sentence_transformer.CASES, *byte_transformer.CASES]
+# What takes part where runs are long; there each method takes the betas that are best for plain Adam, and on a GPU the
+# first of its settings.
+FEW_METHODS = ("plain", "balanced, the default", "coast", "repeat the last update", "repeat by slope")
+RECIPE = 0.25
+BUDGET_RATE_FACTORS = (0.5, 1.0, 2.0)
+LEAST_SKIPPED = {"without noise": (0.65, 0.8), "mini-batches": (0.4, 0.65)}
+
+
+class Job(NamedTuple):
+    """Arguments of `runs`; rates are with the betas they are used with."""
+
+    name: str
+    method: str
+    variant: int
+    rates: tuple[tuple[float, tuple[float, float]], ...]
+    steps: int
+    seeds: tuple[int, ...]
+
+
+@functools.cache
+def trainer(name, method, variant_number, steps):
+    """``rate, betas, params, batches -> final loss, backward passes``, compiled, once a process."""
+    task, method = CASES[name].task(), METHODS[method]
+    variant = method.variants[variant_number]
+
+    @jax.jit
+    def train(rate, betas, params, batches):
+        opt = optax.with_extra_args_support(method.make(rate, betas, steps, variant))
+        if method.is_lookahead:
+            params = optax.LookaheadParams.init_synced(params)
+
+        def step(carry, batch):
+            params, state, average, passes = carry
+            needs = method.needs(state, variant)
+            at = params.fast if method.is_lookahead else params
+            value, gradient = jax.lax.cond(
+                needs,
+                lambda: jax.value_and_grad(task.loss)(at, batch),
+                lambda: (jax.numpy.zeros([]), optax.tree.zeros_like(at)),
+            )
+            updates, state = opt.update(gradient, state, params, value=value)
+            params = optax.apply_updates(params, updates)
+            if method.average:
+                average = optax.tree.add(optax.tree.scale(variant, average), optax.tree.scale(1 - variant, params))
+            return (params, state, average, passes + needs), None
+
+        average = optax.tree.zeros_like(params) if method.average else None
+        carry = (params, opt.init(params), average, jax.numpy.zeros([], jax.numpy.int32))
+        params, _, average, passes = jax.lax.scan(step, carry, batches)[0]
+        if method.average:
+            params = optax.tree.scale(1 / (1 - variant**steps), average)
+        return task.final(params.slow if method.is_lookahead else params), passes
+
+    return train.lower(0.1, (0.9, 0.9), task.init(0), task.batches(0, steps)).compile()
+
+
+def runs(name, method, variant, rates, steps, seeds):
+    """``[rates, seeds, 3]``: final loss, infinite where it is not a number, backward passes, and seconds."""
+    task, train = CASES[name].task(), trainer(name, method, variant, steps)
+    found = np.zeros((len(rates), len(seeds), 3))
+    for (row, (rate, betas)), (column, seed) in itertools.product(enumerate(rates), enumerate(seeds)):
+        arguments = jax.block_until_ready((task.init(seed), task.batches(seed, steps)))
+        began = time.perf_counter()
+        loss, passes = jax.block_until_ready(train(rate, betas, *arguments))
+        found[row, column] = float(loss), float(passes), time.perf_counter() - began
+    return np.nan_to_num(found, nan=np.inf, posinf=np.inf)
+
+
+def in_turn(jobs):
+    """The results of the jobs, one after the other: for a GPU. What was done goes to the standard error."""
+    for job in jobs:
+        began = time.perf_counter()
+        results = runs(*job)
+        print(f"{time.perf_counter() - began:.0f} s: {job}, {results[..., 0].tolist()}", file=sys.stderr, flush=True)
+        yield results
+
+
+def gathered(run_all, jobs):
+    """``{(name, method, variant, rate, betas, steps): [seeds, 3]}``."""
+    found = {}
+    for job, results in zip(jobs, run_all(jobs), strict=True):
+        for (rate, betas), values in zip(job.rates, results, strict=True):
+            found.setdefault((job.name, job.method, job.variant, rate, betas, job.steps), []).append(values)
+    return {key: np.concatenate(parts) for key, parts in found.items()}
+
+
+def split(name, method, variant, rates, steps, seeds):
+    """A job, or one for each run where that takes long."""
+    if not CASES[name].runs_apart:
+        return [Job(name, method, variant, tuple(rates), steps, tuple(seeds))]
+    return [Job(name, method, variant, (rate,), steps, (seed,)) for rate, seed in itertools.product(rates, seeds)]
+
+
+class Plan(NamedTuple):
+    """How much is run of a task.
+
+    Attributes:
+        methods: that take part.
+        betas: plain Adam chooses from; the others too, unless runs are long.
+        tuning_seeds: to choose by.
+        seeds: to compare by.
+        budget_seeds: for plain Adam with other numbers of steps.
+    """
+
+    methods: tuple[str, ...]
+    betas: tuple[tuple[float, float], ...]
+    tuning_seeds: range
+    seeds: range
+    budget_seeds: range
+
+
+def plan_of(name, options):
+    is_large = name in LARGE
+    methods = [method for method in METHODS if not (is_large or CASES[name].runs_apart) or method in FEW_METHODS]
+    if options.methods:
+        methods = ["plain", *(m for m in methods if m != "plain" and any(o in m for o in options.methods.split(",")))]
+    few = range(1) if is_large else range(2)
+    return Plan(
+        tuple(methods), BETAS[:2] if is_large else BETAS, few, range(options.seeds), few if is_large else range(3)
+    )
+
+
+def tuning_jobs(name, plan, steps, methods, betas):
+    rates = [*itertools.product(CASES[name].rates, betas)]
+    return [
+        job
+        for method in methods
+        for variant in range(1 if name in LARGE else len(METHODS[method].variants))
+        for job in split(name, method, variant, rates, steps, plan.tuning_seeds)
+    ]
+
+
+def best_of(found, method):
+    """The variant, rate and betas with the least mean loss, of what was found for a method."""
+    means = {key[2:5]: geometric_mean(values[:, 0]) for key, values in found.items() if key[1] == method}
+    return min(means, key=means.get)
+
+
+def comparison_jobs(name, plan, steps, best):
+    """Each method at its best, and with the same setting of its own at the recipe's rate and plain Adam's betas."""
+    _, rate, betas = best["plain"]
+    jobs = []
+    for method in plan.methods:
+        variant, *own = best[method]
+        rates = dict.fromkeys([tuple(own), (RECIPE * rate, betas)])
+        jobs += split(name, method, variant, rates, steps, plan.seeds)
+    return jobs
+
+
+def budgets_of(name, steps):
+    return [max(1, round(fraction * steps)) for fraction in CASES[name].fractions]
+
+
+def budget_jobs(name, plan, steps, best):
+    _, rate, betas = best["plain"]
+    factors = [factor * rate for factor in BUDGET_RATE_FACTORS]
+    rates = [*itertools.product(factors, (betas,) if name in LARGE else plan.betas)]
+    return [
+        job
+        for budget in reversed(budgets_of(name, steps))
+        for job in split(name, "plain", 0, rates, budget, plan.budget_seeds)
+    ]
+
+
+def best_at_budgets(name, found, lengths):
+    losses = []
+    for length in lengths:
+        means = {key[3:5]: geometric_mean(values[:, 0]) for key, values in found.items() if key[5] == length}
+        at = min(means, key=means.get)
+        losses.append(means[at])
+        print(f"plain, {length} steps: {means[at]:.4g} at {at[0]:g} with betas {at[1]}")
+    return losses
+
+
+def print_case(name, plan, steps, best, found, of_budgets):
+    """Both tables and the verdicts; returns what the picture shows."""
+    case, kind = CASES[name], kind_of(name)
+    print(f"\n{name} ({kind}): {case.task().description}")
+    lengths = budgets_of(name, steps)
+    losses = best_at_budgets(name, of_budgets, lengths)
+    points, ratios = {}, {}
+    plain = found[(name, "plain", *best["plain"], steps)]
+    seconds_a_pass = np.median(plain[:, 2]) / steps
+    print(f"each at its best; n = {len(plan.seeds)} seeds")
+    widths = [24, 34, 8, 22, 12, 8, 8]
+    print_row(widths, ["", "loss", "passes", "rate, betas", "plain needs", "ratio", "time"])
+    for method in plan.methods:
+        variant, rate, betas = best[method]
+        values = found[(name, method, variant, rate, betas, steps)]
+        sign, needed = passes_needed(lengths, losses, geometric_mean(values[:, 0]))
+        passes = values[:, 1].mean()
+        ratios[method] = (sign, needed / passes)
+        time_ratio = needed * seconds_a_pass / np.median(values[:, 2])
+        points[method] = (passes, geometric_mean(values[:, 0]))
+        cells = [
+            method + ("" if len(METHODS[method].variants) == 1 else f", {variant + 1}"),
+            spread(values[:, 0]),
+            f"{passes:.1f}",
+            f"{rate:g}, {betas}",
+            f"{sign}{needed:.0f}",
+            f"{sign}{ratios[method][1]:.2f}",
+            f"{sign}{time_ratio:.2f}",
+        ]
+        print_row(widths, cells)
+    _, rate, betas = best["plain"]
+    print(f"at a recipe's rate, {RECIPE * rate:g} with betas {betas}")
+    widths = [24, 34, 8, 9, 22, 9]
+    print_row(widths, ["", "loss", "passes", "skipped", "log difference", "no worse"])
+    plain = found[(name, "plain", best["plain"][0], RECIPE * rate, betas, steps)][:, 0]
+    skipped = {}
+    for method in plan.methods:
+        values = found[(name, method, best[method][0], RECIPE * rate, betas, steps)]
+        with np.errstate(invalid="ignore"):
+            mean, half = mean_and_half(np.log(values[:, 0]) - np.log(plain))
+        is_no_worse = (mean <= np.log(MOST_WORSE) or abs(mean) <= half) and (
+            values[:, 0].max() <= MOST_WORSE_SEED * plain.max()
+        )
+        share = 1 - (values[:, 1].mean() - WARMUP) / (steps - WARMUP)
+        if is_no_worse:
+            skipped[method] = share
+        cells = [
+            method,
+            spread(values[:, 0]),
+            f"{values[:, 1].mean():.1f}",
+            f"{share:.0%}",
+            f"{mean:+.3f} ± {half:.3f}",
+            verdict(is_no_worse),
+        ]
+        print_row(widths, cells)
+    print_verdicts(name, ratios, skipped)
+    return lengths, losses, points
+
+
+def kind_of(name):
+    return "mini-batches" if "batch" in name and "full" not in name else "without noise"
+
+
+def print_verdicts(name, ratios, skipped):
+    ours = [method for method in ratios if method in METHODS and METHODS[method].variants == ({},)]
+    ours = [method for method in ours if method in ("conservative", "balanced, the default", "aggressive")]
+    best = max(ours, key=lambda method: ratios[method][1])
+    sign, ratio = ratios[best]
+    for least in CASES[name].least:
+        print(f"ratio of the best preset ({best}): {sign}{ratio:.2f}; >= {least:g}: {verdict(ratio >= least)}")
+    share = max((skipped.get(method, 0.0) for method in ours), default=0.0)
+    for least in LEAST_SKIPPED[kind_of(name)]:
+        print(f"skipped by a preset at this rate, no worse: {share:.0%}; >= {least:.0%}: {verdict(share >= least)}")
+    print(flush=True)
+
+
+def draw(pictures, path):
+    """Plain Adam's best loss at each number of backward passes, and where each method ends."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, -(-len(pictures) // 2), figsize=(13, 8))
+    for axis, (name, (lengths, losses, points)) in zip(axes.flat, pictures.items(), strict=False):
+        axis.plot(lengths, losses, "k.-", label="plain Adam, re-tuned for each")
+        for number, (method, (passes, loss)) in enumerate(points.items()):
+            if method != "plain" and np.isfinite(loss):
+                axis.plot(passes, loss, "osD^v<>pPX*h"[number % 12], label=method)
+        axis.set(title=name, xlabel="backward passes", yscale="log")
+    axes.flat[0].set_ylabel("final loss")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize="small")
+    for axis in axes.flat[len(pictures) :]:
+        axis.set_axis_off()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, dpi=80)
+
+
+def suite(options):
+    names = [name for name in CASES if (options.task in name if options.task else name not in LARGE)]
+    steps = {name: options.steps or CASES[name].steps for name in names}
+    plans = {name: plan_of(name, options) for name in names}
+    is_large = any(name in LARGE for name in names)
+    run_all = in_turn if is_large else functools.partial(codec_tasks.in_processes, runs)
+    codec_tasks.print_header(
+        "Final losses, backward passes, and how many of these plain Adam needs, each method at its own best settings",
+        f"{jax.devices()[0].device_kind}; cosine schedule over all steps; betas of plain Adam: {BETAS}",
+        "losses: geometric mean [smallest, largest]; passes: mean; a number behind a name: which of its settings",
+        "plain needs: for the method's mean loss, log-interpolated between its best at each number of steps",
+        "ratio: that, divided by the passes used; time: the same of seconds, each run in its own process of one thread",
+        f"skipped: behind {WARMUP} steps; log difference: to plain with the same seed, mean ± half its 95 % interval",
+        f"no worse: mean at most log {MOST_WORSE} or 0 inside the interval, and no seed above {MOST_WORSE_SEED} times "
+        "plain's worst",
+    )
+    # All tasks' jobs of a kind together, the long ones first, so that no core waits for a task's end.
+    by_length = sorted(names, key=lambda name: -steps[name] * (1 + CASES[name].runs_apart * 100))
+    # Where runs are long, plain Adam goes first, and the others take its betas.
+    apart = {name: name in LARGE or CASES[name].runs_apart for name in names}
+    first = [j for n in by_length for j in tuning_jobs(n, plans[n], steps[n], ("plain",), plans[n].betas)]
+    first += [
+        j
+        for n in by_length
+        if not apart[n]
+        for j in tuning_jobs(n, plans[n], steps[n], plans[n].methods[1:], plans[n].betas)
+    ]
+    found = gathered(run_all, first)
+    of = {name: {key: values for key, values in found.items() if key[0] == name} for name in names}
+    best = {name: {"plain": best_of(of[name], "plain")} for name in names}
+    second = [
+        j
+        for n in by_length
+        if apart[n]
+        for j in tuning_jobs(n, plans[n], steps[n], plans[n].methods[1:], (best[n]["plain"][2],))
+    ]
+    found |= gathered(run_all, second)
+    for name in names:
+        of[name] = {key: values for key, values in found.items() if key[0] == name}
+        best[name] |= {method: best_of(of[name], method) for method in plans[name].methods[1:]}
+
+    compared = [j for n in by_length for j in comparison_jobs(n, plans[n], steps[n], best[n])]
+    in_budget = [j for n in by_length for j in budget_jobs(n, plans[n], steps[n], best[n])]
+    results = iter(run_all([*compared, *in_budget]))
+    found = gathered(lambda jobs: itertools.islice(results, len(jobs)), compared)
+    of_budgets = gathered(lambda jobs: itertools.islice(results, len(jobs)), in_budget)
+    pictures = {}
+    for name in names:
+        budgets = {key: values for key, values in of_budgets.items() if key[0] == name}
+        pictures[name] = print_case(name, plans[name], steps[name], best[name], found, budgets)
+    if options.plot:
+        draw(pictures, options.plot)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="", help='only what contains this: "PINN"; all small ones unless given')
+    parser.add_argument("--methods", default="", help='only what contains one of these: "aggressive,coast"')
+    parser.add_argument("--seeds", type=int, default=5, help="in the comparison")
+    parser.add_argument("--steps", type=int, help="instead of each task's own, for a trial")
+    parser.add_argument("--plot", help="a PNG to write")
+    began = time.perf_counter()
+    suite(parser.parse_args())
+    print(f"{time.perf_counter() - began:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
