@@ -65,6 +65,7 @@ def compressed_pmean(
 
     A codec that loses least shrinks what it codes. With eight devices one trit measured 16 % less than this on
     independent gradients and 5 % more on equal ones; two trits, 3 % less and 1 % more.
+
     With `HypervectorCodec` the hypervector itself is summed, by one ``psum``, and errors do not average out.
 
     **Bytes.** Each device sends ``2 * (n - 1) / n`` payloads of its gradient: of what ``pmean`` sends in float32, 5.1 %
@@ -88,9 +89,10 @@ def compressed_pmean(
     **State on many devices.** Residuals differ by device. Let `state_specs` say how ``shard_map`` lays out a state, and
     make it by ``jax.shard_map(opt.init, mesh=mesh, in_specs=P(), out_specs=specs)``.
 
-    In versions of JAX whose ``all_gather`` has no argument ``to`` the second stage takes twice the bytes unless
-    ``shard_map`` is told not to check replication. Arithmetic is f32. One device sends nothing, so it encodes nothing,
-    and gradients leave as they came, to f32.
+    **Older versions of JAX**, whose ``all_gather`` has no argument ``to``: the second stage takes twice the bytes
+    unless ``shard_map`` is told not to check replication. 0.6.0 cannot differentiate a loss that varies if it checks.
+
+    Arithmetic is f32. One device sends nothing, so it encodes nothing, and gradients leave as they came, to f32.
 
     Args:
         axis_name: of the mesh axis to average over, or a tuple of names.
