@@ -176,6 +176,42 @@ def test_a_nan_on_one_device_is_skipped_and_counted_on_all(codec, leaf, bad):
     assert state.nonfinite_count == 1
 
 
+class Halves:
+    """A codec of the user's own, whose payload hides a NaN."""
+
+    def encode(self, tree, step=0):
+        return jax.tree.map(lambda x: jnp.nan_to_num(x.astype(jnp.bfloat16)), tree)
+
+    def decode(self, payload):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), payload)
+
+    def decode_sum(self, payloads, coefficients):
+        return jax.tree.map(lambda x: jnp.tensordot(coefficients, x.astype(jnp.float32), 1), payloads)
+
+    def nbytes(self, tree):
+        return sum(2 * x.size for x in jax.tree.leaves(tree))
+
+    def specs(self, payload):
+        return payload
+
+
+def test_a_codec_that_hides_a_nan():
+    opt = compressed_pmean("data", Halves(), error_feedback=True)
+    grads = draw(0, 3, 50)
+    state = opt.init(grads[0])
+    specs = state_specs(state, "data")
+    step = mapped(lambda g, s: opt.update(g[0], s), mesh_of(3), (P("data"), specs), (P(), specs))
+    state = mapped(opt.init, mesh_of(3), P(), specs)(grads[0])
+    sent, state = step(grads, state)
+    np.testing.assert_allclose(sent, grads.mean(axis=0), atol=0.03)
+    kept = np.asarray(state.residual)
+    grads[2, 7] = np.nan
+    sent, state = step(grads, state)
+    assert not np.any(sent)
+    np.testing.assert_array_equal(state.residual, kept)
+    assert state.nonfinite_count == 1
+
+
 @pytest.mark.parametrize(("num", "codec"), [(8, ONE), (3, DENSE), (1, ONE)], ids=["8", "3-hypervector", "1"])
 def test_zeros_stay_zeros(num, codec):
     state, step = made(num, codec, True)
