@@ -13,7 +13,7 @@ from vsa_optax.transforms.predict import phase_switched
 
 # Chosen by benchmarks/prediction.py, whose log has all three on all tasks.
 CONSERVATIVE = MappingProxyType(dict(history_window=8, guard_tolerance=0.005))
-BALANCED = MappingProxyType(dict())
+BALANCED: MappingProxyType[str, Any] = MappingProxyType({})
 AGGRESSIVE = MappingProxyType(dict(history_window=24, predict_steps=40, guard_tolerance=0.1))
 
 

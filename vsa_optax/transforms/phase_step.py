@@ -15,6 +15,7 @@ from vsa_optax.transforms.conditional import split_extra_args, when
 from vsa_optax.transforms.finite import all_finite, select
 from vsa_optax.transforms.phases import Phase
 from vsa_optax.transforms.predictor import Predictor
+from vsa_optax.transforms.replicated import all_finite_over, varying_axes
 from vsa_optax.transforms.step_result import StepResult
 
 
@@ -39,25 +40,25 @@ class PhaseStep:
         memory: Memory,
         scalars: Any,
         watches: jax.Array | None = None,
+        axes: frozenset[str] = frozenset(),
     ) -> StepResult:
         """One step in a true phase, the prediction in PREDICT; ``scalars`` are what the step is to the history.
 
         A true step is compared with its prediction in CORRECT; calibrated, always; and where ``watches`` is given, if
-        that is true.
+        that is true. Devices along ``axes`` decide together: what is not finite on one is skipped on all.
         """
         traced_args, static_args = split_extra_args(extra_args)
-        emitted = jax.eval_shape(
-            lambda u, s, p, e: self._recorded.update(u, s, p, **e, **static_args)[0],
-            updates,
-            inner_state,
-            params,
-            traced_args,
-        )
-        leaves, treedef = jax.tree.flatten(emitted)
+
+        def emitted(updates: Any, inner_state: Any, params: Any, extra_args: Any) -> Any:
+            target, _ = self._recorded.update(updates, inner_state, params, **extra_args, **static_args)
+            _check_same_everywhere(target, axes)
+            return target
+
+        leaves, treedef = jax.tree.flatten(jax.eval_shape(emitted, updates, inner_state, params, traced_args))
         predict_if, step, step_when = self._functions_for(treedef, tuple(leaves))
         is_predict = phase == Phase.PREDICT
         weights = self._predictor.weights(memory.calibration, scalars)
-        has_gradient = lax.cond(is_predict, _true, all_finite, updates)
+        has_gradient = lax.cond(is_predict, _true, all_finite_over(axes), updates)
         result = StepResult(
             target=predict_if(is_predict, memory.history, memory.residual, scalars, weights),
             inner_state=inner_state,
@@ -131,3 +132,14 @@ class PhaseStep:
 def _true(updates: Any) -> jax.Array:
     del updates
     return jnp.array(True)
+
+
+def _check_same_everywhere(target: Any, axes: frozenset[str]) -> None:
+    """``ValueError`` if what is to be recorded differs between devices along ``axes``, which decide together."""
+    differing = varying_axes(target) & axes
+    if differing:
+        raise ValueError(
+            f"gradients differ between the devices along {sorted(differing)}, and so would what is recorded of them: "
+            "average them before (jax.lax.pmean), or inside opt (compressed_pmean) with predict_in='update'; if the "
+            "parameters themselves are sharded, leave that to jax.jit"
+        )
