@@ -202,7 +202,7 @@ def accumulate_ternary(
     the state.
 
     **Many devices.** With parameters replicated, so is the sum. With parameters sharded it lies whole on every device
-    all the same, and each micro-batch's gradient is gathered for it (see `TritCodec`): in two trits, split over more than
+    all the same, and each micro-batch's gradient is gathered for it (see `TritCodec`): in two trits, over more than
     ten devices, ``optax.MultiSteps`` takes less. Inside ``jax.shard_map`` each device can sum its own shard.
 
     Args:
