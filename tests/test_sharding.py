@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsa_optax
+from vsa_optax.transforms.ternary_sum import make_ternary_sum
 
 try:
     from jax import shard_map
@@ -211,6 +212,19 @@ def test_what_is_coded_is_whole_on_every_device(case, layout, plain):
     assert all(math.prod(shape) <= 5 for _, shape in more), more
     # A sum in another order is now and then on the other side of the border between two levels.
     assert_same_training(params, state, run_alone(opt, has_phases=has_phases), atol=3e-3)
+
+
+def test_a_gradient_is_looked_at_for_nans_where_it_lies():
+    """At every micro-batch, before it is known whether anything has to be gathered."""
+    mesh, total = mesh_of_all(), make_ternary_sum(2, trits=None, rounding="nearest", block_size=1024, seed=0)
+    with use_mesh(mesh):
+        gradients = place(make_params(), mesh, SPLIT)
+        takes = jax.jit(total.takes).lower(total.zeros(gradients), gradients).compile()
+        assert not any(collectives(takes, kind) for kind in SENT)
+        for name in SHAPES:
+            bad = gradients | {name: gradients[name].at[-1].set(jnp.nan)}
+            assert not takes(total.zeros(gradients), place(bad, mesh, SPLIT)), name
+        assert takes(total.zeros(gradients), gradients)
 
 
 def test_inside_shard_map_an_accumulator_is_local():
