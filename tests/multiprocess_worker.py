@@ -9,7 +9,6 @@ import inspect
 import os
 import sys
 import traceback
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,13 +29,6 @@ SETTINGS = dict(
     learning_rate=0.02, warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, guard=False, calibrate=False
 )
 
-
-class AveragedState(NamedTuple):
-    step: jax.Array
-    residual: Any
-
-
-SPECS = (AveragedState(P(), P("data")), P())
 SHAPES = {"w": (8, 128), "b": (128,), "v": (128, 4)}
 CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
@@ -50,21 +42,6 @@ def connect(process, port):
     known = inspect.signature(jax.distributed.initialize).parameters
     limits = {name: seconds for name, seconds in limits.items() if name in known}
     jax.distributed.initialize(address, 2, process, coordinator_bind_address=address, **limits)
-
-
-def averaged(axis_name, codec):
-    def init(params):
-        return AveragedState(jnp.zeros([], jnp.int32), jax.tree.map(lambda x: jnp.zeros_like(x)[None], params))
-
-    def update(updates, state, params=None):
-        del params
-        pending = jax.tree.map(lambda g, e: g + e[0], updates, state.residual)
-        sent = codec.decode(codec.encode(pending, state.step))
-        residual = jax.tree.map(lambda x, s: (x - s)[None], pending, sent)
-        mean = jax.lax.pmean(sent, axis_name)
-        return mean, AveragedState(state.step + 1, residual)
-
-    return optax.GradientTransformation(init, update)
 
 
 def loss(params, x):
@@ -84,19 +61,23 @@ def vary(tree):
 
 
 def make_optimizer():
-    phases = vsa_optax.phase_switched(optax.adamw(1.0), **SETTINGS)
-    return optax.chain(averaged("data", vsa_optax.TritCodec()), phases)
+    pmean = vsa_optax.compressed_pmean("data", vsa_optax.TritCodec(), error_feedback=True)
+    return optax.chain(pmean, vsa_optax.phase_switched(optax.adamw(1.0), **SETTINGS))
+
+
+def specs_of_state():
+    """Each device has residuals of its own; all else is the same on all."""
+    return vsa_optax.state_specs(jax.eval_shape(lambda: make_optimizer().init(make_params())), "data")
 
 
 def first_state(mesh):
-    """Parameters on every device, and the optimizer's state, of which each device has residuals of its own."""
     params = jax.jit(make_params, out_shardings=NamedSharding(mesh, P()))()
-    init = shard_map(make_optimizer().init, mesh=mesh, in_specs=P(), out_specs=SPECS)
+    init = shard_map(make_optimizer().init, mesh=mesh, in_specs=P(), out_specs=specs_of_state())
     return params, jax.jit(init)(params)
 
 
 def make_step(mesh):
-    opt = make_optimizer()
+    opt, specs = make_optimizer(), specs_of_state()
 
     def step(params, opt_state, x):
         def total(params):
@@ -111,7 +92,7 @@ def make_step(mesh):
         updates, opt_state = opt.update(grads, opt_state, params, value=value)
         return optax.apply_updates(params, updates), opt_state
 
-    return jax.jit(shard_map(step, mesh=mesh, in_specs=(P(), SPECS, P("data")), out_specs=(P(), SPECS)), **CHEAP)
+    return jax.jit(shard_map(step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs)), **CHEAP)
 
 
 def train(folder, steps, save_at):
