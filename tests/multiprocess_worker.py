@@ -55,6 +55,7 @@ def make_params():
 
 
 def vary(tree):
+    """As different on each device: else JAX would sum up the gradients itself."""
     if hasattr(jax.lax, "pcast"):
         return jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), tree)
     return jax.tree.map(lambda x: jax.lax.pvary(x, "data"), tree)
@@ -62,7 +63,7 @@ def vary(tree):
 
 def make_optimizer():
     pmean = vsa_optax.compressed_pmean("data", vsa_optax.TritCodec(), error_feedback=True)
-    return optax.chain(pmean, vsa_optax.phase_switched(optax.adamw(1.0), **SETTINGS))
+    return vsa_optax.phase_switched(optax.chain(pmean, optax.adamw(1.0)), **SETTINGS)
 
 
 def specs_of_state():
@@ -80,15 +81,11 @@ def make_step(mesh):
     opt, specs = make_optimizer(), specs_of_state()
 
     def step(params, opt_state, x):
-        def total(params):
-            return jax.lax.psum(loss(params, x), "data")
+        def total(own_params):
+            # Its gradient on a device is that of its own loss, which JAX 0.6.0 cannot differentiate by itself.
+            return jax.lax.psum(loss(own_params, x), "data")
 
-        value, grads = jax.lax.cond(
-            vsa_optax.needs_backward(opt_state),
-            jax.value_and_grad(total),
-            lambda p: (jnp.zeros([]), jax.tree.map(lambda x: x * 0, p)),
-            vary(params),
-        )
+        value, grads = vsa_optax.value_and_grad_by_phase(total)(vary(params), state=opt_state)
         updates, opt_state = opt.update(grads, opt_state, params, value=value)
         return optax.apply_updates(params, updates), opt_state
 
