@@ -178,6 +178,18 @@ MUTANTS = [
         "test_trit_codec.py -k structure",
     ),
     Mutant("codecs/codec.py", "jnp.clip(leaf, -largest, largest)", "leaf", "test_trit_codec.py -k range_of_a_half"),
+    Mutant(
+        "codecs/codec.py",
+        "jax.lax.with_sharding_constraint(array, PartitionSpec())",
+        "array",
+        "test_sharding.py -k steps-split",
+    ),
+    Mutant(
+        "transforms/ternary_sum.py",
+        "array.astype(coded_as) * _HEADROOM",
+        "codecs.as_reals(array) * _HEADROOM",
+        "test_sharding.py -k nans",
+    ),
     Mutant("codecs/hypervector.py", "jnp.roll(flat, -begin)", "jnp.roll(flat, begin)", HYPERVECTOR_TWIN),
     Mutant("codecs/hypervector.py", "bundle / jnp.maximum(num_met, 1)", "bundle / chunks", HYPERVECTOR_TWIN),
     Mutant(

@@ -10,7 +10,11 @@ The folder is written under another name, flushed to the disk, and renamed when 
 behind is not taken for a checkpoint, and the next `save` removes it. All is JSON and arrays: nothing is unpickled.
 
 It costs, beyond Orbax's own reading and writing, a SHA-256 over the files in each direction. Needs the extra
-``vsa-optax[checkpoint]``; a local POSIX file system, one process that holds all arrays, one writer a folder.
+``vsa-optax[checkpoint]``; a POSIX file system, one run a folder.
+
+With several processes (``jax.distributed``) all call `save` and `restore` alike, on a folder that all of them see. Each
+writes and reads its shards of arrays that are global; process 0 does the rest, and `save` returns everywhere, or fails
+everywhere, once it has. A checkpoint may be restored by another number of processes.
 
 Flax linen, whose ``TrainState`` is a tree of arrays once its step is one:
 
@@ -55,13 +59,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from vsa_optax import checkpoint_files as files
 from vsa_optax import checks
@@ -104,8 +109,9 @@ def save(
     Raises:
         ImportError: Orbax is not installed.
         TypeError: a leaf that is no array, a Python number for instance; a ``config`` that JSON cannot hold.
-        ValueError: an argument outside its range, a deleted (donated) array, more than one JAX process.
-        OSError: the folder cannot be written; what was written of it is removed.
+        ValueError: an argument outside its range; a deleted (donated) array; with several processes, an array that is
+            not global.
+        OSError: the folder cannot be written, here or by process 0; what was written of it is removed.
 
     Example:
         >>> import tempfile
@@ -125,15 +131,15 @@ def save(
     leaves, _ = _flatten(tree)
     data = {leaf.key: leaf.to_store() for leaf in leaves if leaf.key is not None}
 
-    root.mkdir(parents=True, exist_ok=True)
-    files.flush_folder(root.parent)
-    files.clean(root)
     unfinished = root / f".saving-{files.folder_name(step)}"
-    unfinished.mkdir()
-    try:
-        if data:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                checkpointer.save(unfinished / _ARRAYS, args=ocp.args.PyTreeSave(data))
+
+    def begin() -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        files.flush_folder(root.parent)
+        files.clean(root)
+        unfinished.mkdir()
+
+    def finish() -> None:
         manifest = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -147,10 +153,18 @@ def save(
         for folder, _, _ in os.walk(unfinished):
             files.flush_folder(folder)
         files.publish(root, unfinished, root / files.folder_name(step))
+
+    _in_process_0(begin)
+    try:
+        if data:
+            with ocp.Checkpointer(_writer(ocp)) as checkpointer:
+                checkpointer.save(unfinished / _ARRAYS, args=ocp.args.PyTreeSave(data))
+        _in_process_0(finish)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if jax.process_index() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    if keep is not None:
+    if keep is not None and jax.process_index() == 0:
         others = {number: folder for number, folder in files.whole(root).items() if number != step}
         for number in sorted(others, reverse=True)[keep - 1 :]:
             files.remove(root, others[number])
@@ -325,8 +339,6 @@ class _Leaf(NamedTuple):
 
 def _flatten(tree: Any, *, values: bool = True) -> tuple[list[_Leaf], Any]:
     """Leaves, None among them, and the structure; refuses what cannot be stored (``values``) or described."""
-    if jax.process_count() > 1:
-        raise ValueError(f"checkpoints are of one process that holds all arrays, got {jax.process_count()} processes")
     found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     allowed = jax.Array | np.ndarray | np.generic
     leaves: list[_Leaf] = []
@@ -341,11 +353,42 @@ def _flatten(tree: Any, *, values: bool = True) -> tuple[list[_Leaf], Any]:
             raise TypeError(f"leaf {path} has dtype {value.dtype}, which a checkpoint cannot hold")
         if values and isinstance(value, jax.Array) and value.is_deleted():
             raise ValueError(f"leaf {path} is a deleted array: it was donated to a jitted function")
+        if values and isinstance(value, jax.Array) and value.is_fully_addressable and jax.process_count() > 1:
+            raise ValueError(
+                f"leaf {path} is an array of this process alone: make it under jax.jit, with out_shardings over the "
+                f"devices of all {jax.process_count()} processes"
+            )
         is_stored = value is not None and math.prod(value.shape) > 0
         leaves.append(_Leaf(path, f"{index:06d}" if is_stored else None, value))
     if len({leaf.path for leaf in leaves}) < len(leaves):
         raise ValueError("two leaves of the tree have the same path; a checkpoint tells leaves apart by it")
     return leaves, treedef
+
+
+def _writer(ocp: Any) -> Any:
+    """What writes a tree of arrays: each process what it has to."""
+    if jax.process_count() == 1 or hasattr(jax, "set_mesh"):
+        return ocp.PyTreeCheckpointHandler()
+    # With the oldest JAX, Orbax cannot divide among the processes what all of them hold: one writes it.
+    kinds = ocp.type_handlers
+    registry = kinds.create_type_handler_registry(
+        (jax.Array, kinds.ArrayHandler(use_replica_parallel=False)), (np.ndarray, kinds.NumpyHandler())
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def _in_process_0(fun: Callable[[], None]) -> None:
+    """Process 0 calls ``fun``, and the others wait until it has; where it fails, it fails in all."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            fun()
+        except Exception as caught:
+            error = caught
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(error is not None)) and error is None:
+        raise OSError("process 0 could not write the checkpoint; its own error says why")
+    if error is not None:
+        raise error
 
 
 def _weakly_typed(array: jax.Array) -> jax.Array:

@@ -78,6 +78,7 @@ def as_reals(leaf: Any) -> jax.Array:
     array = jnp.asarray(leaf)
     if spec_of(array).sharding is not None:
         array = jax.sharding.reshard(array, PartitionSpec(*[None] * array.ndim))
+    array = _on_every_device(array)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         array = jnp.stack([array.real, array.imag])
     return array.astype(jnp.float32).reshape(-1)
@@ -90,7 +91,20 @@ def from_reals(reals: jax.Array, spec: LeafSpec) -> jax.Array:
         leaf = jax.lax.complex(parts[0], parts[1])
     else:
         leaf = reals.reshape(spec.shape)
+    leaf = _on_every_device(leaf)
     return leaf if spec.sharding is None else jax.sharding.reshard(leaf, spec.sharding)
+
+
+def _on_every_device(array: jax.Array) -> jax.Array:
+    """All of it, if there is a mesh to say so with, whose axes are XLA's to use.
+
+    Blocks do not end where shards do. Left to itself, XLA gives each device some blocks of a leaf that is split along
+    its first axis, and where these straddle shards, sends what is coded to and fro: several times the leaf's bytes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not isinstance(array, jax.core.Tracer) or mesh.empty or mesh.manual_axes or mesh.explicit_axes:
+        return array
+    return jax.lax.with_sharding_constraint(array, PartitionSpec())
 
 
 def as_decoded(leaf: jax.Array, spec: LeafSpec) -> jax.Array:

@@ -96,6 +96,11 @@ class TritCodec:
     **Dtypes.** Arithmetic is f32; leaves come back in their own dtype. A complex leaf is coded as twice as many reals,
     float64 loses what f32 cannot hold.
 
+    **Many devices.** Blocks do not end where shards do, so no code is laid out as a sharded leaf is: under ``jax.jit``
+    codes lie whole on every device. To encode, each leaf is gathered, once if a mesh is set (``jax.set_mesh``); without
+    one XLA splits the work as it sees fit, and may send a leaf along its first axis that is no multiple of 1024 several
+    times. To decode, nothing is sent. Inside ``jax.shard_map`` each device codes its own shard, and nothing is sent.
+
     **Not finite.** A block with a NaN, an infinity or, in float64, a number beyond f32's range decodes to NaN
     throughout. Finite blocks survive from 1e-35 to 1e35.
 

@@ -201,6 +201,10 @@ def accumulate_ternary(
     counted, as if it had not happened: the mean is that of K others, zeros leave, and nothing that is not finite enters
     the state.
 
+    **Many devices.** With parameters replicated, so is the sum. With parameters sharded it lies whole on every device
+    all the same, and each micro-batch's gradient is gathered for it (see `TritCodec`): in two trits, over more than
+    ten devices, ``optax.MultiSteps`` takes less. Inside ``jax.shard_map`` each device can sum its own shard.
+
     Args:
         every_k_schedule: K, an integer ``>= 1``, or a function of the gradient step that returns one, as in
             ``optax.MultiSteps``.

@@ -62,8 +62,12 @@ class TernarySum:
         checks.check_same_tree(self.shapes(total), gradients, what="gradients")
 
         def takes_leaf(leaf: CodedLeaf | RawLeaf, gradient: Any) -> jax.Array:
-            coded = isinstance(leaf, CodedLeaf)
-            return numerics.is_finite(codecs.as_reals(gradient) * _HEADROOM if coded else jnp.asarray(gradient))
+            array = jnp.asarray(gradient)
+            if isinstance(leaf, RawLeaf):
+                return numerics.is_finite(array)
+            # In its own shape: sharded, each device looks at what it has.
+            coded_as = jnp.complex64 if jnp.iscomplexobj(array) else jnp.float32
+            return numerics.is_finite(array.astype(coded_as) * _HEADROOM)
 
         taken = jax.tree.leaves(jax.tree.map(takes_leaf, total, gradients, is_leaf=is_coded))
         return functools.reduce(jnp.logical_and, taken, jnp.array(True))

@@ -1,0 +1,141 @@
+"""One of two processes that train together, and can be killed and started again at any moment.
+
+Arguments: process, port, folder, number of steps, the step of which to save a checkpoint. Prints a line for each step,
+and what the devices of this process hold when it saves and in the end.
+"""
+
+import hashlib
+import inspect
+import os
+import sys
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import vsa_optax
+from vsa_optax import checkpoint
+
+try:
+    from jax import shard_map
+except ImportError:  # The oldest JAX.
+    from jax.experimental.shard_map import shard_map
+
+SETTINGS = dict(
+    learning_rate=0.02, warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, guard=False, calibrate=False
+)
+
+SHAPES = {"w": (8, 128), "b": (128,), "v": (128, 4)}
+CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
+
+
+def connect(process, port):
+    """Joins the run; nobody listens but on the loopback interface."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    address = f"127.0.0.1:{port}"
+    # The oldest JAX knows neither of the last two.
+    limits = dict(initialization_timeout=60, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=20)
+    known = inspect.signature(jax.distributed.initialize).parameters
+    limits = {name: seconds for name, seconds in limits.items() if name in known}
+    jax.distributed.initialize(address, 2, process, coordinator_bind_address=address, **limits)
+
+
+def loss(params, x):
+    hidden = jnp.tanh(x @ params["w"] + params["b"])
+    return jnp.mean((hidden @ params["v"] - jnp.sin(x[:, :4])) ** 2)
+
+
+def make_params():
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
+
+
+def vary(tree):
+    """As different on each device: else JAX would sum up the gradients itself."""
+    if hasattr(jax.lax, "pcast"):
+        return jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), tree)
+    return jax.tree.map(lambda x: jax.lax.pvary(x, "data"), tree)
+
+
+def make_optimizer():
+    pmean = vsa_optax.compressed_pmean("data", vsa_optax.TritCodec(), error_feedback=True)
+    return vsa_optax.phase_switched(optax.chain(pmean, optax.adamw(1.0)), **SETTINGS)
+
+
+def specs_of_state():
+    """Each device has residuals of its own; all else is the same on all."""
+    return vsa_optax.state_specs(jax.eval_shape(lambda: make_optimizer().init(make_params())), "data")
+
+
+def first_state(mesh):
+    params = jax.jit(make_params, out_shardings=NamedSharding(mesh, P()))()
+    init = shard_map(make_optimizer().init, mesh=mesh, in_specs=P(), out_specs=specs_of_state())
+    return params, jax.jit(init)(params)
+
+
+def make_step(mesh):
+    opt, specs = make_optimizer(), specs_of_state()
+
+    def step(params, opt_state, x):
+        def total(own_params):
+            # Its gradient on a device is that of its own loss, which JAX 0.6.0 cannot differentiate by itself.
+            return jax.lax.psum(loss(own_params, x), "data")
+
+        value, grads = vsa_optax.value_and_grad_by_phase(total)(vary(params), state=opt_state)
+        updates, opt_state = opt.update(grads, opt_state, params, value=value)
+        return optax.apply_updates(params, updates), opt_state
+
+    return jax.jit(shard_map(step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs)), **CHEAP)
+
+
+def train(folder, steps, save_at):
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    # Each process has read its own part of the batch.
+    mine = np.random.default_rng(1 + jax.process_index()).normal(size=(16, 8)).astype(np.float32)
+    x = jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), mine)
+    state, step, done = first_state(mesh), make_step(mesh), 0
+    if checkpoint.latest_step(folder) is not None:
+        done, state = checkpoint.restore(folder, state, config=SETTINGS)
+    print("from", done, flush=True)
+    for count in range(done + 1, steps + 1):
+        state = jax.block_until_ready(step(*state, x))
+        if count == save_at:
+            checkpoint.save(folder, count, state, config=SETTINGS)
+            print("saved", *digests(state, jax.local_devices()), flush=True)
+        print("step", count, flush=True)
+    print("predicted", vsa_optax.phase_stats(state[1]).predict_steps, flush=True)
+    print("end", *digests(state, jax.local_devices()), flush=True)
+    refuse(folder, "alone", jnp.ones(3))
+    refuse(__file__, "unwritable", state)  # A file is no folder.
+
+
+def refuse(folder, word, tree):
+    try:
+        checkpoint.save(folder, 1, tree)
+    except (OSError, ValueError) as error:
+        print(word, type(error).__name__, error, flush=True)
+
+
+def digests(state, devices):
+    """Of all that is on each device: what every device has, and what this one alone has."""
+    for device in devices:
+        shared, own = hashlib.sha256(), hashlib.sha256()
+        for leaf in jax.tree.leaves(state):
+            data = next(np.asarray(shard.data) for shard in leaf.addressable_shards if shard.device == device)
+            (shared if leaf.is_fully_replicated else own).update(data.tobytes())
+        yield f"{shared.hexdigest()}:{own.hexdigest()}"
+
+
+if __name__ == "__main__":
+    connect(int(sys.argv[1]), sys.argv[2])
+    try:
+        train(sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    except jax.errors.JaxRuntimeError:
+        # On the way out JAX would wait for the lost process until its heartbeat is given up, and then abort.
+        traceback.print_exc()
+        os._exit(1)
+    jax.distributed.shutdown()

@@ -1,0 +1,140 @@
+"""Two processes that train together: the same bits in both, an end to both if one dies, and a run that is resumed."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import multiprocess_worker
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from vsa_optax import checkpoint
+
+WORKER = Path(__file__).with_name("multiprocess_worker.py")
+STEPS, SAVED_AT = 20, 7  # It is saved in the middle of a PREDICT phase.
+FOREVER = 10**6
+PATIENCE = 120  # Seconds, on a busy machine; alone, a run takes five.
+# What JAX says of a lost process: a collective has failed; or it has not been heard of, or was the coordinator.
+LOST = r"RuntimeError: .*Gloo .* failed|JAX distributed service detected fatal errors"
+
+
+class Process:
+    """One of the two, its output in files: nobody has to read a pipe."""
+
+    def __init__(self, folder, number, port, *arguments):
+        self._out, self._err = (folder / f"{number}.{kind}" for kind in ("out", "err"))
+        # One device each. With more, Gloo may wait for the process's own other device when the other process is lost,
+        # until JAX gives that up, which with the oldest release takes 100 s.
+        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, str(WORKER), str(number), str(port), *map(str, arguments)]
+        with self._out.open("w") as out, self._err.open("w") as err:
+            self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.popen.kill()
+        self.popen.wait()
+
+    @property
+    def said(self):
+        return self._out.read_text() + self._err.read_text()
+
+    def after(self, word):
+        """What follows the word at the beginning of a line of its output."""
+        [line] = [line for line in self._out.read_text().splitlines() if line.startswith(f"{word} ")]
+        return line.split()[1:]
+
+    def wait_for(self, line):
+        deadline = time.monotonic() + PATIENCE
+        while line not in self._out.read_text().splitlines():
+            assert self.popen.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.01)
+
+    def ends(self, timeout=PATIENCE):
+        """How it ends."""
+        try:
+            return self.popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout} s:\n{self.said}") from None
+
+
+@contextlib.contextmanager
+def two_processes(folder, *arguments):
+    """Starts them; none is left in the end."""
+    folder.mkdir()
+    with socket.socket() as reserved:
+        # Bound but not listening, the port is given to nobody who does not ask for it by number.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("127.0.0.1", 0))
+        port = reserved.getsockname()[1]
+        with Process(folder, 0, port, *arguments) as first, Process(folder, 1, port, *arguments) as second:
+            yield first, second
+
+
+def finished(processes):
+    """What the devices hold in the end: first what all hold, then what each alone does."""
+    for process in processes:
+        assert process.ends() == 0, process.said
+    held = [device.split(":") for process in processes for device in process.after("end")]
+    return zip(*held, strict=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with two_processes(folder / "log", folder / "run", STEPS, 0) as processes:
+        shared, own = finished(processes)
+        predicted = [int(process.after("predicted")[0]) for process in processes]
+        refusals = [[" ".join(process.after(word)) for process in processes] for word in ("alone", "unwritable")]
+    return shared, own, predicted, refusals
+
+
+def test_every_process_holds_the_same_bits(uninterrupted):
+    shared, own, predicted, _ = uninterrupted
+    assert shared[0] == shared[1]
+    assert own[0] != own[1]  # The residuals.
+    assert predicted[0] == predicted[1] > 4
+
+
+def test_a_save_that_cannot_be_is_refused_in_every_process(uninterrupted):
+    alone, unwritable = uninterrupted[3]
+    assert alone[0] == alone[1]
+    assert alone[0].startswith("ValueError leaf (the tree is one leaf) is an array of this process alone")
+    assert unwritable[0].startswith("FileExistsError")
+    assert unwritable[1] == "OSError process 0 could not write the checkpoint; its own error says why"
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_process_ends_the_run_and_the_checkpoint_resumes(victim, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    with two_processes(tmp_path / "killed", run, FOREVER, SAVED_AT) as processes:
+        for process in processes:
+            process.wait_for(f"step {SAVED_AT + 5}")
+        processes[victim].popen.send_signal(signal.SIGKILL)
+        survivor = processes[1 - victim]
+        assert survivor.ends(30) not in (0, None)
+        assert re.search(LOST, survivor.said), survivor.said
+        saved = [device for process in processes for device in process.after("saved")]
+
+    # One process alone can read it, on as many devices.
+    devices = jax.devices()[:2]
+    template = multiprocess_worker.first_state(Mesh(np.array(devices), ("data",)))
+    step, state = checkpoint.restore(run, template, config=multiprocess_worker.SETTINGS)
+    assert step == SAVED_AT
+    assert list(multiprocess_worker.digests(state, devices)) == saved
+
+    with two_processes(tmp_path / "resumed", run, STEPS, 0) as processes:
+        shared, own = finished(processes)
+        assert [process.after("from") for process in processes] == [[str(SAVED_AT)]] * 2
+    assert (shared, own) == uninterrupted[:2]

@@ -1,0 +1,252 @@
+"""Under `jax.jit` on eight devices, sharded automatically: one device's results, the state laid out as the parameters.
+
+What is sent is read from the compiled program. Parameters are replicated, or each is split along one of its axes
+(FSDP); the batch is split, so that gradients are sums over devices.
+"""
+
+import contextlib
+import functools
+import math
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import vsa_optax
+from vsa_optax.transforms.ternary_sum import make_ternary_sum
+
+try:
+    from jax import shard_map
+except ImportError:  # The oldest JAX.
+    from jax.experimental.shard_map import shard_map
+
+STEPS = 20
+SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, history_window=5, guard=False)
+SHAPES = {"w": (24, 120), "b": (120,), "v": (120, 32)}
+SPLIT = {"w": P("data", None), "b": P("data"), "v": P(None, "data")}
+LAYOUTS = {"replicated": dict.fromkeys(SHAPES, P()), "split": SPLIT}
+CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
+CODEC = vsa_optax.TritCodec()
+CODED = [SHAPES["w"], SHAPES["v"]]  # The leaves of at least a block.
+SENT = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+use_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
+
+
+def phase_switched(**kwargs):
+    return vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=0.01, **kwargs)
+
+
+EXACT = {
+    "secants, guarded": phase_switched(warmup_steps=3, history_window=5),
+    "window": phase_switched(history="window", calibrate=False, **SHORT),
+    "window, calibrated": phase_switched(history="window", **SHORT),
+    "recursive": phase_switched(history="recursive", **(SHORT | {"history_window": None})),
+}
+# The optimizer, and in how many places of its program gradients are coded: as a record and as a residual; as one of a
+# window's micro-batches and as its last.
+LOSSY = {
+    "coded window": (phase_switched(history_codec=CODEC, calibrate=False, **SHORT), 2),
+    "ternary_multi_steps": (vsa_optax.ternary_multi_steps(optax.adamw(0.01), 3), 2),
+    "compressed": (optax.chain(vsa_optax.compress_gradients(CODEC, error_feedback=True), optax.adamw(0.01)), 1),
+}
+
+
+def make_params():
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
+
+
+def make_batch():
+    return jnp.asarray(np.random.default_rng(1).normal(size=(32, 24)), jnp.float32)
+
+
+def loss(params, x):
+    return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) @ params["v"] - 1.0) ** 2)
+
+
+def make_step(opt, has_phases):
+    def step(params, state, x):
+        if has_phases:
+            value, grads = vsa_optax.value_and_grad_by_phase(loss)(params, x, state=state)
+        else:
+            value, grads = jax.value_and_grad(loss)(params, x)
+        updates, state = opt.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step)
+
+
+def mesh_of_all():
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def place(tree, mesh, specs):
+    return jax.device_put(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+
+
+def placed(mesh, layout, path, leaf):
+    """The leaf of a first state, where it is to lie.
+
+    Most do. Counters and codes are on one device, from where JAX may move them, or on all of a mesh that is set; so is
+    what a codec leaves as it is, which is going to lie where its parameter does.
+    """
+    name = next((key.key for key in path if getattr(key, "key", None) in SHAPES), None)
+    is_like = name is not None and leaf.shape[leaf.ndim - len(SHAPES[name]) :] == SHAPES[name]
+    spec = LAYOUTS[layout][name] if is_like else P()
+    return place(leaf, mesh, P(*[None] * (leaf.ndim - len(spec)), *spec))
+
+
+def run(opt, layout, *, has_phases, in_context):
+    """Parameters and state after `STEPS` steps, the first state, and the compiled program that made all of them."""
+    mesh = mesh_of_all()
+    step = make_step(optax.with_extra_args_support(opt), has_phases)
+    with use_mesh(mesh) if in_context else contextlib.nullcontext():
+        params = place(make_params(), mesh, LAYOUTS[layout])
+        batch = place(make_batch(), mesh, P("data"))
+        first = opt.init(params)
+        state = jax.tree_util.tree_map_with_path(functools.partial(placed, mesh, layout), first)
+        compiled = step.lower(params, state, batch).compile(**CHEAP)
+        for _ in range(STEPS):
+            params, state = compiled(params, state, batch)  # An error, if what left were not laid out as what came.
+    return params, state, first, compiled
+
+
+def run_alone(opt, *, has_phases):
+    step, params, batch = make_step(optax.with_extra_args_support(opt), has_phases), make_params(), make_batch()
+    state = opt.init(params)
+    step = step.lower(params, state, batch).compile(**CHEAP)
+    for _ in range(STEPS):
+        params, state = step(params, state, batch)
+    return params, state
+
+
+def collectives(compiled, kind):
+    """How often the program has a collective of this kind, by the arrays that it makes."""
+    found = re.findall(rf"= (.*?) {kind}(?:-start)?\(", compiled.as_text())
+    arrays = [array for result in found for array in re.findall(r"(\w+)\[([\d,]*)\]", result)]
+    return Counter((dtype, tuple(map(int, filter(None, shape.split(","))))) for dtype, shape in arrays)
+
+
+def num_bytes(arrays):
+    sizes = {"pred": 1, "u8": 1, "bf16": 2, "f32": 4, "s32": 4, "u32": 4}
+    return sum(count * sizes[dtype] * math.prod(shape) for (dtype, shape), count in arrays.items())
+
+
+def assert_like_the_parameters(state, layout):
+    """Whatever has a parameter's name and, behind axes of its own, its shape; returns how many arrays that were."""
+    found = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = getattr(path[-1], "key", None)
+        if name in SHAPES and leaf.shape[leaf.ndim - len(SHAPES[name]) :] == SHAPES[name]:
+            wanted = P(*[None] * (leaf.ndim - len(SHAPES[name])), *LAYOUTS[layout][name])
+            sharding = NamedSharding(mesh_of_all(), wanted)
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (jax.tree_util.keystr(path), leaf.sharding)
+            shares = 8 if layout == "split" else 1
+            assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // shares}
+            found += 1
+    return found
+
+
+def assert_same_training(params, state, alone, *, atol):
+    for name, start in make_params().items():
+        np.testing.assert_allclose(params[name], alone[0][name], rtol=0, atol=atol)
+        assert float(jnp.max(jnp.abs(params[name] - start))) > 0.05
+    if isinstance(state, vsa_optax.transforms.switched.PhaseSwitchedState):
+        stats, wanted = vsa_optax.phase_stats(state), vsa_optax.phase_stats(alone[1])
+        np.testing.assert_array_equal(stats[:7], wanted[:7])
+        assert stats.predict_steps > 0
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The programs of AdamW alone, by layout."""
+    opt = optax.adamw(0.01)
+    return {layout: run(opt, layout, has_phases=False, in_context=False)[3] for layout in LAYOUTS}
+
+
+@pytest.mark.parametrize(("case", "layout"), [*((case, "split") for case in EXACT), ("secants, guarded", "replicated")])
+def test_histories_stay_where_the_parameters_are(case, layout, plain):
+    """From `init` on; and nothing is gathered that AdamW alone does not gather."""
+    params, state, first, compiled = run(EXACT[case], layout, has_phases=True, in_context=False)
+    num_moments = 2
+    num_records = {"secants, guarded": 4, "window": 2, "window, calibrated": 1, "recursive": 2}[case]
+    for one in (first, state):
+        assert assert_like_the_parameters(one, layout) == len(SHAPES) * (num_records + num_moments)
+    assert_like_the_parameters(params, layout)
+    for kind in SENT:
+        assert collectives(compiled, kind) == collectives(plain[layout], kind), kind
+    # Norms and inner products are sums over devices, at most W numbers each.
+    more = collectives(compiled, "all-reduce") - collectives(plain[layout], "all-reduce")
+    assert all(math.prod(shape) <= 5 for _, shape in more), more
+    assert_same_training(params, state, run_alone(EXACT[case], has_phases=True), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("case", "layout"), [*((case, "split") for case in LOSSY), ("ternary_multi_steps", "replicated")]
+)
+def test_what_is_coded_is_whole_on_every_device(case, layout, plain):
+    """Each coded leaf of a gradient is gathered once to be coded; codes never are, and decoding sends nothing."""
+    opt, places = LOSSY[case]
+    has_phases = case == "coded window"
+    params, state, first, compiled = run(opt, layout, has_phases=has_phases, in_context=True)
+    num_trees = 3 if case == "compressed" else 2  # Adam's moments, and the residual.
+    assert assert_like_the_parameters(state, layout) == len(SHAPES) * num_trees
+    for one in (first, state):
+        codes = [leaf for leaf in jax.tree.leaves(one) if leaf.dtype == jnp.uint8]
+        assert len(codes) == (0 if case == "compressed" else 4 if has_phases else 2)
+        assert all(leaf.sharding.is_fully_replicated for leaf in codes)
+    assert_like_the_parameters(params, layout)
+    more = collectives(compiled, "all-gather") - collectives(plain[layout], "all-gather")
+    assert {shape for _, shape in more} == (set(CODED) if layout == "split" else set())
+    # Of a select that comes before, XLA may gather both operands: a quarter more.
+    assert num_bytes(more) <= places * 1.25 * sum(4 * math.prod(shape) for shape in CODED)
+    for kind in SENT[1:]:
+        assert not collectives(compiled, kind), kind
+    more = collectives(compiled, "all-reduce") - collectives(plain[layout], "all-reduce")
+    assert all(math.prod(shape) <= 5 for _, shape in more), more
+    # A sum in another order is now and then on the other side of the border between two levels.
+    assert_same_training(params, state, run_alone(opt, has_phases=has_phases), atol=3e-3)
+
+
+def test_a_gradient_is_looked_at_for_nans_where_it_lies():
+    """At every micro-batch, before it is known whether anything has to be gathered."""
+    mesh, total = mesh_of_all(), make_ternary_sum(2, trits=None, rounding="nearest", block_size=1024, seed=0)
+    with use_mesh(mesh):
+        gradients = place(make_params(), mesh, SPLIT)
+        takes = jax.jit(total.takes).lower(total.zeros(gradients), gradients).compile()
+        assert not any(collectives(takes, kind) for kind in SENT)
+        for name in SHAPES:
+            bad = gradients | {name: gradients[name].at[-1].set(jnp.nan)}
+            assert not takes(total.zeros(gradients), place(bad, mesh, SPLIT)), name
+        assert takes(total.zeros(gradients), gradients)
+
+
+def test_inside_shard_map_an_accumulator_is_local():
+    """Each device sums its own shard of the gradient: nothing is sent, and it holds an eighth of the trits."""
+    mesh, opt = mesh_of_all(), vsa_optax.accumulate_ternary(2)
+    gradients = jnp.asarray(np.random.default_rng(2).normal(size=(2, 8 * 40, 128)), jnp.float32)
+
+    def init(shard):
+        return jax.tree.map(lambda x: x[None], opt.init(shard))
+
+    def update(shard, state):
+        mean, state = opt.update(shard, jax.tree.map(lambda x: x[0], state))
+        return mean, jax.tree.map(lambda x: x[None], state)
+
+    by_rows = P("data")
+    state = jax.jit(shard_map(init, mesh=mesh, in_specs=by_rows, out_specs=by_rows))(gradients[0])
+    step = jax.jit(shard_map(update, mesh=mesh, in_specs=(by_rows, by_rows), out_specs=(by_rows, by_rows)))
+    compiled = step.lower(place(gradients[0], mesh, by_rows), state).compile(**CHEAP)
+    assert not any(collectives(compiled, kind) for kind in (*SENT, "all-reduce"))
+    for gradient in gradients:
+        mean, state = compiled(place(gradient, mesh, by_rows), state)
+    codes = state.acc_grads.codes
+    assert {shard.data.nbytes for shard in codes.addressable_shards} == {codes.nbytes // 8}
+    error = jnp.sum((mean - gradients.mean(axis=0)) ** 2) / jnp.sum(gradients.mean(axis=0) ** 2)
+    assert 0.01 < error < 0.02  # Of noise in two trits, K = 2: 0.014.
