@@ -292,8 +292,8 @@ def errors(options):
     tasks.print_header(
         f"NMSE of the mean over {NUM} devices, relative to the mean of ||g_i||^2",
         "vNMSE: of one encoding; sum: vNMSE / 8 + vNMSE ||mean||^2 / mean ||g_i||^2; ratio: measured over sum",
-        "refined: measured over the sum with the noisy mean, which is what is encoded again, in the place of the mean, and",
-        "without the row that a device has for itself, which is not encoded",
+        "refined: measured over the sum without what is not encoded, a device's row for itself, and with the",
+        "noisy mean in the place of the mean, since that is encoded again",
         f"n = {seeds} seeds, {repeats} rotations of each",
     )
     widths = [26, 9, 34, 9, 9, 9, 36]
