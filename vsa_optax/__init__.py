@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from vsa_optax.codecs.hypervector import HypervectorCodec
     from vsa_optax.codecs.trit import TritCodec
     from vsa_optax.transforms.accumulate import accumulate_ternary, ternary_multi_steps
+    from vsa_optax.transforms.collectives import compressed_pmean, state_specs
     from vsa_optax.transforms.compress import compress_gradients
     from vsa_optax.transforms.guard import GuardAction
     from vsa_optax.transforms.phases import Phase
@@ -26,10 +27,12 @@ __all__ = [
     "TritCodec",
     "accumulate_ternary",
     "compress_gradients",
+    "compressed_pmean",
     "needs_backward",
     "phase_stats",
     "phase_switched",
     "predict_gradients",
+    "state_specs",
     "ternary_accumulator",
     "ternary_multi_steps",
     "trits",
@@ -46,10 +49,12 @@ _HOMES = {
     "TritCodec": "codecs.trit",
     "accumulate_ternary": "transforms.accumulate",
     "compress_gradients": "transforms.compress",
+    "compressed_pmean": "transforms.collectives",
     "needs_backward": "transforms.queries",
     "phase_stats": "transforms.queries",
     "phase_switched": "transforms.predict",
     "predict_gradients": "transforms.predict",
+    "state_specs": "transforms.collectives",
     "ternary_accumulator": "transforms.ternary_accumulator",
     "ternary_multi_steps": "transforms.accumulate",
     "value_and_grad_by_phase": "value_and_grad",
