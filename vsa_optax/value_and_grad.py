@@ -11,6 +11,7 @@ from jax import lax
 
 from vsa_optax.transforms.phases import Phase
 from vsa_optax.transforms.queries import find_machine
+from vsa_optax.transforms.replicated import as_varying, varying_axes
 
 
 def value_and_grad_by_phase(
@@ -83,7 +84,15 @@ def value_and_grad_by_phase(
 
         if has_aux:
             _check_aux(lambda arrays: call(fun, arrays), arrays)
-        out_shapes, grad_shapes = jax.eval_shape(lambda arrays: call(differentiated, arrays), arrays)
+        axes = None
+
+        def traced(arrays: Sequence[Any]) -> Any:
+            nonlocal axes
+            out = call(differentiated, arrays)
+            axes = jax.tree.map(varying_axes, out)
+            return out
+
+        out_shapes, grad_shapes = jax.eval_shape(traced, arrays)
         if has_aux and not value_in_predict:
             _check_aux_in_predict(out_shapes[1], aux_in_predict)
 
@@ -92,6 +101,10 @@ def value_and_grad_by_phase(
             return call(differentiated, arrays)
 
         def without_backward(arrays: Sequence[Any], aux: Any) -> Any:
+            # Inside shard_map both branches must vary over the same axes.
+            return jax.tree.map(as_varying, in_predict(arrays, aux), axes)
+
+        def in_predict(arrays: Sequence[Any], aux: Any) -> Any:
             grads = jax.tree.map(lambda s: jnp.zeros_like(s, dtype=s.dtype), grad_shapes)
             if value_in_predict:
                 return call(fun, arrays), grads

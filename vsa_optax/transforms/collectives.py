@@ -3,7 +3,6 @@
 State cost: 8 bytes; with error feedback 4 bytes a parameter more on each device.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from vsa_optax import checks
@@ -19,17 +17,7 @@ from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.hypervector import HypervectorCodec
 from vsa_optax.transforms import exchange
 from vsa_optax.transforms.finite import select
-from vsa_optax.transforms.replicated import all_devices_agree, varying_axes
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshAxes:
-    """Names of mesh axes, in their place in a state: a pytree node without children."""
-
-    names: tuple[str, ...]
-
-
-jax.tree_util.register_dataclass(MeshAxes, data_fields=[], meta_fields=["names"])
+from vsa_optax.transforms.replicated import MeshAxes, all_devices_agree, is_checked, varying_axes
 
 
 class CompressedPmeanState(NamedTuple):
@@ -54,8 +42,8 @@ def compressed_pmean(
 ) -> optax.GradientTransformationExtraArgs:
     """Averages gradients over devices, as ``jax.lax.pmean`` does, but what it sends is a codec's payloads.
 
-    To be used inside ``jax.shard_map``, whose replication check may stay on, at the head of an ``optax.chain``: gradients
-    of each device enter, their mean leaves, the same bits on all devices. On n devices:
+    To be used inside ``jax.shard_map``, whose replication check may stay on, at the head of an ``optax.chain``:
+    gradients of each device enter, their mean leaves, the same bits on all devices. On n devices:
 
         own mean of row r:  m_r = (g_{r,r} + sum_{i != r} decode(encode(g_{i,r}))) / n
         what leaves:        decode(encode(m_r)), r = 0 ... n - 1
@@ -237,12 +225,6 @@ def state_specs(opt_state: Any, axis_name: str | tuple[str, ...]) -> Any:
     return jax.tree.map(specs_of, opt_state, is_leaf=_is_state)
 
 
-def axes_of(state: Any) -> frozenset[str]:
-    """The mesh axes over which some `compressed_pmean` in the state averages."""
-    nodes = jax.tree.leaves(state, is_leaf=_is_state)
-    return frozenset(name for node in nodes if _is_state(node) for name in node.axes.names)
-
-
 def _is_state(node: Any) -> bool:
     return isinstance(node, CompressedPmeanState)
 
@@ -276,9 +258,8 @@ def _check_axis_name(axis_name: Any) -> tuple[str, ...]:
 def _check_variable(leaves: Sequence[Any], axes: tuple[str, ...]) -> None:
     """``ValueError`` if gradients are the same on all devices already: JAX has summed them, in full."""
     exchange.axis_size(axes)
-    is_checked = bool(varying_axes(lax.axis_index(axes)))
     summed = set(axes) - varying_axes(leaves)
-    if leaves and is_checked and summed:
+    if leaves and summed and is_checked(frozenset(axes)):
         raise ValueError(
             f"gradients must be those of each device, got some that are the same along {sorted(summed)}. JAX sums up "
             "the gradients of parameters that are: make those vary before differentiating, with jax.lax.pcast(params, "

@@ -15,6 +15,7 @@ from vsa_optax.transforms.conditional import split_extra_args, when
 from vsa_optax.transforms.finite import all_finite, select
 from vsa_optax.transforms.phases import Phase
 from vsa_optax.transforms.predictor import Predictor
+from vsa_optax.transforms.replicated import all_finite_over, varying_axes
 from vsa_optax.transforms.step_result import StepResult
 
 
@@ -39,11 +40,12 @@ class PhaseStep:
         memory: Memory,
         scalars: Any,
         watches: jax.Array | None = None,
+        axes: frozenset[str] = frozenset(),
     ) -> StepResult:
         """One step in a true phase, the prediction in PREDICT; ``scalars`` are what the step is to the history.
 
         A true step is compared with its prediction in CORRECT; calibrated, always; and where ``watches`` is given, if
-        that is true.
+        that is true. Devices along ``axes`` decide together: what is not finite on one is skipped on all.
         """
         traced_args, static_args = split_extra_args(extra_args)
         emitted = jax.eval_shape(
@@ -54,10 +56,10 @@ class PhaseStep:
             traced_args,
         )
         leaves, treedef = jax.tree.flatten(emitted)
-        predict_if, step, step_when = self._functions_for(treedef, tuple(leaves))
+        predict_if, step, step_when = self._functions_for(treedef, tuple(leaves), axes)
         is_predict = phase == Phase.PREDICT
         weights = self._predictor.weights(memory.calibration, scalars)
-        has_gradient = lax.cond(is_predict, _true, all_finite, updates)
+        has_gradient = lax.cond(is_predict, _true, all_finite_over(axes), updates)
         result = StepResult(
             target=predict_if(is_predict, memory.history, memory.residual, scalars, weights),
             inner_state=inner_state,
@@ -74,7 +76,7 @@ class PhaseStep:
             watches = jnp.array(True) if memory.calibration is not None else phase == Phase.CORRECT
         return step_when(runs, result, updates, params, traced_args, watches, memory.history, scalars)
 
-    def _functions(self, treedef: Any, avals: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
+    def _functions(self, treedef: Any, avals: tuple[Any, ...], axes: frozenset[str]) -> tuple[Callable[..., Any], ...]:
         """Prediction, true step and conditional true step of a transformation that emits leaves like ``avals``."""
 
         def predicted(history: Any, residual: Any, scalars: Any, weights: jax.Array | None) -> Any:
@@ -119,6 +121,7 @@ class PhaseStep:
             target, inner_state = self._recorded.update(
                 updates, result.inner_state, params, **extra_args, **static_args
             )
+            _check_same_everywhere(target, axes)
             is_finite = all_finite(target)
             inner_state = select(is_finite, inner_state, result.inner_state)
             result = result._replace(target=target, inner_state=inner_state, is_finite=is_finite)
@@ -131,3 +134,14 @@ class PhaseStep:
 def _true(updates: Any) -> jax.Array:
     del updates
     return jnp.array(True)
+
+
+def _check_same_everywhere(target: Any, axes: frozenset[str]) -> None:
+    """``ValueError`` if what is to be recorded differs between devices along ``axes``, which decide together."""
+    differing = varying_axes(target) & axes
+    if differing:
+        raise ValueError(
+            f"gradients differ between the devices along {sorted(differing)}, and so would what is recorded of them: "
+            "average them before (jax.lax.pmean), or inside opt (compressed_pmean) with predict_in='update'; if it is the "
+            "parameters that are sharded, leave that to jax.jit"
+        )

@@ -17,6 +17,7 @@ from vsa_optax.transforms.history import describe_state
 from vsa_optax.transforms.phase_step import PhaseStep
 from vsa_optax.transforms.phases import Phase, PhaseMachineState, PhaseSchedule
 from vsa_optax.transforms.predictor import Predictor
+from vsa_optax.transforms.replicated import all_finite_over, axes_in, is_checked, mean_over, varying_axes
 from vsa_optax.transforms.step_result import StepResult
 
 
@@ -67,6 +68,7 @@ def switched(
         checks.check_inexact_leaves(params)
         inner_state = opt.init(params)
         _check_inner_state(inner_state)
+        _check_domain(inner_state, predicts_updates)
         machine = phases.init(schedule)
         if schedule.ever_predicts:
             machine = machine._replace(
@@ -94,6 +96,9 @@ def switched(
         _check_trees(updates, params, state, predictor)
 
         machine, memory, averaged_error = state.machine, state.history, state.residual
+        axes = _axes_to_agree_over(updates, state)
+        if value is not None:
+            value = extra_args["value"] = _agreed_value(extra_args["value"], state, in_all_phases=schedule.adaptive)
         step = phases.total_steps(machine)
         recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
         plan = None
@@ -103,7 +108,7 @@ def switched(
             watches = None if machine.guard is None else machine.guard.asleep == 0
             scalars = look(watches, memory, step, seen_params)
             read = Memory(memory, averaged_error, machine.calibration)
-            result = run(updates, recorded_state, params, extra_args, machine.phase, read, scalars, watches)
+            result = run(updates, recorded_state, params, extra_args, machine.phase, read, scalars, watches, axes)
             assert result.error is not None
             assert result.is_measured is not None
             is_predict = machine.phase == Phase.PREDICT
@@ -124,7 +129,7 @@ def switched(
             memory = record(is_recorded, memory, result.target, seen_params, step, scalars)
         else:
             target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
-            result = StepResult(target, inner_state, all_finite(updates))
+            result = StepResult(target, inner_state, all_finite_over(axes)(updates))
 
         is_finite = result.is_finite
         if predicts_updates:
@@ -162,6 +167,44 @@ class _Look:
     def _nothing(self, memory: Any, step: jax.Array, params: Any) -> Any:
         shapes = jax.eval_shape(self._predictor.scalars, memory, step, params)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _axes_to_agree_over(tree: Any, state: PhaseSwitchedState) -> frozenset[str]:
+    """The mesh axes along which devices share the machine, but not ``tree``."""
+    averaged = axes_in(state.inner_state)
+    may_vary = frozenset() if is_checked(averaged) else averaged
+    return (varying_axes(tree) | may_vary) - varying_axes(state.machine.phase)
+
+
+def _agreed_value(value: jax.Array, state: PhaseSwitchedState, *, in_all_phases: bool) -> jax.Array:
+    """The loss, averaged over devices where it differs.
+
+    In PREDICT, where devices do not communicate, the last one known, unless the value counts ``in_all_phases``.
+    """
+    axes = _axes_to_agree_over(value, state)
+    if not axes:
+        return value
+    machine, value = state.machine, value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    if in_all_phases:
+        return mean_over(value, axes)
+    last = jnp.where(machine.has_value, machine.value, jnp.nan).astype(value.dtype)
+    return lax.cond(
+        machine.phase == Phase.PREDICT,
+        lambda value, last: last,
+        lambda value, last: mean_over(value, axes),
+        value,
+        last,
+    )
+
+
+def _check_domain(inner_state: Any, predicts_updates: bool) -> None:
+    axes = axes_in(inner_state)
+    if axes and not predicts_updates:
+        raise ValueError(
+            f"predict_in must be 'update' where opt averages gradients over devices, here along {sorted(axes)}: those "
+            "that enter differ, and so would what is recorded of them. Secants, the default, predict gradients; a line "
+            "(history='window' or 'recursive') can predict updates"
+        )
 
 
 def _check_inner_state(inner_state: Any) -> None:
