@@ -288,7 +288,7 @@ GRADIENTS = {
 
 
 def errors(options):
-    seeds, repeats = options.seeds or 5, 4
+    seeds, repeats = options.seeds or 5, 2
     tasks.print_header(
         f"NMSE of the mean over {NUM} devices, relative to the mean of ||g_i||^2",
         "vNMSE: of one encoding; sum: vNMSE / 8 + vNMSE ||mean||^2 / mean ||g_i||^2; ratio: measured over sum",
