@@ -55,6 +55,10 @@ SUM = "test_trit_sums.py -k twin or few_rows"
 ROUNDING = "test_trit_sums.py -k rounding"
 WINDOWS = "test_accumulate.py -k windows_are or left_out or leaves_out"
 OF_ERRORS = "test_errors.py"
+COLLECTIVE_TWIN = "test_collectives.py -k twin"
+COLLECTIVE_BUNDLES = "test_collectives.py -k summed"
+COLLECTIVE_NAN = "test_collectives.py -k nan"
+COLLECTIVE_PHASES = "test_collective_phases.py -k any_phase or averaged_where"
 
 CALIBRATION = "test_calibration.py -k twin or products_kept or vanishes or ridge"
 GUARD = "test_guard.py -k twin or bounds"
@@ -215,6 +219,47 @@ MUTANTS = [
         "jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32),",
         "*[jnp.zeros([], jnp.int32)] * 2,",
         "test_compress.py -k donation",
+    ),
+    Mutant("kernels/byte_rows.py", "start += size * width", "start += size", COLLECTIVE_TWIN),
+    Mutant("kernels/shard_rows.py", "start += self.sizes[i]", "start += 1", COLLECTIVE_TWIN),
+    Mutant("kernels/shard_rows.py", "key=lambda i: -self.sizes[i]", "key=lambda i: self.sizes[i]", COLLECTIVE_TWIN),
+    Mutant("kernels/shard_rows.py", "return self.block if", "return 2 * self.block if", COLLECTIVE_TWIN),
+    Mutant("transforms/exchange.py", "2 * (num * step + own)", "2 * num * step", COLLECTIVE_TWIN),
+    Mutant("transforms/exchange.py", "codec.encode(average, first_step + 1)", "codec.encode(average)", COLLECTIVE_TWIN),
+    Mutant("transforms/exchange.py", "of_devices / num", "of_devices", COLLECTIVE_TWIN),
+    Mutant("transforms/exchange.py", "[_put(d, own, _take(x, own)) for", "[d for", COLLECTIVE_TWIN),
+    Mutant("transforms/exchange.py", "[_put(x, own, e) for", "[x for", COLLECTIVE_TWIN),
+    Mutant("transforms/exchange.py", "[num * (a - _take(m, own))", "[a - _take(m, own)", COLLECTIVE_TWIN),
+    Mutant("transforms/exchange.py", "jnp.all(flags > 0) & all_finite(mean)", "all_finite(mean)", COLLECTIVE_NAN),
+    Mutant("transforms/exchange.py", "payload.bundle / axis_size(axes)", "payload.bundle", COLLECTIVE_BUNDLES),
+    Mutant(
+        "transforms/exchange.py", "x - d for x, d in zip(vectors", "x + d for x, d in zip(vectors", COLLECTIVE_BUNDLES
+    ),
+    Mutant("transforms/exchange.py", "x + (d - m)", "x", COLLECTIVE_BUNDLES),
+    Mutant("transforms/collectives.py", "[x + e for", "[x for", COLLECTIVE_TWIN),
+    Mutant("transforms/collectives.py", "jnp.where(is_finite, leaf, jnp.zeros_like(leaf))", "leaf", COLLECTIVE_NAN),
+    Mutant(
+        "transforms/collectives.py",
+        "select(is_finite, jax.tree.unflatten(treedef, lost), residual)",
+        "jax.tree.unflatten(treedef, lost)",
+        COLLECTIVE_NAN,
+    ),
+    Mutant(
+        "transforms/collectives.py",
+        "varying_axes(leaf) - set(axes)",
+        "frozenset()",
+        "test_collectives.py -k another_mesh_axis",
+    ),
+    Mutant("transforms/collectives.py", "PartitionSpec(axis_name), node", "PartitionSpec(), node", COLLECTIVE_TWIN),
+    Mutant("transforms/replicated.py", "lax.pmin(flag", "lax.pmax(flag", COLLECTIVE_PHASES),
+    Mutant("transforms/replicated.py", "lax.pmean(x,", "lax.psum(x,", COLLECTIVE_PHASES),
+    Mutant("transforms/switched.py", "lambda value, last: last,", "lambda value, last: 0 * last,", COLLECTIVE_PHASES),
+    Mutant("transforms/switched.py", "if axes and not predicts_up", "if axes and predicts_up", COLLECTIVE_PHASES),
+    Mutant(
+        "transforms/phase_step.py",
+        "varying_axes(target) & axes",
+        "varying_axes(target) - axes",
+        "test_collective_phases.py -k refused",
     ),
     Mutant(
         "transforms/coded_history.py",

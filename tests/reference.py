@@ -181,3 +181,61 @@ class SecantPredictor:
             self.scores = self.forget * self.scores + (1 - self.forget) * np.minimum(errors, 4.0)
         self.points.append(point)
         self.gradients.append(gradient)
+
+
+class CompressedMean:
+    """The mean of n devices' gradients, lists of flat arrays, row by row; ``code`` is what a receiver decodes.
+
+    ``code(rows, step)`` takes and returns a list of rows; one of fewer than ``block`` coordinates, but at least
+    ``worth_padding``, is filled up. ``rounded`` is what the leaves' dtypes hold of a list of flat arrays.
+    """
+
+    def __init__(self, code, num, block, worth_padding, rounded):
+        self.code, self.num, self.block, self.worth_padding, self.rounded = code, num, block, worth_padding, rounded
+        self.step = 0
+
+    def cut(self, leaves):
+        """A list for each device of its rows, and for each row which leaves are in it."""
+        order = sorted((i for i in range(len(leaves)) if len(leaves[i])), key=lambda i: -len(leaves[i]))
+        groups = [[i] for i in order if len(leaves[i]) >= self.num * self.block]
+        if small := [i for i in order if len(leaves[i]) < self.num * self.block]:
+            groups.append(small)
+        rows = [[] for _ in range(self.num)]
+        for group in groups:
+            flat = np.concatenate([leaves[i] for i in group])
+            width = -(-len(flat) // self.num)
+            if self.worth_padding <= width < self.block:
+                width = self.block
+            flat = np.concatenate([flat, np.zeros(self.num * width - len(flat), np.float32)])
+            for r in range(self.num):
+                rows[r].append(flat[r * width : (r + 1) * width])
+        return rows, groups
+
+    def join(self, rows, groups, like):
+        leaves = [np.zeros(0, np.float32) for _ in like]
+        for j, group in enumerate(groups):
+            flat, start = np.concatenate([row[j] for row in rows]), 0
+            for i in group:
+                leaves[i] = flat[start : start + len(like[i])]
+                start += len(like[i])
+        return leaves
+
+    def mean(self, gradients):
+        """What leaves, and for each device what is not sent yet."""
+        num = self.num
+        if num == 1:
+            return self.rounded(gradients[0]), [[np.zeros_like(x) for x in gradients[0]]]
+        cut = [self.cut(leaves)[0] for leaves in gradients]
+        groups = self.cut(gradients[0])[1]
+        first = [2 * num * self.step + 2 * i for i in range(num)]
+        seen = [[cut[i][r] if i == r else self.code(cut[i][r], first[i]) for r in range(num)] for i in range(num)]
+        average = [[sum(of) / num for of in zip(*(seen[i][r] for i in range(num)), strict=True)] for r in range(num)]
+        decoded = [self.code(average[r], first[r] + 1) for r in range(num)]
+        sent = self.rounded(self.join(decoded, groups, gradients[0]))
+        left = []
+        for i in range(num):
+            lost = [[x - d for x, d in zip(cut[i][r], seen[i][r], strict=True)] for r in range(num)]
+            lost[i] = [num * (a - s) for a, s in zip(average[i], self.cut(sent)[0][i], strict=True)]
+            left.append(self.join(lost, groups, gradients[0]))
+        self.step += 1
+        return sent, left

@@ -17,10 +17,12 @@ from vsa_optax import (
     TritCodec,
     accumulate_ternary,
     compress_gradients,
+    compressed_pmean,
     needs_backward,
     phase_stats,
     phase_switched,
     predict_gradients,
+    state_specs,
     ternary_accumulator,
     ternary_multi_steps,
     trits,
@@ -68,6 +70,8 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
         predict_gradients(history_codec=HypervectorCodec()),
         compress_gradients(TritCodec()),
         compress_gradients(HypervectorCodec(), error_feedback=True),
+        compressed_pmean("data", TritCodec()),
+        compressed_pmean(("data", "replica"), HypervectorCodec(), error_feedback=True),
         accumulate_ternary(4),
         accumulate_ternary(
             lambda step: 2 + step, trits=1, rounding="stochastic", block_size=64, use_grad_mean=False, seed=1
@@ -113,6 +117,14 @@ def use_accumulation(params: Params) -> None:
     assert not updated
     accumulator = ternary_accumulator(2, trits=1, rounding="nearest", block_size=32, use_grad_mean=True, seed=0)
     assert accumulator.finalize(accumulator.update(accumulator.init(params), params, 0))["w"].shape == (3,)
+
+
+def use_collectives(params: Params) -> None:
+    """How the state of a mean over devices is laid out."""
+    opt: optax.GradientTransformationExtraArgs = compressed_pmean("data", TritCodec(1), error_feedback=True)
+    specs: optax.OptState = state_specs(jax.eval_shape(opt.init, params), axis_name="data")
+    assert specs.residual["w"] == jax.sharding.PartitionSpec("data")
+    assert state_specs(optax.adam(0.1).init(params), ("data", "replica"))[0].count == jax.sharding.PartitionSpec()
 
 
 def use_codecs(params: Params) -> None:
@@ -201,6 +213,7 @@ def main() -> None:
     params: Params = {"w": jnp.ones(3)}
     x = jnp.ones((2, 3))
     use_codecs(params)
+    use_collectives(params)
     use_accumulation(params)
     use_arrays(x)
     states = [opt.init(params) for opt in use_transformations()]

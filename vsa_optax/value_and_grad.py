@@ -31,6 +31,10 @@ def value_and_grad_by_phase(
     The choice is one ``lax.cond`` on the phase in ``state``; a single compiled step serves all phases. Under
     ``jax.vmap`` both sides run.
 
+    Inside ``jax.shard_map`` devices that share the state take the same side, so ``fun`` may communicate. There JAX sums
+    up gradients of parameters that are the same on all devices, as those of ``jax.value_and_grad``: for each device's
+    own, as `vsa_optax.compressed_pmean` wants them, make the parameters vary first.
+
     Args:
         fun: a function with a scalar floating-point value, or ``(value, aux)``.
         argnums: positions of the arguments to differentiate.

@@ -17,7 +17,14 @@ from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.hypervector import HypervectorCodec
 from vsa_optax.transforms import exchange
 from vsa_optax.transforms.finite import select
-from vsa_optax.transforms.replicated import MeshAxes, all_devices_agree, is_checked, varying_axes
+from vsa_optax.transforms.replicated import (
+    MeshAxes,
+    all_devices_agree,
+    as_varying,
+    is_checked,
+    is_mapped,
+    varying_axes,
+)
 
 
 class CompressedPmeanState(NamedTuple):
@@ -50,10 +57,14 @@ def compressed_pmean(
 
     where ``g_{i,r}`` is the r-th of n parts of device i's gradient; device r averages it. Payloads go by two
     collectives, one ``all_to_all`` and one ``all_gather`` of bytes, whatever the number of leaves. Each device and each
-    stage has random keys of its own, so that errors average out: with vNMSE for a codec's squared relative error (see
-    `TritCodec`) the mean's is
+    stage has random keys of its own, so that errors average out: with vNMSE for the squared relative error of an
+    unbiased codec (see `TritCodec`) the mean's is
 
-        E ||sent - mean||^2 = (n - 1) / n^2 * vNMSE * mean ||g_i||^2 + vNMSE * ||mean||^2
+        E ||m - mean||^2 = (n - 1) / n^2 * vNMSE * mean ||g_i||^2
+        E ||sent - mean||^2 = E ||m - mean||^2 + vNMSE * E ||m||^2
+
+    A codec that loses least shrinks what it codes. With eight devices one trit measured 16 % less than this on
+    independent gradients and 5 % more on equal ones; two trits, 3 % less and 1 % more.
 
     With `HypervectorCodec` the hypervector itself is summed, by one ``psum``, and errors do not average out.
 
@@ -78,9 +89,10 @@ def compressed_pmean(
     **State on many devices.** Residuals differ by device. Let `state_specs` say how ``shard_map`` lays out a state, and
     make it by ``jax.shard_map(opt.init, mesh=mesh, in_specs=P(), out_specs=specs)``.
 
-    In versions of JAX whose ``all_gather`` has no argument ``to`` the second stage takes twice the bytes unless
-    ``shard_map`` is told not to check replication. Arithmetic is f32. One device sends nothing, so it encodes nothing,
-    and gradients leave as they came, to f32.
+    **Older versions of JAX**, whose ``all_gather`` has no argument ``to``: the second stage takes twice the bytes
+    unless ``shard_map`` is told not to check replication. 0.6.0 cannot differentiate a loss that varies if it checks.
+
+    Arithmetic is f32. One device sends nothing, so it encodes nothing, and gradients leave as they came, to f32.
 
     Args:
         axis_name: of the mesh axis to average over, or a tuple of names.
@@ -137,6 +149,9 @@ def compressed_pmean(
     def init_fn(params: optax.Params) -> CompressedPmeanState:
         checks.check_inexact_leaves(params)
         residual = jax.tree.map(_no_residual, params) if error_feedback else None
+        # Else a loop inside shard_map could not carry it.
+        if is_mapped(axes) and is_checked(frozenset(axes)):
+            residual = jax.tree.map(lambda e: as_varying(e, frozenset(axes)), residual)
         # Two arrays: one buffer cannot be donated twice.
         return CompressedPmeanState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), residual, MeshAxes(axes))
 
@@ -219,7 +234,8 @@ def state_specs(opt_state: Any, axis_name: str | tuple[str, ...]) -> Any:
         if not _is_state(node):
             return specs
         if node.axes.names != axes:
-            raise ValueError(f"axis_name must be {node.axes.names!r}, with which the state was made, got {axis_name!r}")
+            made_with = ", ".join(map(repr, node.axes.names))
+            raise ValueError(f"axis_name must be {made_with}, with which the state was made, got {axis_name!r}")
         return specs._replace(residual=jax.tree.map(lambda _: PartitionSpec(axis_name), node.residual))
 
     return jax.tree.map(specs_of, opt_state, is_leaf=_is_state)
@@ -257,9 +273,8 @@ def _check_axis_name(axis_name: Any) -> tuple[str, ...]:
 
 def _check_variable(leaves: Sequence[Any], axes: tuple[str, ...]) -> None:
     """``ValueError`` if gradients are the same on all devices already: JAX has summed them, in full."""
-    exchange.axis_size(axes)
     summed = set(axes) - varying_axes(leaves)
-    if leaves and summed and is_checked(frozenset(axes)):
+    if is_checked(frozenset(axes)) and summed and leaves:
         raise ValueError(
             f"gradients must be those of each device, got some that are the same along {sorted(summed)}. JAX sums up "
             "the gradients of parameters that are: make those vary before differentiating, with jax.lax.pcast(params, "

@@ -25,7 +25,7 @@ from vsa_optax.codecs.hypervector import HypervectorCodec
 from vsa_optax.kernels import byte_rows
 from vsa_optax.kernels.shard_rows import RowLayout
 from vsa_optax.transforms.finite import all_finite
-from vsa_optax.transforms.replicated import varying_axes
+from vsa_optax.transforms.replicated import axis_size, varying_axes
 
 _CAN_GATHER_REPLICATED = "to" in inspect.signature(lax.all_gather).parameters
 
@@ -137,16 +137,6 @@ def _mean_of_bundles(
         lost = [x - d for x, d in zip(vectors, codec.decode(payload), strict=True)]
         unsent = [x + (d - m) for x, d, m in zip(lost, decoded, mean, strict=True)]
     return Exchanged(mean, unsent, all_finite(mean))
-
-
-def axis_size(axes: tuple[str, ...]) -> int:
-    """How many devices there are along ``axes``; ``ValueError`` outside ``shard_map`` over them."""
-    try:
-        return int(lax.psum(1, axes))
-    except NameError:
-        raise ValueError(
-            f"axis_name must name axes of the jax.shard_map in which the update is called, got {axes}"
-        ) from None
 
 
 def _layout_for(codec: Codec, sizes: Sequence[int], num: int) -> RowLayout:

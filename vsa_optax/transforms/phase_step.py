@@ -48,15 +48,14 @@ class PhaseStep:
         that is true. Devices along ``axes`` decide together: what is not finite on one is skipped on all.
         """
         traced_args, static_args = split_extra_args(extra_args)
-        emitted = jax.eval_shape(
-            lambda u, s, p, e: self._recorded.update(u, s, p, **e, **static_args)[0],
-            updates,
-            inner_state,
-            params,
-            traced_args,
-        )
-        leaves, treedef = jax.tree.flatten(emitted)
-        predict_if, step, step_when = self._functions_for(treedef, tuple(leaves), axes)
+
+        def emitted(updates: Any, inner_state: Any, params: Any, extra_args: Any) -> Any:
+            target, _ = self._recorded.update(updates, inner_state, params, **extra_args, **static_args)
+            _check_same_everywhere(target, axes)
+            return target
+
+        leaves, treedef = jax.tree.flatten(jax.eval_shape(emitted, updates, inner_state, params, traced_args))
+        predict_if, step, step_when = self._functions_for(treedef, tuple(leaves))
         is_predict = phase == Phase.PREDICT
         weights = self._predictor.weights(memory.calibration, scalars)
         has_gradient = lax.cond(is_predict, _true, all_finite_over(axes), updates)
@@ -76,7 +75,7 @@ class PhaseStep:
             watches = jnp.array(True) if memory.calibration is not None else phase == Phase.CORRECT
         return step_when(runs, result, updates, params, traced_args, watches, memory.history, scalars)
 
-    def _functions(self, treedef: Any, avals: tuple[Any, ...], axes: frozenset[str]) -> tuple[Callable[..., Any], ...]:
+    def _functions(self, treedef: Any, avals: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
         """Prediction, true step and conditional true step of a transformation that emits leaves like ``avals``."""
 
         def predicted(history: Any, residual: Any, scalars: Any, weights: jax.Array | None) -> Any:
@@ -121,7 +120,6 @@ class PhaseStep:
             target, inner_state = self._recorded.update(
                 updates, result.inner_state, params, **extra_args, **static_args
             )
-            _check_same_everywhere(target, axes)
             is_finite = all_finite(target)
             inner_state = select(is_finite, inner_state, result.inner_state)
             result = result._replace(target=target, inner_state=inner_state, is_finite=is_finite)
@@ -142,6 +140,6 @@ def _check_same_everywhere(target: Any, axes: frozenset[str]) -> None:
     if differing:
         raise ValueError(
             f"gradients differ between the devices along {sorted(differing)}, and so would what is recorded of them: "
-            "average them before (jax.lax.pmean), or inside opt (compressed_pmean) with predict_in='update'; if it is the "
-            "parameters that are sharded, leave that to jax.jit"
+            "average them before (jax.lax.pmean), or inside opt (compressed_pmean) with predict_in='update'; if the "
+            "parameters themselves are sharded, leave that to jax.jit"
         )

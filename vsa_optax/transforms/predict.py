@@ -179,6 +179,12 @@ def phase_switched(
     inside, ``phase_switched(optax.masked(...))``. Under ``jax.vmap`` a conditional becomes a select, and both sides
     run: nothing is skipped there.
 
+    **Inside jax.shard_map** devices that share the state decide together. A gradient that is not finite on one is
+    skipped on all; a loss that differs is averaged, and in PREDICT, where nothing is communicated, it is the last one
+    known (with ``adaptive=True`` each is averaged). What is recorded must be the same on all devices: average gradients
+    before, or let ``opt`` do it and predict its updates, as in ``phase_switched(optax.chain(compressed_pmean(...),
+    optax.adamw(1.0)), predict_in="update")``, where devices communicate in true steps only.
+
     Args:
         opt: the optimizer. Line searches, ``optax.MultiSteps`` and a second phase machine are refused.
         learning_rate: a number or a schedule over all steps; None leaves what is emitted unscaled. May be injected with
@@ -209,7 +215,8 @@ def phase_switched(
         that of `predict_gradients` and ``opt``'s own.
 
     Raises:
-        ValueError: as `predict_gradients`; and for an ``opt`` that is refused.
+        ValueError: as `predict_gradients`; for an ``opt`` that is refused; and for gradients, or updates, that are to
+            be recorded and differ between devices.
         TypeError: as `predict_gradients`.
 
     Example:

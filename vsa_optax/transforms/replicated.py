@@ -43,9 +43,27 @@ def varying_axes(tree: Any) -> frozenset[str]:
     return found
 
 
+def axis_size(axes: tuple[str, ...]) -> int:
+    """How many devices there are along ``axes``; ``ValueError`` outside a ``shard_map`` over them."""
+    try:
+        return int(lax.psum(1, axes))
+    except NameError:
+        raise ValueError(f"axis_name must name axes of the jax.shard_map around the update, got {axes}") from None
+
+
 def is_checked(axes: frozenset[str]) -> bool:
-    """Whether JAX knows what varies over ``axes``: the device's place along an axis does."""
+    """Whether JAX knows what varies over ``axes``, as the place of a device along an axis does."""
+    axis_size(tuple(axes))
     return all(varying_axes(lax.axis_index(name)) for name in axes)
+
+
+def is_mapped(axes: tuple[str, ...]) -> bool:
+    """Whether this is inside a ``shard_map`` over ``axes``."""
+    try:
+        axis_size(axes)
+    except ValueError:
+        return False
+    return True
 
 
 def as_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:

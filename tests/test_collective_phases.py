@@ -1,0 +1,253 @@
+"""Phases inside ``shard_map``: devices decide together, whatever each has for a loss or a gradient."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from vsa_optax import (
+    Phase,
+    TritCodec,
+    compressed_pmean,
+    needs_backward,
+    phase_stats,
+    phase_switched,
+    state_specs,
+    value_and_grad_by_phase,
+)
+from vsa_optax.transforms.replicated import as_varying
+
+if hasattr(jax, "shard_map"):
+    shard_map, CHECK = jax.shard_map, "check_vma"
+else:
+    from jax.experimental.shard_map import shard_map
+
+    CHECK = "check_rep"
+
+CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
+NUM = 4
+MESH = Mesh(np.array(jax.devices()[:NUM]), ("data",))
+DATA = frozenset(["data"])
+LENGTHS = dict(warmup_steps=3, full_steps=2, predict_steps=5, correct_every=3)
+FIXED = dict(history="window", predict_in="update", guard=False, **LENGTHS)
+# JAX 0.6.0 cannot differentiate a loss that varies over devices while it checks replication.
+checks = [True, False] if CHECK == "check_vma" else [False]
+every_check = pytest.mark.parametrize("is_checked", checks, ids=["checked", "unchecked"][-len(checks) :])
+
+
+def mapped(function, in_specs, out_specs, is_checked=True):
+    return jax.jit(
+        shard_map(function, mesh=MESH, in_specs=in_specs, out_specs=out_specs, **{CHECK: is_checked}), **CHEAP
+    )
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def loss(params, batch):
+    """Of a device's ``batch [1, 41]``: a target, and what the loss is multiplied by."""
+    return batch[0, 40] * jnp.mean((params - batch[0, :40]) ** 2)
+
+
+def optimizer(error_feedback=True, **kwargs):
+    inner = compressed_pmean("data", TritCodec(2, block_size=32), error_feedback=error_feedback)
+    return phase_switched(optax.chain(inner, optax.adamw(1.0)), learning_rate=0.03, **kwargs)
+
+
+@functools.cache
+def program(is_checked=True, **kwargs):
+    """A state, and a step: ``(params, state, batch)`` to both and every device's phase before the step."""
+    opt = optimizer(**kwargs)
+    specs = state_specs(jax.eval_shape(opt.init, jnp.zeros(40)), "data")
+
+    def varying(x):
+        return as_varying(x, DATA) if is_checked else x
+
+    def step(params, state, batch):
+        value, grads = value_and_grad_by_phase(loss)(varying(params), batch, state=state)
+        phase = varying(state.machine.phase)[None]
+        updates, state = opt.update(grads, state, params, value=value)
+        return optax.apply_updates(params, updates), state, phase
+
+    out_specs = (P(), specs, P("data"))
+    state = mapped(opt.init, P(), specs, is_checked)(jnp.zeros(40))
+    return state, mapped(step, (P(), specs, P("data")), out_specs, is_checked)
+
+
+def batches(steps):
+    """``[steps, n, 41]``: targets that stay nearly the same."""
+    targets = draw(0, NUM, 40) + 0.1 * draw(1, steps, NUM, 40)
+    return np.concatenate([targets, np.ones((steps, NUM, 1), np.float32)], axis=-1)
+
+
+def run(is_checked, data, **kwargs):
+    """Parameters and state at the end, and the phases of all steps, the same on all devices."""
+    state, step = program(is_checked, **kwargs)
+    params, phases = jnp.zeros(40), ""
+    for batch in data:
+        params, state, phase = step(params, state, batch)
+        assert len(set(np.asarray(phase).tolist())) == 1
+        phases += Phase(int(phase[0])).name[0]
+    assert len({np.asarray(shard.data).tobytes() for shard in params.addressable_shards}) == 1
+    return params, state, phases
+
+
+@every_check
+def test_devices_communicate_in_true_steps_only(is_checked):
+    """By the count of averages, and by the compiled program, where nothing outside a branch communicates."""
+    params, state, phases = run(is_checked, batches(30), **FIXED)
+    assert phases == reference.walk_phases(30, **LENGTHS)
+    stats = phase_stats(state)
+    assert stats.predict_steps == phases.count("P") > 10
+    assert state.inner_state[0].step == 30 - phases.count("P")
+    assert np.linalg.norm(params - draw(0, NUM, 40).mean(axis=0)) < 0.7 * np.linalg.norm(draw(0, NUM, 40).mean(axis=0))
+
+    state, step = program(is_checked, **FIXED)
+    text = step.lower(params, state, batches(1)[0]).compile().as_text()
+    computations = re.split(r"\n(?=(?:ENTRY )?%?[\w.-]+ \(.*\{\n)", text)
+    kind = r" (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(-start)?\("
+    holding = [part for part in computations if re.search(kind, part)]
+    entry = [part for part in computations if part.startswith("ENTRY")]
+    names = [re.match(r"%?([\w.-]+) ", part)[1] for part in holding]
+    assert len(entry) == 1
+    assert "ENTRY" not in "".join(part[:5] for part in holding)
+    assert sum(len(re.findall(kind, part)) for part in holding) == 4  # Payloads twice, the flag, the loss.
+    # Each of them is called as a branch, or as a loop's body; a call from elsewhere would run it in all phases.
+    for name in names:
+        calls = re.findall(rf"(\w+)=(?:\{{[^}}]*)?%?{re.escape(name)}\b", text)
+        assert calls
+        assert set(calls) <= {"branch_computations", "true_computation", "false_computation", "body"}
+
+
+@every_check
+def test_one_devices_loss_does_not_split_the_phases(is_checked):
+    """Lengths that follow the loss follow the mean one, on all devices; one NaN among the losses is passed over."""
+    data = batches(60)
+    data[:, 2, 40] = np.linspace(1, 40, 60)  # This device's loss rises, the others' fall.
+    _, state, phases = run(is_checked, data, adaptive=True, **FIXED)
+    machine = state.machine
+    assert phases != reference.walk_phases(60, **LENGTHS)
+    means = np.mean(data[:, :, 40], axis=1)
+    assert machine.adaptive.num_losses == 60
+    assert machine.adaptive.losses[0] == pytest.approx(float(np.mean(data[0, :, :40] ** 2 * data[0, :, 40:])), rel=1e-5)
+    assert machine.adaptive.full_length > LENGTHS["full_steps"]
+    assert np.all(np.diff(means) > 0)
+
+
+@every_check
+def test_the_guard_decides_for_all(is_checked):
+    _, state, phases = run(is_checked, batches(40), history="window", predict_in="update", **LENGTHS)
+    assert phases[:4] == "WWWF"
+    assert phase_stats(state).guard.constant > 0
+    assert state.inner_state[0].step == 40 - phases.count("P")
+
+
+@every_check
+def test_a_nan_on_one_device_in_any_phase(is_checked):
+    """Skipped on all, counted once, nobody hangs; in PREDICT no gradient is looked at."""
+    walk = reference.walk_phases(16, **LENGTHS)
+    whole = batches(16)
+    for bad in map(walk.index, "WFPC"):
+        data = whole.copy()
+        data[bad, bad % NUM, 40] = np.nan
+        params, state, phases = run(is_checked, data, **FIXED)
+        skipped = {bad} if walk[bad] != "P" else set()
+        assert phases == reference.walk_phases(16, skipped=skipped, **LENGTHS)
+        assert phase_stats(state).nonfinite_count == len(skipped)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state)))
+        assert state.inner_state[0].step == 16 - phases.count("P") - len(skipped)
+
+
+@every_check
+def test_the_loss_is_averaged_where_it_differs(is_checked):
+    """And in PREDICT the last one stays, without asking the other devices."""
+    state, step = program(is_checked, **FIXED)
+    params, data = jnp.zeros(40), batches(8)
+    data[:, 1, 40] = 7.0
+    for t, batch in enumerate(data):
+        phase, before = int(state.machine.phase), state.machine.value
+        wanted = np.mean(batch[:, 40] * np.mean((np.asarray(params) - batch[:, :40]) ** 2, axis=1))
+        params, state, _ = step(params, state, batch)
+        expected = before if phase == Phase.PREDICT else wanted
+        assert float(state.machine.value) == pytest.approx(float(expected), rel=1e-5), t
+    assert phase_stats(state).predict_steps > 0
+
+
+def test_without_predictions_a_nan_is_counted_on_all():
+    state, step = program(checks[0], predict_steps=0, history="window")
+    data = batches(3)
+    data[1, 2, 40] = np.nan
+    params = jnp.zeros(40)
+    for batch in data:
+        params, state, _ = step(params, state, batch)
+    assert phase_stats(state).nonfinite_count == state.inner_state[0].nonfinite_count == 1
+    assert np.isfinite(params).all()
+
+
+@every_check
+def test_the_gradients_are_those_of_each_device(is_checked):
+    """And a value, too; in PREDICT zeros and the last value, of the same type for ``shard_map``."""
+    state, step = program(is_checked, **FIXED)
+    specs = state_specs(state, "data")
+
+    def differentiate(params, state, batch):
+        own = as_varying(params, DATA) if is_checked else params
+        value, grads = value_and_grad_by_phase(loss)(own, batch, state=state)
+        return value[None], grads[None]
+
+    look = mapped(differentiate, (P(), specs, P("data")), P("data"), is_checked)
+    params, seen = draw(3, 40), set()
+    for batch in batches(8):
+        value, grads = look(params, state, batch)
+        needs = bool(needs_backward(state))
+        seen.add(needs)
+        for i in range(NUM):
+            wanted = jax.value_and_grad(loss)(params, batch[i : i + 1])
+            np.testing.assert_allclose(value[i], wanted[0] if needs else state.machine.value, rtol=1e-6)
+            np.testing.assert_allclose(grads[i], wanted[1] if needs else np.zeros(40), rtol=1e-5, atol=1e-7)
+        _, state, _ = step(params, state, batch)
+    assert seen == {True, False}
+
+
+def test_predicting_gradients_of_each_device_is_refused():
+    with pytest.raises(ValueError, match=r"predict_in must be 'update' where opt averages .* along \['data'\]"):
+        optimizer().init(jnp.zeros(40))
+    for kwargs in (dict(), dict(history="window", predict_in="gradient"), dict(history="window")):
+        opt = phase_switched(optax.sgd(0.1), **kwargs)
+        with pytest.raises(ValueError, match=r"gradients differ between the devices along \['data'\]"):
+            mapped(lambda g, p, opt=opt: opt.update(g[0], opt.init(p), p), (P("data"), P()), P())(
+                draw(0, NUM, 40), jnp.zeros(40)
+            )
+
+
+def test_averaged_gradients_and_machines_of_their_own_are_welcome():
+    """The mean as the optimizer's own link; and on each device a run of its own, whose phases may part."""
+    opt = phase_switched(optax.sgd(1.0), learning_rate=0.1, **FIXED)
+    params, grads = jnp.zeros(40), draw(0, NUM, 40)
+
+    def averaged(grads, state):
+        return opt.update(lax.pmean(grads[0], "data"), state)
+
+    updates, _ = mapped(averaged, (P("data"), P()), P())(grads, opt.init(params))
+    np.testing.assert_allclose(updates, -0.1 * grads.mean(axis=0), rtol=1e-5, atol=1e-7)
+
+    def alone(grads, state):
+        state = jax.tree.map(lambda x: x[0], state)
+        return jax.tree.map(lambda x: x[None], opt.update(grads[0], state))
+
+    states = jax.tree.map(lambda x: jnp.stack([x] * NUM), opt.init(params))
+    broken = grads.copy()
+    broken[1, 3] = np.nan
+    updates, states = mapped(alone, P("data"), P("data"), is_checked=False)(broken, states)
+    assert states.machine.nonfinite_count.tolist() == [0, 1, 0, 0]
+    assert states.machine.steps_in_phase.tolist() == [1, 0, 1, 1]
+    np.testing.assert_allclose(updates[0], -0.1 * grads[0], rtol=1e-6)

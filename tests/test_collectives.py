@@ -1,0 +1,425 @@
+"""`compressed_pmean` on one to eight devices, against a twin that serves one device after the other."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vsa_optax import HypervectorCodec, TritCodec, compressed_pmean, state_specs
+from vsa_optax.transforms.replicated import as_varying
+
+if hasattr(jax, "shard_map"):
+    shard_map, CHECK = jax.shard_map, "check_vma"
+else:
+    from jax.experimental.shard_map import shard_map
+
+    CHECK = "check_rep"
+
+CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
+ONE, TWO = TritCodec(1, block_size=32), TritCodec(2, block_size=32, unbiased=True)
+TERNARY = HypervectorCodec(0.5, use_ternary=True)
+DENSE = HypervectorCodec(0.5)
+
+
+def mapped(function, mesh, in_specs, out_specs, is_checked=True):
+    return jax.jit(
+        shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **{CHECK: is_checked}), **CHEAP
+    )
+
+
+def mesh_of(num):
+    return Mesh(np.array(jax.devices()[:num]), ("data",))
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def make_tree(seed, num):
+    """Gradients of ``num`` devices; none of the sizes is a multiple of 2 or 3 but for the complex leaf's."""
+    return {
+        "wide": draw(seed, num, 7, 97) + draw(seed + 1, 7, 97),
+        "odd": draw(seed + 2, num, 131),
+        "half": [draw(seed + 3, num, 5).astype(jnp.bfloat16), draw(seed + 4, num), np.zeros((num, 0, 3), np.float32)],
+        "z": (draw(seed + 5, num, 40) + 1j * draw(seed + 6, num, 40)).astype(np.complex64),
+    }
+
+
+def of_device(tree, i=0):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+@functools.cache
+def made(num, codec, error_feedback, is_checked=True):
+    """A state as `state_specs` lays it out, and a step: gradients ``[n, ...]`` to what each device has of the mean."""
+    opt = compressed_pmean("data", codec, error_feedback=error_feedback)
+    params, mesh = of_device(make_tree(0, num)), mesh_of(num)
+    specs = state_specs(jax.eval_shape(opt.init, params), "data")
+
+    def step(grads, state):
+        sent, state = opt.update(of_device(grads), state)
+        copies = jax.tree.map(lambda x: as_varying(x, frozenset(["data"]) if is_checked else frozenset())[None], sent)
+        return sent, copies, state
+
+    init = mapped(opt.init, mesh, P(), specs, is_checked)
+    return init(params), mapped(step, mesh, (P("data"), specs), (P(), P("data"), specs), is_checked)
+
+
+def flat(tree):
+    leaves = [np.asarray(x) for x in jax.tree.leaves(tree)]
+    parts = [np.stack([x.real, x.imag]) if np.iscomplexobj(x) else x for x in leaves]
+    return [x.astype(np.float32).reshape(-1) for x in parts]
+
+
+def mean_of(tree, num):
+    """Flat leaves, averaged over devices."""
+    return [np.mean(leaf, axis=0) for leaf in zip(*(flat(of_device(tree, i)) for i in range(num)), strict=True)]
+
+
+def rounded(leaves):
+    return [np.asarray(x, jnp.bfloat16).astype(np.float32) if len(x) == 5 else x for x in leaves]
+
+
+def assert_same_on_all(sent, copies):
+    for x, of_devices in zip(jax.tree.leaves(sent), jax.tree.leaves(copies), strict=True):
+        for own in of_devices:
+            assert np.asarray(own).tobytes() == np.asarray(x).tobytes()
+            assert own.dtype == x.dtype
+
+
+@pytest.mark.parametrize(
+    ("num", "codec", "error_feedback"),
+    [(1, ONE, True), (2, TERNARY, True), (3, TWO, False), (3, ONE, True), (8, ONE, True)],
+    ids=["1", "2-ternary", "3-unbiased", "3", "8"],
+)
+def test_equals_the_twin_and_loses_nothing(num, codec, error_feedback):
+    """Without feedback and with it, whose sum over devices and steps holds all that has not left."""
+    state, step = made(num, codec, error_feedback)
+    decode = jax.jit(lambda rows, at: codec.decode(codec.encode(rows, at)), **CHEAP)
+    block = getattr(codec, "block_size", 1)
+    worth = -(-codec.nbytes([np.zeros(block, np.float32)]) // 4)
+    twin = reference.CompressedMean(
+        lambda rows, at: [np.asarray(x) for x in decode(rows, at)], num, block, worth, rounded
+    )
+    left = [[np.zeros_like(x) for x in flat(of_device(make_tree(0, num)))] for _ in range(num)]
+    entered = emitted = 0.0
+    for t in range(3):
+        grads = make_tree(10 * t, num)
+        pending = [[g + e for g, e in zip(flat(of_device(grads, i)), left[i], strict=True)] for i in range(num)]
+        expected, unsent = twin.mean(pending)
+        left = unsent if error_feedback else left
+        sent, copies, state = step(grads, state)
+        assert_same_on_all(sent, copies)
+        for s, e, g in zip(flat(sent), expected, jax.tree.leaves(grads), strict=True):
+            np.testing.assert_allclose(s, e, atol=1e-2 if g.dtype == jnp.bfloat16 else 1e-5)
+        entered = entered + np.concatenate(mean_of(grads, num))
+        emitted = emitted + np.concatenate(flat(sent))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), sent) == jax.tree.map(lambda x: (x.shape[1:], x.dtype), grads)
+    assert (state.step, state.nonfinite_count) == (3, 0)
+    if error_feedback:
+        kept = [flat(of_device(state.residual, i)) for i in range(num)]
+        for i in range(num):
+            np.testing.assert_allclose(np.concatenate(kept[i]), np.concatenate(left[i]), atol=2e-5 * num)
+        waiting = np.concatenate(mean_of(state.residual, num))
+        assert num == 1 or abs(waiting).max() > 0.1
+        np.testing.assert_allclose(emitted + waiting, entered, atol=3e-6)
+
+
+@pytest.mark.parametrize("error_feedback", [False, True])
+def test_hypervectors_are_summed(error_feedback):
+    """What all devices decode is the hypervector of the mean gradient."""
+    num = 3
+    state, step = made(num, DENSE, error_feedback)
+    entered = emitted = 0.0
+    for t in range(2):
+        grads = make_tree(10 * t, num)
+        mean = mean_of(grads, num)
+        kept = mean_of(state.residual, num) if error_feedback else [0.0 * m for m in mean]
+        pending = [m + e for m, e in zip(mean, kept, strict=True)]
+        expected = rounded([np.asarray(x) for x in DENSE.decode(DENSE.encode(pending, t))])
+        sent, copies, state = step(grads, state)
+        assert_same_on_all(sent, copies)
+        for s, e in zip(flat(sent), expected, strict=True):
+            np.testing.assert_allclose(s, e, atol=2e-2 if len(s) == 5 else 1e-5)
+        entered, emitted = entered + np.concatenate(mean), emitted + np.concatenate(flat(sent))
+    if error_feedback:
+        np.testing.assert_allclose(emitted + np.concatenate(mean_of(state.residual, num)), entered, atol=3e-6)
+
+
+@pytest.mark.parametrize("codec", [ONE, DENSE], ids=["trits", "hypervector"])
+@pytest.mark.parametrize(("leaf", "bad"), [("wide", np.nan), ("odd", np.inf), ("half", -np.inf)])
+def test_a_nan_on_one_device_is_skipped_and_counted_on_all(codec, leaf, bad):
+    num = 3
+    state, step = made(num, codec, True)
+    _, _, state = step(make_tree(0, num), state)
+    before = jax.tree.map(np.asarray, state.residual)
+    grads = make_tree(10, num)
+    broken = jax.tree.map(np.array, grads)
+    (broken[leaf] if leaf != "half" else broken[leaf][0])[1, ..., 2] = bad
+    sent, copies, state = step(broken, state)
+    assert not any(x.any() for x in flat(sent))
+    assert_same_on_all(sent, copies)
+    jax.tree.map(np.testing.assert_array_equal, state.residual, before)
+    assert (state.step, state.nonfinite_count) == (2, 1)
+    sent, _, state = step(grads, state)
+    assert all(np.isfinite(x).all() for x in flat((sent, state.residual)))
+    assert any(x.any() for x in flat(sent))
+    assert state.nonfinite_count == 1
+
+
+class Halves:
+    """A codec of the user's own, whose payload hides a NaN."""
+
+    def encode(self, tree, step=0):
+        return jax.tree.map(lambda x: jnp.nan_to_num(x.astype(jnp.bfloat16)), tree)
+
+    def decode(self, payload):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), payload)
+
+    def decode_sum(self, payloads, coefficients):
+        return jax.tree.map(lambda x: jnp.tensordot(coefficients, x.astype(jnp.float32), 1), payloads)
+
+    def nbytes(self, tree):
+        return sum(2 * x.size for x in jax.tree.leaves(tree))
+
+    def specs(self, payload):
+        return payload
+
+
+def test_a_codec_that_hides_a_nan():
+    opt = compressed_pmean("data", Halves(), error_feedback=True)
+    grads = draw(0, 3, 50)
+    state = opt.init(grads[0])
+    specs = state_specs(state, "data")
+    step = mapped(lambda g, s: opt.update(g[0], s), mesh_of(3), (P("data"), specs), (P(), specs))
+    state = mapped(opt.init, mesh_of(3), P(), specs)(grads[0])
+    sent, state = step(grads, state)
+    np.testing.assert_allclose(sent, grads.mean(axis=0), atol=0.03)
+    kept = np.asarray(state.residual)
+    grads[2, 7] = np.nan
+    sent, state = step(grads, state)
+    assert not np.any(sent)
+    np.testing.assert_array_equal(state.residual, kept)
+    assert state.nonfinite_count == 1
+
+
+@pytest.mark.parametrize(("num", "codec"), [(8, ONE), (3, DENSE), (1, ONE)], ids=["8", "3-hypervector", "1"])
+def test_zeros_stay_zeros(num, codec):
+    state, step = made(num, codec, True)
+    zeros = jax.tree.map(np.zeros_like, make_tree(0, num))
+    sent, _, state = step(zeros, state)
+    assert not any(x.any() for x in flat((sent, state.residual)))
+    assert (state.step, state.nonfinite_count) == (1, 0)
+
+
+def test_one_device_has_what_it_had():
+    state, step = made(1, ONE, False)
+    grads = make_tree(3, 1)
+    sent, _, _ = step(grads, state)
+    jax.tree.map(np.testing.assert_array_equal, sent, of_device(grads))
+
+
+def test_the_replication_check_does_not_change_the_bits():
+    results = []
+    for is_checked in (True, False):
+        state, step = made(8, ONE, True, is_checked)
+        sent, copies, state = step(make_tree(0, 8), state)
+        assert_same_on_all(sent, copies)
+        results.append(flat((sent, state.residual)))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_parameters_are_the_same_bits_on_all_devices_after_100_steps():
+    """In a loop inside shard_map, replication checked, from a state made there."""
+    num = 8
+    opt = optax.chain(compressed_pmean("data", ONE, error_feedback=True), optax.adam(0.03))
+    targets = draw(0, num, 300)
+
+    def train(params, target):
+        def step(carry, _):
+            params, state = carry
+            updates, state = opt.update(params - target[0], state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, state), _ = lax.scan(step, (params, opt.init(params)), length=100)
+        return params, as_varying(params, frozenset(["data"]))[None], state
+
+    params = jnp.zeros(300)
+    specs = state_specs(jax.eval_shape(opt.init, params), "data")
+    params, copies, state = mapped(train, mesh_of(num), (P(), P("data")), (P(), P("data"), specs))(params, targets)
+    assert len({np.asarray(copy).tobytes() for copy in copies}) == 1
+    assert len({np.asarray(shard.data).tobytes() for shard in params.addressable_shards}) == 1
+    assert state[0].step == 100
+    assert np.linalg.norm(params - targets.mean(axis=0)) < 0.2 * np.linalg.norm(targets.mean(axis=0))
+
+
+@pytest.mark.parametrize("axes", [("a", "b"), ("b", "a")])
+def test_two_mesh_axes_are_averaged_over_together(axes):
+    """As over one axis of as many devices, in the order of the names."""
+    opt = compressed_pmean(axes, ONE, error_feedback=True)
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("a", "b"))
+    params = of_device(make_tree(0, 8))
+    specs = state_specs(jax.eval_shape(opt.init, params), axes)
+    state = mapped(opt.init, mesh, P(), specs)(params)
+
+    def step(grads, state):
+        return opt.update(of_device(grads), state)
+
+    sent, state = mapped(step, mesh, (P(axes), specs), (P(), specs))(make_tree(0, 8), state)
+    alone, of_one_axis = made(8, ONE, True)
+    expected, _, alone = of_one_axis(make_tree(0, 8), alone)
+    jax.tree.map(np.testing.assert_array_equal, (sent, state.residual), (expected, alone.residual))
+
+
+def test_another_mesh_axis_may_shard_leaves():
+    """What is the same along it stays so; a NaN in one shard skips the step in all."""
+    opt = compressed_pmean("data", ONE)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    grads = {"sharded": draw(0, 4, 300), "whole": draw(1, 4, 300), "small": draw(2, 4, 6)}
+    specs = {"sharded": P("data", "model"), "whole": P("data"), "small": P("data", "model")}
+    out = {"sharded": P("model"), "whole": P(), "small": P("model")}
+    step = mapped(lambda g, s: opt.update(of_device(g), s), mesh, (specs, P()), (out, P()))
+    state = opt.init(of_device(grads))
+    sent, after = step(grads, state)
+    for name in grads:
+        mean = grads[name].mean(axis=0)
+        assert np.sum((sent[name] - mean) ** 2) < 0.3 * np.mean(np.sum(grads[name] ** 2, axis=-1))
+    assert after.nonfinite_count == 0
+    grads["sharded"][2, 299] = np.nan
+    sent, after = step(grads, state)
+    assert not any(x.any() for x in flat(sent))
+    assert after.nonfinite_count == 1
+
+
+SIZE = 8 * 8192 + 5
+
+
+@functools.cache
+def compiled(codec):
+    """A step on eight devices with blocks of 1024, where small leaves are those below 8192."""
+    opt = compressed_pmean("data", codec)
+    # Where JAX cannot gather what is known to be the same everywhere, the promised bytes need the check off.
+    is_checked = CHECK == "check_vma"
+    step = mapped(lambda g, s: opt.update(g[0], s), mesh_of(8), (P("data"), P()), P(), is_checked)
+    return step.lower(np.zeros((8, SIZE), np.float32), opt.init(jnp.zeros(SIZE))).compile(), opt
+
+
+@pytest.mark.parametrize(
+    ("codec", "vnmse"),
+    [(TritCodec(1), 0.1902), (TritCodec(2), 0.02785), (TritCodec(1, unbiased=True), 0.2348)],
+    ids=["1", "2", "unbiased"],
+)
+@pytest.mark.parametrize("shared", [0.0, 1.0])
+def test_errors_average_out_over_devices(codec, vnmse, shared):
+    """Each gradient's counts for an n-th of an n-th, the owner's not at all, and that of their mean in full."""
+    step, opt = compiled(codec)
+    grads = draw(1, 8, SIZE) + shared * draw(2, SIZE)
+    placed = jax.device_put(grads, NamedSharding(mesh_of(8), P("data")))
+    mean, energy = grads.mean(axis=0), np.mean(np.sum(grads**2, axis=1))
+    state, errors = opt.init(mean), []
+    for _ in range(3):
+        sent, state = step(placed, state)
+        errors.append(np.sum((sent - mean) ** 2) / energy)
+    # What loses least shrinks what it codes to ``1 - vnmse`` times it; the rest of the error is noise.
+    kept, noise = (1.0, vnmse) if codec.unbiased else (1 - vnmse, vnmse - vnmse**2)
+    rows = np.pad(grads, ((0, 0), (0, -SIZE % 8))).reshape(8, 8, -1)
+    owned = np.eye(8, dtype=bool)[:, :, None]
+    average = np.mean(np.where(owned, rows, kept * rows), axis=0)
+    first = noise * np.sum(np.where(owned, 0, rows) ** 2) / 64
+    second = kept**2 * first + noise * (np.sum(average**2) + first)
+    bias = np.sum((kept * average - np.mean(rows, axis=0)) ** 2)
+    assert np.mean(errors) == pytest.approx((bias + second) / energy, rel=0.02)
+    assert np.mean(errors) < 1.1 * vnmse * (1 / 8 + np.sum(mean**2) / energy)
+
+
+@pytest.mark.parametrize(("trits", "most"), [(1, 0.052), (2, 0.102)])
+def test_bytes_sent(trits, most):
+    """In two collectives, as the compiled program has them; a device keeps an n-th of each to itself."""
+    found = collectives_in(compiled(TritCodec(trits))[0].as_text())
+    assert sorted(kind for kind, _ in found) == ["all-gather", "all-to-all"]
+    payload = TritCodec(trits).nbytes(np.zeros(-(-SIZE // 8), np.float32))
+    flag = 1
+    assert [size for _, size in found] == [8 * (payload + flag)] * 2
+    assert 7 / 8 * sum(size for _, size in found) < most * 2 * 7 / 8 * 4 * SIZE
+
+
+def collectives_in(text):
+    """Kind and bytes of each collective of a compiled program that handles bytes."""
+    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
+    return [
+        (kind, sum(math.prod(map(int, shape.split(","))) for shape in re.findall(r"u8\[([\d,]+)\]", shapes)))
+        for shapes, kind in found
+    ]
+
+
+def test_rows_of_many_coordinates_are_coded_in_pieces():
+    opt = compressed_pmean("data", TritCodec(2))
+    grads = draw(0, 2, 2 * 300_000)
+    step = mapped(lambda g, s: opt.update(g[0], s), mesh_of(2), (P("data"), P()), P())
+    sent, _ = step(grads, opt.init(grads[0]))
+    assert np.sum((sent - grads.mean(axis=0)) ** 2) < 0.03 * np.mean(np.sum(grads**2, axis=1))
+
+
+def test_state_bytes_and_layout_are_those_documented():
+    params = of_device(make_tree(0, 8))
+    plain, fed = (compressed_pmean("data", ONE, error_feedback=on) for on in (False, True))
+    assert sum(x.nbytes for x in jax.tree.leaves(plain.init(params))) == 8
+    assert sum(x.nbytes for x in jax.tree.leaves(fed.init(params))) == 8 + 4 * (679 + 131 + 5 + 1) + 8 * 40
+    state, _ = made(8, ONE, True)
+    assert state.residual["wide"].shape == (8, 7, 97)
+    assert all(shard.data.shape == (1, 7, 97) for shard in state.residual["wide"].addressable_shards)
+    opt = optax.chain(optax.masked(fed, True), optax.adam(0.1))
+    specs = state_specs(jax.eval_shape(opt.init, params), "data")
+    assert jax.tree.structure(specs) == jax.tree.structure(opt.init(params))
+    assert [spec for spec in jax.tree.leaves(specs) if spec != P()] == [P("data")] * 6
+
+
+def test_an_empty_tree():
+    opt = compressed_pmean("data", ONE, error_feedback=True)
+    sent, state = mapped(lambda s: opt.update({}, s), mesh_of(2), P(), P())(opt.init({}))
+    assert (sent, state.step, state.nonfinite_count) == ({}, 1, 0)
+
+
+@pytest.mark.parametrize("axis_name", [None, 3, (), ("a", "a"), ("a", None), ["a"]])
+def test_a_bad_axis_name(axis_name):
+    with pytest.raises(ValueError, match="axis_name must be the name of a mesh axis"):
+        compressed_pmean(axis_name, ONE)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="codec must be a codec"):
+        compressed_pmean("data", TritCodec)
+    with pytest.raises(ValueError, match="error_feedback must be True or False, got 1"):
+        compressed_pmean("data", ONE, error_feedback=1)
+    with pytest.raises(ValueError, match=r"error_feedback must be False with HypervectorCodec\(shrink=False\)"):
+        compressed_pmean("data", HypervectorCodec(shrink=False), error_feedback=True)
+    opt = compressed_pmean("data", ONE, error_feedback=True)
+    with pytest.raises(TypeError, match=r"leaf .* has dtype int32"):
+        opt.init(jnp.zeros(3, jnp.int32))
+    state = opt.init(jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"axis_name must name axes of the jax.shard_map around the update, got \('d"):
+        opt.update(jnp.zeros(3), state)
+    with pytest.raises(ValueError, match=r"gradients: leaf .* has shape"):
+        opt.update(jnp.zeros(4), state)
+    with pytest.raises(ValueError, match="axis_name must be 'data', with which the state was made, got 'model'"):
+        state_specs(state, "model")
+    with pytest.raises(ValueError, match="axis_name must be the name of a mesh axis"):
+        state_specs(state, None)
+
+
+def test_gradients_that_jax_has_summed_are_refused():
+    opt = compressed_pmean("data", ONE)
+    run = mapped(lambda g, s: opt.update(lax.pmean(g, "data"), s), mesh_of(2), (P("data"), P()), P())
+    with pytest.raises(ValueError, match=r"gradients must be those of each device.* the same along \['data'\]"):
+        run(draw(0, 2, 4), opt.init(jnp.zeros(4)))
