@@ -20,13 +20,14 @@ import byte_transformer
 import codec_tasks
 import digits_cnn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import prediction_tasks
 import sentence_transformer
 from codec_tasks import print_row, verdict
 from guard import BETAS, MOST_WORSE, MOST_WORSE_SEED, geometric_mean, mean_and_half, passes_needed, spread
-from prediction_methods import METHODS, WARMUP
+from prediction_methods import METHODS, PRESETS, WARMUP
 
 CASES = prediction_tasks.CASES | digits_cnn.CASES | sentence_transformer.CASES | byte_transformer.CASES
 LARGE = [*sentence_transformer.CASES, *byte_transformer.CASES]
@@ -68,7 +69,7 @@ def trainer(name, method, variant_number, steps):
             value, gradient = jax.lax.cond(
                 needs,
                 lambda: jax.value_and_grad(task.loss)(at, batch),
-                lambda: (jax.numpy.zeros([]), optax.tree.zeros_like(at)),
+                lambda: (jnp.zeros([]), optax.tree.zeros_like(at)),
             )
             updates, state = opt.update(gradient, state, params, value=value)
             params = optax.apply_updates(params, updates)
@@ -77,7 +78,7 @@ def trainer(name, method, variant_number, steps):
             return (params, state, average, passes + needs), None
 
         average = optax.tree.zeros_like(params) if method.average else None
-        carry = (params, opt.init(params), average, jax.numpy.zeros([], jax.numpy.int32))
+        carry = (params, opt.init(params), average, jnp.zeros([], jnp.int32))
         params, _, average, passes = jax.lax.scan(step, carry, batches)[0]
         if method.average:
             params = optax.tree.scale(1 / (1 - variant**steps), average)
@@ -268,8 +269,7 @@ def kind_of(name):
 
 
 def print_verdicts(name, ratios, skipped):
-    ours = [method for method in ratios if method in METHODS and METHODS[method].variants == ({},)]
-    ours = [method for method in ours if method in ("conservative", "balanced, the default", "aggressive")]
+    ours = [method for method in PRESETS if method in ratios]
     best = max(ours, key=lambda method: ratios[method][1])
     sign, ratio = ratios[best]
     for least in CASES[name].least:

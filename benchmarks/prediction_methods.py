@@ -216,11 +216,14 @@ LINES = (
     dict(history="window"),
     dict(history="recursive", history_decay=0.8, predict_in="update"),
 )
-METHODS = {
-    "plain": Method(plain),
+PRESETS = {
     "conservative": switched(**presets.CONSERVATIVE),
     "balanced, the default": switched(**presets.BALANCED),
     "aggressive": switched(**presets.AGGRESSIVE),
+}
+METHODS = {
+    "plain": Method(plain),
+    **PRESETS,
     "coast": cycled("coast"),
     "repeat the last update": cycled("repeat"),
     "lookahead": Method(lookahead, variants=((5, 0.5), (5, 0.8)), is_lookahead=True),
