@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec
 
 from vsa_optax import checks
 from vsa_optax.codecs import codec as codecs
-from vsa_optax.codecs.hypervector import HypervectorCodec
 from vsa_optax.transforms import exchange
+from vsa_optax.transforms.compress import check_feedback
 from vsa_optax.transforms.finite import select
 from vsa_optax.transforms.replicated import (
     MeshAxes,
@@ -138,13 +138,7 @@ def compressed_pmean(
         rotations: Vargaftik et al., "EDEN" (arXiv 2108.08842).
     """
     axes = _check_axis_name(axis_name)
-    codecs.check_codec("codec", codec)
-    checks.check_bool("error_feedback", error_feedback)
-    if error_feedback and isinstance(codec, HypervectorCodec) and not codec.shrink:
-        raise ValueError(
-            "error_feedback must be False with HypervectorCodec(shrink=False), whose error exceeds the gradient: the "
-            "residual would grow without bound"
-        )
+    check_feedback(codec, error_feedback)
 
     def init_fn(params: optax.Params) -> CompressedPmeanState:
         checks.check_inexact_leaves(params)

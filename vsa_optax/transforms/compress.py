@@ -77,13 +77,7 @@ def compress_gradients(codec: codecs.Codec, *, error_feedback: bool = False) -> 
         Error feedback: Seide et al., "1-bit stochastic gradient descent" (2014); Karimireddy et al., "Error feedback
         fixes SignSGD" (arXiv 1901.09847), algorithm 2, here applied to the gradient and not to the rate times it.
     """
-    codecs.check_codec("codec", codec)
-    checks.check_bool("error_feedback", error_feedback)
-    if error_feedback and isinstance(codec, HypervectorCodec) and not codec.shrink:
-        raise ValueError(
-            "error_feedback must be False with HypervectorCodec(shrink=False), whose error exceeds the gradient: the "
-            "residual would grow without bound"
-        )
+    check_feedback(codec, error_feedback)
 
     def init_fn(params: optax.Params) -> CompressState:
         checks.check_inexact_leaves(params)
@@ -111,6 +105,17 @@ def compress_gradients(codec: codecs.Codec, *, error_feedback: bool = False) -> 
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def check_feedback(codec: Any, error_feedback: Any) -> None:
+    """``ValueError`` unless it is a codec, and one whose error feedback can carry over."""
+    codecs.check_codec("codec", codec)
+    checks.check_bool("error_feedback", error_feedback)
+    if error_feedback and isinstance(codec, HypervectorCodec) and not codec.shrink:
+        raise ValueError(
+            "error_feedback must be False with HypervectorCodec(shrink=False), whose error exceeds the gradient: the "
+            "residual would grow without bound"
+        )
 
 
 def _wide(leaf: Any) -> Any:
