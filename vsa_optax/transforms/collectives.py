@@ -63,8 +63,8 @@ def compressed_pmean(
         E ||m - mean||^2 = (n - 1) / n^2 * vNMSE * mean ||g_i||^2
         E ||sent - mean||^2 = E ||m - mean||^2 + vNMSE * E ||m||^2
 
-    A codec that loses least shrinks what it codes. With eight devices one trit measured 16 % less than this on
-    independent gradients and 5 % more on equal ones; two trits, 3 % less and 1 % more.
+    with the norm of m as it is: a codec that loses least shrinks what it codes. On independent gradients that is what
+    eight devices have, to a thousandth: 0.0405 of ``mean ||g_i||^2`` with one trit, 0.0064 with two.
 
     With `HypervectorCodec` the hypervector itself is summed, by one ``psum``, and errors do not average out.
 
