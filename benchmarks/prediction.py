@@ -2,16 +2,20 @@
 
 Run `python benchmarks/prediction.py | tee benchmarks/prediction.log` for the tasks without noise and the small ones in
 mini-batches; it starts a process a core: where there is a GPU, put `JAX_PLATFORMS=cpu` in front. On a GPU, run
-`--task bytes`, or `--task sentences` (see `sentence_transformer.py` for its weights): one run after the other.
+`--task bytes`, or `--task sentences` (see `sentence_transformer.py` for its weights): one run after the other. With
+`--results FILE` it goes on where it was stopped, and takes what runs with other `--methods` have written.
 
-Each method chooses rate, betas and its own settings by a few seeds. Then it is run with these, and with plain Adam's
-betas at a quarter of plain Adam's best rate, which is where recipes usually are. Plain Adam is given fewer and more
-steps, rate and betas chosen for each: that tells how many backward passes it needs for the loss that a method ends at.
+Each method chooses rate, betas and its own settings by a few seeds, and is compared by others: at these settings, and
+with plain Adam's betas at a quarter of plain Adam's best rate, which is where recipes usually are. Plain Adam is given
+fewer and more steps, rate and betas chosen and compared by the same seeds: that tells how many backward passes it needs
+for the loss that a method ends at.
 """
 
 import argparse
 import functools
 import itertools
+import json
+import pathlib
 import sys
 import time
 from typing import NamedTuple
@@ -33,9 +37,11 @@ CASES = prediction_tasks.CASES | digits_cnn.CASES | sentence_transformer.CASES |
 LARGE = [*sentence_transformer.CASES, *byte_transformer.CASES]
 # What takes part where runs are long; there each method takes the betas that are best for plain Adam, and on a GPU the
 # first of its settings.
-FEW_METHODS = ("plain", "balanced, the default", "coast", "repeat the last update", "repeat by slope")
+FEW_METHODS = [
+    method for method in METHODS if method not in ("conservative", "aggressive", "line, guarded", "line, 1 of 2")
+]
 RECIPE = 0.25
-BUDGET_RATE_FACTORS = (0.5, 1.0, 2.0)
+FIRST_TUNING_SEED = 100
 LEAST_SKIPPED = {"without noise": (0.65, 0.8), "mini-batches": (0.4, 0.65)}
 
 
@@ -108,6 +114,26 @@ def in_turn(jobs):
         yield results
 
 
+def remembering(run_all, path):
+    """``run_all`` for the jobs whose results are not in the file, a JSON list a line, to which theirs are added."""
+
+    def run(jobs):
+        jobs = list(jobs)
+        lines = path.read_text().splitlines() if path.exists() else []
+        known = {json.dumps(job): results for job, results in map(json.loads, lines)}
+        new = iter(run_all([job for job in jobs if json.dumps(job) not in known]))
+        with path.open("a") as file:
+            for job in jobs:
+                if json.dumps(job) in known:
+                    yield np.array(known[json.dumps(job)])
+                    continue
+                results = next(new)
+                print(json.dumps([job, results.tolist()]), file=file, flush=True)
+                yield results
+
+    return run
+
+
 def gathered(run_all, jobs):
     """``{(name, method, variant, rate, betas, steps): [seeds, 3]}``."""
     found = {}
@@ -129,32 +155,43 @@ class Plan(NamedTuple):
 
     Attributes:
         methods: that take part.
+        rates: to choose from.
         betas: plain Adam chooses from; the others too, unless runs are long.
         tuning_seeds: to choose by.
         seeds: to compare by.
-        budget_seeds: for plain Adam with other numbers of steps.
     """
 
     methods: tuple[str, ...]
+    rates: tuple[float, ...]
     betas: tuple[tuple[float, float], ...]
     tuning_seeds: range
     seeds: range
-    budget_seeds: range
 
 
 def plan_of(name, options):
-    is_large = name in LARGE
-    methods = [method for method in METHODS if not (is_large or CASES[name].runs_apart) or method in FEW_METHODS]
+    case, is_large = CASES[name], name in LARGE
+    takes_long = is_large or case.runs_apart
+    methods = [method for method in METHODS if not takes_long or method in FEW_METHODS]
     if options.methods:
         methods = ["plain", *(m for m in methods if m != "plain" and any(o in m for o in options.methods.split(",")))]
-    few = range(1) if is_large else range(2)
+    first = FIRST_TUNING_SEED
     return Plan(
-        tuple(methods), BETAS[:2] if is_large else BETAS, few, range(options.seeds), few if is_large else range(3)
+        tuple(methods),
+        case.rates if takes_long else doubling(case.rates),
+        BETAS[:2] if is_large else BETAS,
+        range(first, first + (1 if is_large else 2 if case.runs_apart else 6)),
+        range(options.seeds or (5 if takes_long else 10)),
     )
 
 
+def doubling(rates):
+    """From the smallest to the largest or beyond, each twice the one before."""
+    num = int(np.ceil(np.log2(max(rates) / min(rates))))
+    return tuple(min(rates) * 2**power for power in range(num + 1))
+
+
 def tuning_jobs(name, plan, steps, methods, betas):
-    rates = [*itertools.product(CASES[name].rates, betas)]
+    rates = [*itertools.product(plan.rates, betas)]
     return [
         job
         for method in methods
@@ -163,9 +200,13 @@ def tuning_jobs(name, plan, steps, methods, betas):
     ]
 
 
-def best_of(found, method):
-    """The variant, rate and betas with the least mean loss, of what was found for a method."""
-    means = {key[2:5]: geometric_mean(values[:, 0]) for key, values in found.items() if key[1] == method}
+def best_of(found, name, method, steps):
+    """The variant, rate and betas with the least mean loss, of what was found for a method in so many steps."""
+    means = {
+        key[2:5]: geometric_mean(values[:, 0])
+        for key, values in found.items()
+        if key[:2] == (name, method) and key[5] == steps
+    }
     return min(means, key=means.get)
 
 
@@ -184,33 +225,37 @@ def budgets_of(name, steps):
     return [max(1, round(fraction * steps)) for fraction in CASES[name].fractions]
 
 
-def budget_jobs(name, plan, steps, best):
+def budget_tuning_jobs(name, plan, steps, best):
+    """Plain Adam with other numbers of steps: its best rate and the next ones, with all betas unless runs are long."""
     _, rate, betas = best["plain"]
-    factors = [factor * rate for factor in BUDGET_RATE_FACTORS]
-    rates = [*itertools.product(factors, (betas,) if name in LARGE else plan.betas)]
+    at = plan.rates.index(rate)
+    rates = [*itertools.product(plan.rates[max(0, at - 1) : at + 2], (betas,) if name in LARGE else plan.betas)]
     return [
         job
         for budget in reversed(budgets_of(name, steps))
-        for job in split(name, "plain", 0, rates, budget, plan.budget_seeds)
+        if budget != steps
+        for job in split(name, "plain", 0, rates, budget, plan.tuning_seeds)
     ]
 
 
-def best_at_budgets(name, found, lengths):
-    losses = []
-    for length in lengths:
-        means = {key[3:5]: geometric_mean(values[:, 0]) for key, values in found.items() if key[5] == length}
-        at = min(means, key=means.get)
-        losses.append(means[at])
-        print(f"plain, {length} steps: {means[at]:.4g} at {at[0]:g} with betas {at[1]}")
-    return losses
+def budget_jobs(name, plan, best_at):
+    """At each number of steps with what is best there."""
+    return [
+        job
+        for budget, (variant, *own) in best_at.items()
+        for job in split(name, "plain", variant, [tuple(own)], budget, plan.seeds)
+    ]
 
 
-def print_case(name, plan, steps, best, found, of_budgets):
+def print_case(name, plan, steps, best, best_at, found):
     """Both tables and the verdicts; returns what the picture shows."""
     case, kind = CASES[name], kind_of(name)
     print(f"\n{name} ({kind}): {case.task().description}")
-    lengths = budgets_of(name, steps)
-    losses = best_at_budgets(name, of_budgets, lengths)
+    lengths, losses = sorted(best_at), []
+    for length in lengths:
+        losses.append(geometric_mean(found[(name, "plain", *best_at[length], length)][:, 0]))
+        _, rate, betas = best_at[length]
+        print(f"plain, {length} steps: {losses[-1]:.4g} at {rate:g} with betas {betas}")
     points, ratios = {}, {}
     plain = found[(name, "plain", *best["plain"], steps)]
     seconds_a_pass = np.median(plain[:, 2]) / steps
@@ -270,10 +315,14 @@ def kind_of(name):
 
 def print_verdicts(name, ratios, skipped):
     ours = [method for method in PRESETS if method in ratios]
+    if not ours:
+        return
     best = max(ours, key=lambda method: ratios[method][1])
     sign, ratio = ratios[best]
     for least in CASES[name].least:
-        print(f"ratio of the best preset ({best}): {sign}{ratio:.2f}; >= {least:g}: {verdict(ratio >= least)}")
+        print(
+            f"ratio of the best preset ({best}): {sign}{ratio:.2f}; >= {least:g}: {verdict(round(ratio, 2) >= least)}"
+        )
     share = max((skipped.get(method, 0.0) for method in ours), default=0.0)
     for least in LEAST_SKIPPED[kind_of(name)]:
         print(f"skipped by a preset at this rate, no worse: {share:.0%}; >= {least:.0%}: {verdict(share >= least)}")
@@ -306,10 +355,13 @@ def suite(options):
     plans = {name: plan_of(name, options) for name in names}
     is_large = any(name in LARGE for name in names)
     run_all = in_turn if is_large else functools.partial(codec_tasks.in_processes, runs)
+    if options.results:
+        run_all = remembering(run_all, options.results)
     codec_tasks.print_header(
         "Final losses, backward passes, and how many of these plain Adam needs, each method at its own best settings",
         f"{jax.devices()[0].device_kind}; cosine schedule over all steps; betas of plain Adam: {BETAS}",
         "losses: geometric mean [smallest, largest]; passes: mean; a number behind a name: which of its settings",
+        "settings are chosen by other seeds than those that are compared, plain Adam's at each number of steps too",
         "plain needs: for the method's mean loss, log-interpolated between its best at each number of steps",
         "ratio: that, divided by the passes used; time: the same of seconds, each run in its own process of one thread",
         f"skipped: behind {WARMUP} steps; log difference: to plain with the same seed, mean ± half its 95 % interval",
@@ -320,36 +372,37 @@ def suite(options):
     by_length = sorted(names, key=lambda name: -steps[name] * (1 + CASES[name].runs_apart * 100))
     # Where runs are long, plain Adam goes first, and the others take its betas.
     apart = {name: name in LARGE or CASES[name].runs_apart for name in names}
-    first = [j for n in by_length for j in tuning_jobs(n, plans[n], steps[n], ("plain",), plans[n].betas)]
-    first += [
-        j
-        for n in by_length
-        if not apart[n]
-        for j in tuning_jobs(n, plans[n], steps[n], plans[n].methods[1:], plans[n].betas)
-    ]
-    found = gathered(run_all, first)
-    of = {name: {key: values for key, values in found.items() if key[0] == name} for name in names}
-    best = {name: {"plain": best_of(of[name], "plain")} for name in names}
-    second = [
-        j
-        for n in by_length
-        if apart[n]
-        for j in tuning_jobs(n, plans[n], steps[n], plans[n].methods[1:], (best[n]["plain"][2],))
-    ]
-    found |= gathered(run_all, second)
-    for name in names:
-        of[name] = {key: values for key, values in found.items() if key[0] == name}
-        best[name] |= {method: best_of(of[name], method) for method in plans[name].methods[1:]}
 
-    compared = [j for n in by_length for j in comparison_jobs(n, plans[n], steps[n], best[n])]
-    in_budget = [j for n in by_length for j in budget_jobs(n, plans[n], steps[n], best[n])]
-    results = iter(run_all([*compared, *in_budget]))
-    found = gathered(lambda jobs: itertools.islice(results, len(jobs)), compared)
-    of_budgets = gathered(lambda jobs: itertools.islice(results, len(jobs)), in_budget)
+    def tuning(name, methods, betas):
+        return tuning_jobs(name, plans[name], steps[name], methods, betas)
+
+    jobs = [job for name in by_length for job in tuning(name, ("plain",), plans[name].betas)]
+    for name in by_length:
+        if not apart[name]:
+            jobs += tuning(name, plans[name].methods[1:], plans[name].betas)
+    found = gathered(run_all, jobs)
+    best = {name: {"plain": best_of(found, name, "plain", steps[name])} for name in names}
+    jobs = []
+    for name in by_length:
+        if apart[name]:
+            jobs += tuning(name, plans[name].methods[1:], (best[name]["plain"][2],))
+        jobs += budget_tuning_jobs(name, plans[name], steps[name], best[name])
+    found |= gathered(run_all, jobs)
+    best_at = {}
+    for name in names:
+        best[name] |= {method: best_of(found, name, method, steps[name]) for method in plans[name].methods[1:]}
+        best_at[name] = {budget: best_of(found, name, "plain", budget) for budget in budgets_of(name, steps[name])}
+
+    jobs = []
+    for name in by_length:
+        jobs += comparison_jobs(name, plans[name], steps[name], best[name])
+        jobs += budget_jobs(
+            name, plans[name], {budget: at for budget, at in best_at[name].items() if budget != steps[name]}
+        )
+    found = gathered(run_all, jobs)
     pictures = {}
     for name in names:
-        budgets = {key: values for key, values in of_budgets.items() if key[0] == name}
-        pictures[name] = print_case(name, plans[name], steps[name], best[name], found, budgets)
+        pictures[name] = print_case(name, plans[name], steps[name], best[name], best_at[name], found)
     if options.plot:
         draw(pictures, options.plot)
 
@@ -358,8 +411,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="", help='only what contains this: "PINN"; all small ones unless given')
     parser.add_argument("--methods", default="", help='only what contains one of these: "aggressive,coast"')
-    parser.add_argument("--seeds", type=int, default=5, help="in the comparison")
+    parser.add_argument("--seeds", type=int, help="to compare by; 10 unless given, 5 where runs are long")
     parser.add_argument("--steps", type=int, help="instead of each task's own, for a trial")
+    parser.add_argument("--results", type=pathlib.Path, help="a file to keep each run's results in, and to go on from")
     parser.add_argument("--plot", help="a PNG to write")
     began = time.perf_counter()
     suite(parser.parse_args())
