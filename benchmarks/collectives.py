@@ -39,7 +39,6 @@ from vsa_optax import HypervectorCodec, TritCodec
 HERE = pathlib.Path(__file__).parent
 NUM = 8
 BATCH = 16  # Of all devices together.
-RATES = (1e-3, 3e-3, 1e-2)
 ROWS = PartitionSpec("data")
 # Name: codec, and whether with error feedback.
 OURS = {
@@ -354,13 +353,12 @@ def trainer(name, steps):
     return run
 
 
-def final_losses(name, seed, steps):
-    """``[rates]``."""
-    return [trainer(name, steps)(rate, seed) for rate in RATES]
+def final_loss(name, seed, rate, steps):
+    return trainer(name, steps)(rate, seed)
 
 
 def training(options):
-    seeds, steps = options.seeds or 5, options.steps
+    seeds, steps, rates = options.seeds or 5, options.steps, options.rates
     names = [name for name in METHODS if options.methods is None or name in options.methods or name == "f32 pmean"]
     shapes = jax.eval_shape(lambda: tasks.characters().init(0))
     tasks.print_header(
@@ -370,27 +368,29 @@ def training(options):
         "difference: to f32 with the same seed, mean [min, max]; sd: of f32 over the seeds; bytes: sent by each device",
     )
     # What takes longest first.
-    jobs = [(name, seed, steps) for name in reversed(names) for seed in range(seeds)]
-    found = {job[:2]: losses for job, losses in zip(jobs, tasks.in_processes(final_losses, jobs), strict=True)}
-    losses = {name: np.array([found[name, seed] for seed in range(seeds)]) for name in names}  # [seeds, rates]
+    jobs = [(name, seed, rate, steps) for name in reversed(names) for rate in rates for seed in range(seeds)]
+    found = dict(zip(jobs, tasks.in_processes(final_loss, jobs), strict=True))
+    losses = {
+        name: np.array([[found[name, seed, rate, steps] for rate in rates] for seed in range(seeds)]) for name in names
+    }  # [seeds, rates]
     sent = {name: averaging(name).sent(shapes, NUM) for name in names}
     best = {name: int(np.argmin(values.mean(axis=0))) for name, values in losses.items()}
     reference = best["f32 pmean"]
 
     print_losses(
-        f"At the rate that is best for f32, {RATES[reference]:g}", losses, sent, dict.fromkeys(names, reference)
+        f"At the rate that is best for f32, {rates[reference]:g}", rates, losses, sent, dict.fromkeys(names, reference)
     )
-    print_losses("Each at its own best rate", losses, sent, best)
+    print_losses("Each at its own best rate", rates, losses, sent, best)
     print("Mean final loss at each rate")
-    widths = [34, *[10] * len(RATES)]
-    print_row(widths, ["", *(f"{rate:g}" for rate in RATES)])
+    widths = [34, *[10] * len(rates)]
+    print_row(widths, ["", *(f"{rate:g}" for rate in rates)])
     for name in names:
         print_row(widths, [name, *(f"{value:.5f}" for value in losses[name].mean(axis=0))])
     print()
     print_against_peers(losses, sent, reference, best)
 
 
-def print_losses(title, losses, sent, at):
+def print_losses(title, rates, losses, sent, at):
     """A row for each method, at the rate whose number ``at`` holds."""
     plain = losses["f32 pmean"][:, at["f32 pmean"]]
     print(title)
@@ -399,7 +399,7 @@ def print_losses(title, losses, sent, at):
     for name in losses:
         values = losses[name][:, at[name]]
         deviations = (values - plain).mean() / plain.std(ddof=1)
-        row = [name, f"{sent[name]:,.0f}", f"{RATES[at[name]]:g}"]
+        row = [name, f"{sent[name]:,.0f}", f"{rates[at[name]]:g}"]
         row += [f"{values.mean():.5f} ± {values.std(ddof=1):.5f}"]
         row += ["", ""] if name == "f32 pmean" else [spread(values - plain, "{:+.5f}"), f"{deviations:+.2f}"]
         target = {"two trits": "target", "one trit, error feedback": "stretch"}.get(name)
@@ -492,6 +492,7 @@ def main():
     parser.add_argument("--task", choices=TASKS, help="default: all")
     parser.add_argument("--seeds", type=int, help="in nmse and training, instead of 5")
     parser.add_argument("--steps", type=int, default=200, help="in training")
+    parser.add_argument("--rates", nargs="+", type=float, default=(1e-3, 3e-3, 1e-2), help="in training")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="in training, only these, and f32")
     options = parser.parse_args()
     for name, task in TASKS.items():

@@ -333,12 +333,14 @@ def draw(pictures, path):
     """Plain Adam's best loss at each number of backward passes, and where each method ends."""
     import matplotlib.pyplot as plt
 
+    styles = dict(zip(METHODS, zip("osD^v<>pPX*h", [*plt.cm.tab10.colors, "k", "0.6"], strict=True), strict=True))
     figure, axes = plt.subplots(2, -(-len(pictures) // 2), figsize=(13, 8))
     for axis, (name, (lengths, losses, points)) in zip(axes.flat, pictures.items(), strict=False):
         axis.plot(lengths, losses, "k.-", label="plain Adam, re-tuned for each")
-        for number, (method, (passes, loss)) in enumerate(points.items()):
+        for method, (passes, loss) in points.items():
             if method != "plain" and np.isfinite(loss):
-                axis.plot(passes, loss, "osD^v<>pPX*h"[number % 12], label=method)
+                marker, color = styles[method]
+                axis.plot(passes, loss, marker, color=color, label=method)
         axis.set(title=name, xlabel="backward passes", yscale="log")
     axes.flat[0].set_ylabel("final loss")
     handles, labels = axes.flat[0].get_legend_handles_labels()
