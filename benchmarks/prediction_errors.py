@@ -19,9 +19,8 @@ import optax
 from codec_tasks import print_row, verdict
 from prediction_tasks import CASES, chosen
 
-from vsa_optax.kernels import calibration, secant
-from vsa_optax.transforms.history import WindowHistoryState
-from vsa_optax.transforms.window_history import WindowHistory
+from vsa_optax.prediction.fits import calibration, secant_fit
+from vsa_optax.prediction.predictors.window import WindowHistory, WindowHistoryState
 
 WINDOW, DECAY, FORGET = 8, 0.95, 0.95  # The library's defaults, and the next two for secants.
 CHANGES, FORGET_SCORES = 16, 0.9
@@ -112,17 +111,17 @@ def secant_choices(squared, energy):
     """``[n]``: the ridge that the library would predict with after each of n measurements."""
 
     def step(scores, measured):
-        scores = secant.scored(scores, *measured, FORGET_SCORES)
-        return scores, secant.best(scores)
+        scores = secant_fit.scored(scores, *measured, FORGET_SCORES)
+        return scores, secant_fit.best(scores)
 
-    return jax.lax.scan(step, secant.no_scores(energy.shape[1]), (squared, energy))[1]
+    return jax.lax.scan(step, secant_fit.no_scores(energy.shape[1]), (squared, energy))[1]
 
 
 @jax.jit
 @jax.vmap
 def secant_errors(moves, products, changes, with_missed, missed):
     """``[n, R, L]``: what each ridge misses."""
-    return secant.errors(secant.coefficients(moves, products), changes, with_missed, missed)
+    return secant_fit.errors(secant_fit.coefficients(moves, products), changes, with_missed, missed)
 
 
 def relative_secant_error(points, gradients, horizon):

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import vsa_optax
-from vsa_optax.kernels import calibration
+from vsa_optax.prediction.fits import calibration
 
 SETTINGS = {"warmup_steps": 4, "full_steps": 2, "predict_steps": 3, "correct_every": 2, "calibrate": True}
 HISTORIES = {

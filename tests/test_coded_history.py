@@ -12,9 +12,8 @@ import reference
 
 import vsa_optax
 from vsa_optax import HypervectorCodec, Phase, TritCodec, checkpoint
-from vsa_optax.kernels import wls
-from vsa_optax.transforms.coded_history import CodedWindowHistory
-from vsa_optax.transforms.window_history import WindowHistory
+from vsa_optax.kernels import numerics
+from vsa_optax.prediction.predictors.window import CodedWindowHistory, WindowHistory
 
 # A leaf of 128 coordinates, and one that `TritCodec` leaves alone.
 CODECS = {"trits": TritCodec(3, block_size=64), "hypervector": HypervectorCodec(0.5)}
@@ -105,18 +104,19 @@ def test_predictions_equal_those_of_decoded_records(name):
 def test_the_window_is_that_of_decoded_records(num):
     """The histories alone: empty, with one record, not yet full, and after it has come round."""
     codec, stream = CODECS["trits"], gradient_stream()
-    coded, plain = CodedWindowHistory(WindowHistory(5, 0.9, None), codec), WindowHistory(5, 0.9, None)
+    coded, plain = CodedWindowHistory(5, 0.9, None, codec), WindowHistory(5, 0.9, None)
     states = [coded.init(PARAMS), plain.init(PARAMS)]
     for step in range(num):
         record = tree_of(stream[step])
         decoded = codec.decode(codec.encode(record))
         for i, (history, tree) in enumerate(((coded, record), (plain, decoded))):
             at = jnp.int32(step + step // 2)
-            states[i] = history.record(states[i], tree, at, history.scalars(states[i], at))
+            states[i] = history.record(states[i], tree, None, at, history.scalars(states[i], at))
     predictions = []
     for history, state in zip((coded, plain), states, strict=True):
         coefficients, trees = history.terms(state, history.scalars(state, jnp.int32(20)))
-        predictions.append(flat_of(jax.tree.map(lambda *rows, c=coefficients: wls.combine(c, rows), *trees)))
+        combined = jax.tree.map(lambda *terms, c=coefficients: numerics.linear_combination(c, terms), *trees)
+        predictions.append(flat_of(combined))
     np.testing.assert_allclose(*predictions, atol=2e-6 * max(1, abs(predictions[1]).max()))
     assert states[0].steps.tolist() == states[1].steps.tolist()
     assert states[0].num_records == num
@@ -293,7 +293,7 @@ def test_the_state_of_another_codec_is_refused(case, is_jitted):
 def test_coded_and_plain_states_are_told_apart(given):
     coded, plain = (blind.predict_gradients(history_codec=codec) for codec in (TritCodec(3), None))
     theirs, ours = (coded, plain) if given == "coded" else (plain, coded)
-    descriptions = {"coded": "'coded window of 8'", "plain": "'window of 8'"}
+    descriptions = {"coded": "'CodedWindowHistoryState'", "plain": "'WindowHistoryState'"}
     other = descriptions["plain" if given == "coded" else "coded"]
     with pytest.raises(ValueError, match=f"history is {descriptions[given]}, here {other}"):
         ours.update(PARAMS, theirs.init(PARAMS))

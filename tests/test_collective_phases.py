@@ -23,7 +23,7 @@ from vsa_optax import (
     state_specs,
     value_and_grad_by_phase,
 )
-from vsa_optax.transforms.replicated import as_varying
+from vsa_optax.core.mesh import as_varying
 
 if hasattr(jax, "shard_map"):
     shard_map, CHECK = jax.shard_map, "check_vma"

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vsa_optax import HypervectorCodec, TritCodec, compressed_pmean, state_specs
-from vsa_optax.transforms.replicated import as_varying
+from vsa_optax.core.mesh import as_varying
 
 if hasattr(jax, "shard_map"):
     shard_map, CHECK = jax.shard_map, "check_vma"

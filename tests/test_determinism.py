@@ -96,13 +96,13 @@ def assert_laid_out(tree, leading):
 
 
 def assert_state_laid_out(state):
-    if isinstance(state.history, vsa_optax.transforms.history.SecantHistoryState):
+    if isinstance(state.history, vsa_optax.prediction.predictors.secant.SecantHistoryState):
         assert_laid_out(state.history.diff_params, 1)
         assert_laid_out(state.history.diff_gradients, 1)
         assert_laid_out(state.history.params, 0)
         assert_laid_out(state.history.gradient, 0)
         return
-    if isinstance(state.history, vsa_optax.transforms.history.WindowHistoryState):
+    if isinstance(state.history, vsa_optax.prediction.predictors.window.WindowHistoryState):
         assert_laid_out(state.history.records, 1)
     else:
         assert_laid_out(state.history.mean, 0)

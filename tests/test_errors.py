@@ -142,9 +142,9 @@ def test_complex_gradients_of_real_parameters():
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
-        (dict(history="recursive"), "history is 'recursive', here 'window of 8'"),
-        (dict(history_window=3), "history is 'window of 3', here 'window of 8'"),
-        (dict(predict_steps=0), "history is 'none', here 'window of 8'"),
+        (dict(history="recursive"), "history is 'RecursiveHistoryState', here 'WindowHistoryState'"),
+        (dict(history_window=3), "history_window is 3, here 8"),
+        (dict(predict_steps=0), "history is None, here 'WindowHistoryState'"),
         (dict(residual=False), "residual is False, here True"),
         (dict(adaptive=True), "adaptive is True, here False"),
     ],

@@ -8,8 +8,8 @@ import pytest
 
 import vsa_optax
 from vsa_optax import GuardAction, Phase
-from vsa_optax.transforms.guard import Guard
-from vsa_optax.transforms.switched import PhaseSwitchedState
+from vsa_optax.prediction.guard import Guard
+from vsa_optax.prediction.update import PhaseSwitchedState
 
 CURVATURE = jnp.logspace(-2, 0, 30)
 
@@ -275,5 +275,5 @@ def test_settings_that_exclude_each_other_are_named():
     with_guard = guarded(history="window").init(jnp.ones(2))
     with pytest.raises(ValueError, match="guard is True, here False"):
         guarded(history="window", guard=False).update(jnp.ones(2), with_guard)
-    with pytest.raises(ValueError, match="history is 'secant of 16', here 'window of 8'"):
+    with pytest.raises(ValueError, match="history is 'SecantHistoryState', here 'WindowHistoryState'"):
         guarded(history="window").update(jnp.ones(2), guarded().init(jnp.ones(2)))

@@ -53,7 +53,7 @@ assert set(vsa_optax.__all__) <= set(dir(vsa_optax))
 from vsa_optax import *
 print(phase_switched.__module__, trits.__name__, hasattr(vsa_optax, "nothing"))
 """
-    assert output_of(code).split() == ["vsa_optax.transforms.predict", "vsa_optax.trits", "False"]
+    assert output_of(code).split() == ["vsa_optax.prediction.api", "vsa_optax.trits", "False"]
 
 
 def test_the_runtime_needs_jax_and_optax_only():

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsa_optax.kernels import numerics, wls
-from vsa_optax.transforms import phases
+from vsa_optax.kernels import numerics
+from vsa_optax.prediction import machine
+from vsa_optax.prediction.fits import line_fit
 
 
 @pytest.mark.parametrize("magnitude", [1.5e-38, 3e38])
@@ -47,17 +48,17 @@ def test_saturating_cast_between_any_two_dtypes(source, target):
 
 
 def test_no_records_have_no_coefficients():
-    for coefficients in wls.line_weights(jnp.zeros(4), jnp.zeros(4), jnp.int32(2))[:2]:
+    for coefficients in line_fit.line_weights(jnp.zeros(4), jnp.zeros(4), jnp.int32(2))[:2]:
         np.testing.assert_array_equal(coefficients, np.zeros(4))
 
 
 def test_a_cycle_is_counted_when_its_predict_phase_ends():
     """WW, then FPPC over and over: nothing is counted for the warm-up, nor before the correction is done."""
-    schedule = phases.PhaseSchedule(2, 1, 2, 2, adaptive=False, loss_threshold=0.1)
+    schedule = machine.PhaseSchedule(2, 1, 2, 2, adaptive=False, loss_threshold=0.1)
 
     def step(state, _):
-        state = phases.advance(schedule, state, is_finite=jnp.array(True), value=None)
+        state = machine.advance(schedule, None, state, is_finite=jnp.array(True), value=None)
         return state, state.cycles
 
-    _, cycles = jax.lax.scan(step, phases.init(schedule), None, length=15)
+    _, cycles = jax.lax.scan(step, machine.init(schedule), None, length=15)
     assert cycles.tolist() == [0, 0, *[0, 0, 0, 1], *[1, 1, 1, 2], *[2, 2, 2, 3], 3]

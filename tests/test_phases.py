@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import vsa_optax
 from vsa_optax import Phase
-from vsa_optax.transforms import phases
+from vsa_optax.prediction import machine
 
 TRACES = json.loads(pathlib.Path(__file__).with_name("phase_traces.json").read_text())["traces"]
 LETTERS = "WFPC"
@@ -90,14 +90,14 @@ def test_short_cycles(config, expected):
     skipped=st.sets(st.integers(0, 59), max_size=20),
 )
 def test_walk_equals_twin(skipped, **config):
-    schedule = phases.PhaseSchedule(adaptive=False, loss_threshold=0.1, **config)
+    schedule = machine.PhaseSchedule(adaptive=False, loss_threshold=0.1, **config)
 
     def step(state, is_finite):
-        return phases.advance(schedule, state, is_finite=is_finite | (state.phase == Phase.PREDICT), value=None), (
-            state.phase
-        )
+        return machine.advance(
+            schedule, None, state, is_finite=is_finite | (state.phase == Phase.PREDICT), value=None
+        ), (state.phase)
 
-    _, walked = jax.lax.scan(step, phases.init(schedule), jnp.array([i not in skipped for i in range(60)]))
+    _, walked = jax.lax.scan(step, machine.init(schedule), jnp.array([i not in skipped for i in range(60)]))
     expected = reference.walk_phases(60, skipped=skipped, **config)
     assert "".join(LETTERS[i] for i in np.asarray(walked)) == expected
 

@@ -7,8 +7,8 @@ import pytest
 import reference
 
 import vsa_optax
-from vsa_optax.transforms import queries
-from vsa_optax.transforms.phases import Phase
+from vsa_optax.prediction import stats
+from vsa_optax.prediction.machine import Phase
 
 SHAPES = {"b": (), "w": (3, 4), "empty": (0, 3), "deep": (1, 2, 1, 2, 1)}
 SIZES = [int(np.prod(SHAPES[k])) for k in sorted(SHAPES)]
@@ -151,7 +151,7 @@ def quadratic(params):
 def train(opt, steps, *, by_scan=False, loss=quadratic):
     def step(carry, _):
         params, state = carry
-        if queries.contains_machine(state):
+        if stats.contains_machine(state):
             value, grads = vsa_optax.value_and_grad_by_phase(loss)(params, state=state)
             updates, state = opt.update(grads, state, params, value=value)
         else:

@@ -9,7 +9,7 @@ import reference
 
 import vsa_optax
 from vsa_optax import Phase
-from vsa_optax.kernels import secant
+from vsa_optax.prediction.fits import secant_fit
 
 SHAPES = {"w": (4, 3), "b": (), "empty": (0, 2)}
 SIZE = 13
@@ -36,7 +36,7 @@ def curved(seed):
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_predictions_equal_the_twin_over_a_hundred_steps(noise):
     opt = vsa_optax.predict_gradients(history_window=5, **CYCLE)
-    twin = reference.SecantPredictor(window=5, ridges=secant.RIDGES, forget=0.9)
+    twin = reference.SecantPredictor(window=5, ridges=secant_fit.RIDGES, forget=0.9)
     gradient_at, rng = curved(1), np.random.default_rng(2)
     x, update = rng.normal(size=SIZE).astype(np.float32), jax.jit(opt.update)
     state, predicted, ridges = opt.init(tree_of(x)), 0, set()
@@ -51,13 +51,13 @@ def test_predictions_equal_the_twin_over_a_hundred_steps(noise):
         else:
             np.testing.assert_array_equal(flat_of(emitted), gradient)
             twin.record(x, gradient)
-        ridges.add(int(secant.best(state.machine.calibration.scores)))
+        ridges.add(int(secant_fit.best(state.machine.calibration.scores)))
         # A walk that turns, so that the changes span more than a line.
         x = (x - 0.2 * flat_of(emitted) + 0.1 * rng.normal(size=SIZE)).astype(np.float32)
     assert predicted > 40
     np.testing.assert_allclose(state.machine.calibration.scores.of_ridges, twin.scores, rtol=2e-2, atol=1e-5)
     quality = vsa_optax.phase_stats(state).quality
-    assert quality.ridge == np.float32(secant.RIDGES[twin.best])
+    assert quality.ridge == np.float32(secant_fit.RIDGES[twin.best])
     if noise:
         assert quality.ridge >= 0.01
     else:
@@ -219,10 +219,10 @@ def test_parameters_are_asked_for():
 
 
 def test_no_changes_have_no_coefficients():
-    np.testing.assert_array_equal(secant.coefficients(jnp.zeros([3, 3]), jnp.zeros(3)), np.zeros([7, 3]))
+    np.testing.assert_array_equal(secant_fit.coefficients(jnp.zeros([3, 3]), jnp.zeros(3)), np.zeros([7, 3]))
     one = jnp.zeros([3, 3]).at[1, 1].set(4.0)
-    found = secant.coefficients(one, jnp.array([0.0, 8.0, 0.0]))
-    np.testing.assert_allclose(found[:, 1], [2.0 / (1 + ridge) for ridge in secant.RIDGES], rtol=1e-5)
+    found = secant_fit.coefficients(one, jnp.array([0.0, 8.0, 0.0]))
+    np.testing.assert_allclose(found[:, 1], [2.0 / (1 + ridge) for ridge in secant_fit.RIDGES], rtol=1e-5)
     np.testing.assert_array_equal(found[:, [0, 2]], 0.0)
-    broken = secant.coefficients(one.at[0, 0].set(jnp.inf), jnp.array([jnp.nan, 8.0, 0.0]))
+    broken = secant_fit.coefficients(one.at[0, 0].set(jnp.inf), jnp.array([jnp.nan, 8.0, 0.0]))
     assert np.isfinite(broken).all()

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsa_optax
-from vsa_optax.transforms.ternary_sum import make_ternary_sum
+from vsa_optax.accumulation.ternary_sum import make_ternary_sum
 
 try:
     from jax import shard_map
@@ -157,7 +157,7 @@ def assert_same_training(params, state, alone, *, atol):
     for name, start in make_params().items():
         np.testing.assert_allclose(params[name], alone[0][name], rtol=0, atol=atol)
         assert float(jnp.max(jnp.abs(params[name] - start))) > 0.05
-    if isinstance(state, vsa_optax.transforms.switched.PhaseSwitchedState):
+    if isinstance(state, vsa_optax.prediction.update.PhaseSwitchedState):
         stats, wanted = vsa_optax.phase_stats(state), vsa_optax.phase_stats(alone[1])
         np.testing.assert_array_equal(stats[:7], wanted[:7])
         assert stats.predict_steps > 0

@@ -8,7 +8,8 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsa_optax.kernels import lloyd_max, trit_rows, trit_sums, uniform
+from vsa_optax.accumulation import packed_rows
+from vsa_optax.kernels import lloyd_max, uniform
 
 CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
@@ -18,17 +19,17 @@ def vectors(num, size, seed=0):
 
 
 def words_for(size, block_size, seed=1):
-    return jax.random.bits(jax.random.key(seed), (trit_rows.num_words(size, block_size),), jnp.uint32)
+    return jax.random.bits(jax.random.key(seed), (packed_rows.num_words(size, block_size),), jnp.uint32)
 
 
 def compiled():
     """`add` and `finish`, to be compiled anew, and in little time."""
 
     def add(*args, block_size):
-        return trit_sums.add.__wrapped__(*args, block_size=block_size)
+        return packed_rows.add.__wrapped__(*args, block_size=block_size)
 
     def finish(*args, block_size, nearest):
-        return trit_sums.finish.__wrapped__(*args, block_size=block_size, nearest=nearest)
+        return packed_rows.finish.__wrapped__(*args, block_size=block_size, nearest=nearest)
 
     return (
         jax.jit(add, static_argnames="block_size", **CHEAP),
@@ -44,7 +45,7 @@ def summed(x, trits, block_size, rounding_key=None, functions=COMPILED):
     add, finish = functions
     num, size = x.shape
     words = words_for(size, block_size)
-    total = trit_rows.zeros(size, trits=trits, block_size=block_size)
+    total = packed_rows.zeros(size, trits=trits, block_size=block_size)
     for i in range(num - 1):
         key = None if rounding_key is None else jax.random.fold_in(rounding_key, i)
         total = add(total, x[i], words, key, block_size=block_size)
@@ -55,7 +56,7 @@ def summed(x, trits, block_size, rounding_key=None, functions=COMPILED):
 def blocks_of(size, block_size):
     """For each block its slice of the padded vector and its number in the row."""
     begin, out = 0, []
-    for rows in trit_rows.rows_of(size, block_size):
+    for rows in packed_rows.rows_of(size, block_size):
         for block in range(rows.num_blocks):
             out.append((slice(begin, begin + rows.width), block % 5))
             begin += rows.width
@@ -112,7 +113,7 @@ def test_however_few_rows_are_done_at_once_the_sum_is_the_same(monkeypatch):
     x = vectors(3, 11 * 5 * 32 + 40)
     expected, expected_mean = summed(x, 2, 32)
     for at_once in (1, 7):
-        monkeypatch.setattr(trit_rows, "_AT_ONCE_ON_CPU", at_once * 5 * 32)
+        monkeypatch.setattr(packed_rows, "_AT_ONCE_ON_CPU", at_once * 5 * 32)
         total, mean = summed(x, 2, 32, functions=compiled())
         np.testing.assert_array_equal(total.codes, expected.codes)
         np.testing.assert_array_equal(total.scales, expected.scales)
@@ -121,7 +122,7 @@ def test_however_few_rows_are_done_at_once_the_sum_is_the_same(monkeypatch):
 
 @given(size=st.integers(1, 3000), block_size=st.sampled_from([2, 8, 32, 64, 1024]))
 def test_rows_hold_every_coordinate_and_not_twice_as_many(size, block_size):
-    whole, last = trit_rows.rows_of(size, block_size)
+    whole, last = packed_rows.rows_of(size, block_size)
     assert whole.size + last.size >= size
     assert whole.size <= size
     assert last.size < 2 * (size - whole.size) or last.width <= 32

@@ -8,9 +8,10 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vsa_optax.kernels import numerics, wls
-from vsa_optax.transforms.recursive_history import RecursiveHistory
-from vsa_optax.transforms.window_history import WindowHistory
+from vsa_optax.kernels import numerics
+from vsa_optax.prediction.fits import line_fit
+from vsa_optax.prediction.predictors.recursive import RecursiveHistory
+from vsa_optax.prediction.predictors.window import WindowHistory
 
 spacings = st.lists(st.integers(1, 40), min_size=1, max_size=24)
 
@@ -21,7 +22,7 @@ def relative(actual, expected):
 
 def extrapolation_weights(ages, weights, newest, horizon):
     """Of the records, in the line that many steps ahead."""
-    mean, slope, age = wls.line_weights(ages, weights, jnp.int32(newest))
+    mean, slope, age = line_fit.line_weights(ages, weights, jnp.int32(newest))
     return mean + (horizon - age) * slope
 
 
@@ -30,10 +31,10 @@ def compiled(history):
     """To record at a step, and to predict for one, by the history's own pieces."""
 
     def record(state, record, at):
-        return history.record(state, record, at, history.scalars(state, at))
+        return history.record(state, record, None, at, history.scalars(state, at))
 
     def predict(state, step):
-        return wls.combine(*history.terms(state, history.scalars(state, step)))
+        return numerics.linear_combination(*history.terms(state, history.scalars(state, step)))
 
     return jax.jit(record), jax.jit(predict)
 

@@ -32,7 +32,7 @@ from vsa_optax import (
     value_and_grad_by_phase,
     vsa,
 )
-from vsa_optax.transforms.accumulate import TernaryMultiSteps
+from vsa_optax.accumulation.multi_steps import TernaryMultiSteps
 
 Params = dict[str, jax.Array]
 

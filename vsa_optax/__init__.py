@@ -1,22 +1,23 @@
 """Cheaper gradients for Optax: skip backward passes by closed-form prediction, keep or send gradients in a few bits."""
 
-import importlib
-from typing import TYPE_CHECKING
+# Under private names, so that completion offers what is public.
+import importlib as _importlib
+import typing as _typing
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from vsa_optax import trits, vsa
+    from vsa_optax.accumulation.microbatching import ternary_accumulator
+    from vsa_optax.accumulation.multi_steps import accumulate_ternary, ternary_multi_steps
     from vsa_optax.codecs.hypervector import HypervectorCodec
     from vsa_optax.codecs.trit import TritCodec
-    from vsa_optax.presets import aggressive, balanced, conservative
-    from vsa_optax.transforms.accumulate import accumulate_ternary, ternary_multi_steps
-    from vsa_optax.transforms.collectives import compressed_pmean, state_specs
-    from vsa_optax.transforms.compress import compress_gradients
-    from vsa_optax.transforms.guard import GuardAction
-    from vsa_optax.transforms.phases import Phase
-    from vsa_optax.transforms.predict import phase_switched, predict_gradients
-    from vsa_optax.transforms.queries import PhaseStats, needs_backward, phase_stats
-    from vsa_optax.transforms.ternary_accumulator import ternary_accumulator
-    from vsa_optax.value_and_grad import value_and_grad_by_phase
+    from vsa_optax.compression.gradients import compress_gradients
+    from vsa_optax.compression.pmean import compressed_pmean, state_specs
+    from vsa_optax.prediction.api import phase_switched, predict_gradients
+    from vsa_optax.prediction.guard import GuardAction
+    from vsa_optax.prediction.machine import Phase
+    from vsa_optax.prediction.presets import aggressive, balanced, conservative
+    from vsa_optax.prediction.stats import PhaseStats, needs_backward, phase_stats
+    from vsa_optax.prediction.value_and_grad import value_and_grad_by_phase
 
 __version__ = "0.1.0"
 
@@ -46,35 +47,35 @@ __all__ = [
 
 # Where each name lives. A module is imported when a name of it is first asked for: all together are slow to import.
 _HOMES = {
-    "GuardAction": "transforms.guard",
+    "GuardAction": "prediction.guard",
     "HypervectorCodec": "codecs.hypervector",
-    "Phase": "transforms.phases",
-    "PhaseStats": "transforms.queries",
+    "Phase": "prediction.machine",
+    "PhaseStats": "prediction.stats",
     "TritCodec": "codecs.trit",
-    "accumulate_ternary": "transforms.accumulate",
-    "aggressive": "presets",
-    "balanced": "presets",
-    "compress_gradients": "transforms.compress",
-    "compressed_pmean": "transforms.collectives",
-    "conservative": "presets",
-    "needs_backward": "transforms.queries",
-    "phase_stats": "transforms.queries",
-    "phase_switched": "transforms.predict",
-    "predict_gradients": "transforms.predict",
-    "state_specs": "transforms.collectives",
-    "ternary_accumulator": "transforms.ternary_accumulator",
-    "ternary_multi_steps": "transforms.accumulate",
-    "value_and_grad_by_phase": "value_and_grad",
+    "accumulate_ternary": "accumulation.multi_steps",
+    "aggressive": "prediction.presets",
+    "balanced": "prediction.presets",
+    "compress_gradients": "compression.gradients",
+    "compressed_pmean": "compression.pmean",
+    "conservative": "prediction.presets",
+    "needs_backward": "prediction.stats",
+    "phase_stats": "prediction.stats",
+    "phase_switched": "prediction.api",
+    "predict_gradients": "prediction.api",
+    "state_specs": "compression.pmean",
+    "ternary_accumulator": "accumulation.microbatching",
+    "ternary_multi_steps": "accumulation.multi_steps",
+    "value_and_grad_by_phase": "prediction.value_and_grad",
 }
 
-if not TYPE_CHECKING:  # A type checker would take every name for one of ours.
+if not _typing.TYPE_CHECKING:  # A type checker would take every name for one of ours.
 
     def __getattr__(name: str) -> object:
         if name in ("trits", "vsa"):
-            return importlib.import_module(f"{__name__}.{name}")
+            return _importlib.import_module(f"{__name__}.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        value = getattr(_importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
 

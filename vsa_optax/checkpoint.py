@@ -69,7 +69,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vsa_optax import checkpoint_files as files
-from vsa_optax import checks
+from vsa_optax.core import checks
 
 FORMAT_VERSION = 1
 _ARRAYS = "arrays"

@@ -21,7 +21,7 @@ import optax
 
 import vsa_optax
 from vsa_optax import GuardAction, Phase
-from vsa_optax.transforms.guard import DEFAULT_TOLERANCE
+from vsa_optax.prediction.guard import DEFAULT_TOLERANCE
 
 _TRAIN_SIZE = 1437  # Of 1797 images; the other 360 are the test set.
 _DESCRIPTION = """Trains a small network on scikit-learn's handwritten digits twice, from the same weights and

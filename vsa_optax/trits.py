@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from vsa_optax import checks
+from vsa_optax.core import checks
 from vsa_optax.kernels import packing
 
 _LLOYD_MAX_CUT = 0.612003  # Halfway from 0 to the outer one of a unit Gaussian's three best levels.

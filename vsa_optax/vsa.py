@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from vsa_optax import checks
+from vsa_optax.core import checks
 from vsa_optax.kernels import numerics, signs
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from vsa_optax import checks
+from vsa_optax.core import checks
 
 
 @runtime_checkable

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vsa_optax import checks
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.trit import CodedLeaf
-from vsa_optax.kernels import signs, trit_blocks, wls
+from vsa_optax.core import checks
+from vsa_optax.kernels import numerics, signs, trit_blocks
 
 _BLOCK = 1024  # Of the bundle, if it is kept in trits.
 
@@ -202,7 +202,7 @@ class HypervectorCodec:
                 unbiased=not self.shrink,
             )
         else:
-            total = wls.combine(list(coefficients), list(bundle))
+            total = numerics.linear_combination(list(coefficients), list(bundle))
         flat = self._unbind(total, sum(sizes), step)
         ends = [sum(sizes[:i]) for i in range(1, len(sizes))]
         pieces = [codecs.from_reals(p, s) for p, s in zip(jnp.split(flat, ends), specs, strict=bool(specs))]

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vsa_optax import checks
 from vsa_optax.codecs import codec as codecs
-from vsa_optax.kernels import signs, trit_blocks, wls
+from vsa_optax.core import checks
+from vsa_optax.kernels import numerics, signs, trit_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ class TritCodec:
 
     def _decode_leaf(self, leaf: CodedLeaf | RawLeaf, coefficients: jax.Array, step: jax.Array, index: int) -> Any:
         if isinstance(leaf, RawLeaf):
-            return wls.combine(list(coefficients), list(leaf.values))
+            return numerics.linear_combination(list(coefficients), list(leaf.values))
         reals = trit_blocks.decode_sum(
             leaf.codes,
             leaf.scales,

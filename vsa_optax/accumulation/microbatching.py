@@ -1,0 +1,116 @@
+"""The coded sum as an accumulator of ``optax.microbatching``: micro-batches inside one step, and no f32 sum of them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vsa_optax.accumulation.ternary_sum import make_ternary_sum
+from vsa_optax.core import checks
+from vsa_optax.core.conditional import in_place_if
+
+
+class TernaryAccumulatorState(NamedTuple):
+    """What `ternary_accumulator` carries from one micro-batch to the next.
+
+    Attributes:
+        nonfinite_count: ``[] int32``, micro-batches left out for a NaN or an infinity.
+        acc_grads: tree like the gradients, with a coded sum for each.
+    """
+
+    nonfinite_count: jax.Array
+    acc_grads: Any
+
+
+def ternary_accumulator(
+    num_microbatches: int,
+    *,
+    trits: int | None = None,
+    rounding: str = "nearest",
+    block_size: int = 1024,
+    use_grad_mean: bool = True,
+    seed: int = 0,
+) -> optax.microbatching.Accumulator:
+    """An ``optax.microbatching.Accumulator`` that keeps the running sum of gradients in trits.
+
+    Between micro-batches there is nothing but the coded sum, so the last one is quantised too, and the mean is worse
+    than that of `accumulate_ternary`. Its relative squared error for gradients that are pure noise, the worst case, and
+    beside it ``v (K + 1) / 2``, which it follows while it is small, v being the error of quantising once:
+
+    ==========  ======  ===================  ===================  ===================
+    ``trits``   bits    K = 2                K = 8                K = 32
+    ==========  ======  ===================  ===================  ===================
+    1           1.62    0.26 (0.29)          0.48 (0.86)          0.72 (3.1)
+    2           3.22    0.041 (0.042)        0.107 (0.125)        0.31 (0.46)
+    3           4.82    0.0052 (0.0052)      0.015 (0.016)        0.052 (0.057)
+    ==========  ======  ===================  ===================  ===================
+
+    The rotation is the same in every step; another ``seed`` is another.
+
+    **Not finite.** A micro-batch with a NaN or an infinity is left out, and the mean is that of the others; if none is
+    left, NaN leaves.
+
+    Args:
+        num_microbatches: ``>= 1``, how many make a step; the mean is over so many, as that of
+            ``AccumulationType.MEAN``.
+        trits: see `accumulate_ternary`.
+        rounding: see `accumulate_ternary`.
+        block_size: see `accumulate_ternary`.
+        use_grad_mean: see `accumulate_ternary`.
+        seed: see `accumulate_ternary`.
+
+    Returns:
+        An ``optax.microbatching.Accumulator`` for a tree of gradients, which leave in the dtypes they came in. For a
+        function with other outputs, put it in a tree: ``(AccumulationType.MEAN, ternary_accumulator(8))`` for
+        ``jax.value_and_grad``.
+
+    State cost:
+        that of `accumulate_ternary`, inside the step; none between steps.
+
+    Raises:
+        ValueError: an argument outside its range.
+        TypeError: at its use, a leaf that is neither floating point nor complex.
+
+    Warns:
+        UserWarning: more than 32 micro-batches in one trit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, vsa_optax
+        >>> def loss(params, batch):
+        ...     return jnp.mean((batch @ params - 1.0) ** 2)
+        >>> batch, params = jax.random.normal(jax.random.key(0), (32, 2048)), jnp.zeros(2048)
+        >>> accumulator = vsa_optax.ternary_accumulator(8)
+        >>> in_pieces = optax.microbatching.microbatch(jax.grad(loss), 1, 4, accumulator)  # 8 of 4 examples.
+        >>> exact, error = jax.grad(loss)(params, batch), in_pieces(params, batch) - jax.grad(loss)(params, batch)
+        >>> bool(jnp.sum(error**2) < 0.13 * jnp.sum(exact**2))
+        True
+    """
+    num = checks.check_integer("num_microbatches", num_microbatches, 1)
+    total = make_ternary_sum(num, trits=trits, rounding=rounding, block_size=block_size, seed=seed)
+    checks.check_bool("use_grad_mean", use_grad_mean)
+    window = jnp.int32(0)
+
+    def grow(acc_grads: Any, gradients: Any, index: jax.Array) -> Any:
+        return total.add(acc_grads, gradients, window, index)
+
+    grow_if = in_place_if(grow)
+
+    def init(like: Any) -> TernaryAccumulatorState:
+        checks.check_inexact_leaves(like)
+        return TernaryAccumulatorState(jnp.zeros([], jnp.int32), total.zeros(like))
+
+    def update(carry: TernaryAccumulatorState, value: Any, index: int | jax.Array) -> TernaryAccumulatorState:
+        is_finite = total.takes(carry.acc_grads, value)
+        acc_grads = grow_if(is_finite, carry.acc_grads, value, jnp.asarray(index, jnp.int32))
+        return TernaryAccumulatorState(carry.nonfinite_count + ~is_finite, acc_grads)
+
+    def finalize(carry: TernaryAccumulatorState) -> Any:
+        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), total.shapes(carry.acc_grads))
+        left = num - carry.nonfinite_count
+        return total.finish(nothing, carry.acc_grads, window, left if use_grad_mean else jnp.minimum(left, 1))
+
+    def aggregate(values: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.mean(x, axis=0) if use_grad_mean else jnp.sum(x, axis=0), values)
+
+    return optax.microbatching.Accumulator(init, update, finalize, aggregate)

@@ -1,0 +1,1 @@
+"""Gradients in a few bits: kept, or sent to other devices."""

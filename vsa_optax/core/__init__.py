@@ -1,0 +1,1 @@
+"""What two of the three ideas need: errors, conditionals, meshes and trees."""

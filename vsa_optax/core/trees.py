@@ -1,0 +1,58 @@
+"""Trees of arrays: are they finite, which of two to keep, and sums and inner products leaf by leaf.
+
+Axes: L leaves.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vsa_optax.kernels import inner_products, numerics
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """``[] bool``: no NaN and no infinity in any leaf; true for an empty tree."""
+    finite = jnp.array(True)
+    for leaf in jax.tree.leaves(tree):
+        finite &= numerics.is_finite(leaf)
+    return finite
+
+
+def tree_where(condition: jax.Array, new: Any, old: Any) -> Any:
+    """``new`` where ``condition``, else ``old``, in the dtypes of ``old``; one ``[] bool`` for all leaves.
+
+    One pass over the trees; a conditional would cost copies besides.
+    """
+
+    def pick(n: Any, o: Any) -> jax.Array:
+        chosen = jnp.where(condition, n, o)
+        dtype = jnp.asarray(o).dtype
+        return chosen if chosen.dtype == dtype else chosen.astype(dtype)
+
+    return jax.tree.map(pick, new, old)
+
+
+def combine_trees(weights: jax.Array, trees: list[Any]) -> Any:
+    """The trees' sum with weights ``[L, trees]``, in at least f32."""
+    leaves = [jax.tree.leaves(tree) for tree in trees]
+    sums = [
+        numerics.linear_combination([weights[leaf, i] for i in range(len(trees))], list(arrays))
+        for leaf, arrays in enumerate(zip(*leaves, strict=True))
+    ]
+    return jax.tree.unflatten(jax.tree.structure(trees[0]), sums)
+
+
+def products_of_trees(trees: list[Any], other: Any) -> tuple[jax.Array, jax.Array]:
+    """Inner products of the trees with each other and with another one: ``[L, trees, trees]`` and ``[L, trees]``."""
+    leaves = list(zip(*(jax.tree.leaves(tree) for tree in [*trees, other]), strict=True))
+    num = len(trees)
+    table = jnp.stack(
+        [jnp.stack([jnp.stack([inner_products.inner(x, y) for y in xs]) for x in xs[:num]]) for xs in leaves]
+    )
+    return table[:, :, :num], table[:, :, num]
+
+
+def squared_norms(tree: Any) -> jax.Array:
+    """``[L] float32``: the leaves' squared norms."""
+    return jnp.stack([inner_products.inner(x, x) for x in jax.tree.leaves(tree)])

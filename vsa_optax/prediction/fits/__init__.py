@@ -1,0 +1,1 @@
+"""Least squares on small tables of inner products: arrays in, arrays out."""

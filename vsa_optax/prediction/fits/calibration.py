@@ -1,0 +1,133 @@
+"""How much of each of a prediction's parts to believe: least squares on the past errors, one small system a leaf.
+
+A prediction of ``y`` has K features ``f_k`` (the records' weighted mean, what the fitted line adds from there to the
+predicted step, the newest record). At each true ``y``, before it is recorded, every leaf adds
+
+    A <- φ A + <f_i, f_j> / <y, y>,    c <- φ c + <f_i, y> / <y, y>
+
+so that each measurement counts alike whatever its size, and the coefficients that would have served best are
+
+    θ = (D^-1/2 A D^-1/2 + ε)^-1 (D^-1/2 c + ε D^1/2 θ_0) D^-1/2,    D = diag(A),
+
+a ridge ε towards θ_0 in units in which every feature has length one. The products with y are unbiased under mini-batch
+noise, so θ finds what the features share with the gradient behind the noise. On a clean line it is (1, 1), in noise
+round a constant the slope's coefficient vanishes. Nothing bounds θ: on trajectories that oscillate the newest record
+and the line are worth something only as a difference.
+
+Axes: L leaves, K features.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+FORGET = 0.95
+RIDGE = 1e-4
+# Of the first feature's squared length: products in f32 lose what is smaller, so it is not taken for a feature.
+FLOOR = 1e-6
+
+
+class Sums(NamedTuple):
+    """Exponentially forgotten sums over the measurements, relative to each target's squared norm.
+
+    Attributes:
+        gram: ``[L, K, K] float32``, A.
+        products: ``[L, K] float32``, c.
+        error: ``[L] float32``, of ``||y - ŷ||² / ||y||²``, each ŷ with the coefficients of before.
+        weight: ``[L] float32``, of one.
+    """
+
+    gram: jax.Array
+    products: jax.Array
+    error: jax.Array
+    weight: jax.Array
+
+
+def zeros(num_leaves: int, num_features: int) -> Sums:
+    """Nothing measured."""
+    return Sums(
+        jnp.zeros([num_leaves, num_features, num_features], jnp.float32),
+        jnp.zeros([num_leaves, num_features], jnp.float32),
+        jnp.zeros([num_leaves], jnp.float32),
+        jnp.zeros([num_leaves], jnp.float32),
+    )
+
+
+def coefficients(sums: Sums) -> jax.Array:
+    """``[L, K]``: θ; θ_0, which believes in the mean alone, where nothing is measured."""
+    num_features = sums.products.shape[-1]
+    squared_lengths = jnp.diagonal(sums.gram, axis1=-2, axis2=-1)
+    scale = jnp.sqrt(jnp.maximum(squared_lengths, 0) + FLOOR * jnp.maximum(squared_lengths[:, :1], 0))
+    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
+    unit = jnp.eye(num_features, dtype=jnp.float32)
+    # A feature that was always zero has a system of its own, of which θ_0 is the solution.
+    matrix = sums.gram * inverse[:, :, None] * inverse[:, None, :] * (1 - unit) + (1 + RIDGE) * unit
+    prior = jnp.zeros([num_features], jnp.float32).at[0].set(1)
+    right = sums.products * inverse + RIDGE * scale * prior
+    solved = _solve(matrix, right) * inverse
+    is_measured = (sums.weight > 0)[:, None] & (scale[:, :1] > 0) & jnp.all(jnp.isfinite(solved), -1, keepdims=True)
+    return jnp.where(is_measured, solved, prior)
+
+
+def measure(
+    sums: Sums,
+    theta: jax.Array,
+    gram: jax.Array,
+    products: jax.Array,
+    squared_norms: jax.Array,
+    forget: float = FORGET,
+) -> tuple[Sums, jax.Array]:
+    """The sums with one more measurement, and its error in each leaf.
+
+    Args:
+        sums: those of before.
+        theta: ``[L, K]``, the coefficients the prediction was made with.
+        gram: ``[L, K, K]``, ``<f_i, f_j>``.
+        products: ``[L, K]``, ``<f_i, y>``.
+        squared_norms: ``[L]``, ``<y, y>``.
+        forget: φ, in (0, 1].
+
+    Returns:
+        The sums; a leaf whose target vanishes, or whose products leave f32's range, keeps its own. And ``[L]``, the
+        squared errors ``||y - ŷ||²``.
+    """
+    squared = squared_norms - 2 * jnp.sum(theta * products, -1) + jnp.einsum("li,lij,lj->l", theta, gram, theta)
+    squared = jnp.maximum(squared, 0)
+    inverse = 1 / jnp.where(squared_norms > 0, squared_norms, 1)
+    new = Sums(
+        forget * sums.gram + gram * inverse[:, None, None],
+        forget * sums.products + products * inverse[:, None],
+        forget * sums.error + squared * inverse,
+        forget * sums.weight + 1,
+    )
+    is_usable = (squared_norms > 0) & (inverse > 0)
+    for part in new:
+        is_usable &= jnp.all(jnp.isfinite(part.reshape(part.shape[0], -1)), -1)
+    kept = [jnp.where(is_usable.reshape(-1, *[1] * (n.ndim - 1)), n, o) for n, o in zip(new, sums, strict=True)]
+    return Sums(*kept), squared
+
+
+def r_squared(error: jax.Array, weight: jax.Array) -> jax.Array:
+    """``[L]``: ``1 - mean of ||y - ŷ||² / ||y||²`` from the sum of errors and the sum of their weights.
+
+    0, as for predicting zero, if nothing is known.
+    """
+    return jnp.where(weight > 0, 1 - error / jnp.where(weight > 0, weight, 1), 0)
+
+
+def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    """``[L, K]``: elimination without pivots, for a matrix that is positive definite; a handful of fused scalars."""
+    num = right.shape[-1]
+    rows = [[matrix[:, i, j] for j in range(num)] + [right[:, i]] for i in range(num)]
+    for i in range(num):
+        for j in range(i + 1, num):
+            factor = rows[j][i] / rows[i][i]
+            rows[j] = [a - factor * b for a, b in zip(rows[j], rows[i], strict=True)]
+    solved: list[jax.Array] = [right[:, 0]] * num
+    for i in reversed(range(num)):
+        rest = rows[i][num]
+        for j in range(i + 1, num):
+            rest = rest - rows[i][j] * solved[j]
+        solved[i] = rest / rows[i][i]
+    return jnp.stack(solved, -1)

@@ -1,0 +1,315 @@
+"""The phase machine: which step runs a backward pass, decided on a dozen scalars.
+
+    WARMUP  until ``warmup_steps`` gradients are recorded
+    FULL    ``full_steps`` true gradients
+    PREDICT ``predict_steps`` steps without a backward pass, except that
+    CORRECT takes one true gradient whenever the step within the phase is a positive multiple of ``correct_every``
+
+``phase`` is the phase of the *coming* step: `advance` is called when that step is done and decides the next one. Steps
+of PREDICT and CORRECT count together; CORRECT takes precedence over the end of the phase (20 steps corrected every 5
+take 21), and two CORRECT steps never adjoin. ``predict_steps=0`` stays in FULL. With a guard, FULL lasts until it wants
+to predict, PREDICT as long as it wants to, and nothing is corrected: the FULL step behind it does that.
+
+The machine reads replicated scalars only, so devices that run the same program agree on the phase.
+"""
+
+import dataclasses
+import enum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vsa_optax.core import checks
+from vsa_optax.kernels import numerics
+from vsa_optax.prediction.guard import Guard, GuardState, Plan
+from vsa_optax.prediction.predictors.base import Comparison
+
+_RECENT_LOSSES = 100
+_COMPARED_LOSSES = 10
+
+
+class Phase(enum.IntEnum):
+    """What a step does: WARMUP, FULL and CORRECT run the backward pass, PREDICT does not."""
+
+    WARMUP = 0
+    FULL = 1
+    PREDICT = 2
+    CORRECT = 3
+
+
+class AdaptiveLengthsState(NamedTuple):
+    """Phase lengths that follow the loss.
+
+    Attributes:
+        full_length: ``[] int32``, steps of the present FULL phase.
+        predict_length: ``[] int32``, steps of the coming PREDICT phase.
+        losses: ``[100] float32``, the most recent losses, in a ring.
+        num_losses: ``[] int32``, losses seen; the next goes to slot ``num_losses % 100``.
+    """
+
+    full_length: jax.Array
+    predict_length: jax.Array
+    losses: jax.Array
+    num_losses: jax.Array
+
+
+class PredictionErrorState(NamedTuple):
+    """Relative errors ``||x - x̂|| / ||x||`` of what is predicted, at CORRECT steps.
+
+    With the guard, or calibrated, at all true steps that follow a prediction.
+
+    Attributes:
+        num_measured: ``[] int32``, errors measured.
+        mean: ``[] float32``, their mean.
+        last: ``[] float32``, the latest.
+    """
+
+    num_measured: jax.Array
+    mean: jax.Array
+    last: jax.Array
+
+
+class PhaseMachineState(NamedTuple):
+    """The machine's scalars; every query finds the machine by this type.
+
+    Attributes:
+        phase: ``[] int32``, the `Phase` of the coming step.
+        steps_in_phase: ``[] int32``, steps done in it (PREDICT and CORRECT together; in WARMUP, gradients recorded).
+        warmup_steps: ``[] int32``, steps taken in WARMUP so far; likewise the next three.
+        full_steps: ``[] int32``.
+        predict_steps: ``[] int32``.
+        correct_steps: ``[] int32``.
+        cycles: ``[] int32``, PREDICT phases completed.
+        nonfinite_count: ``[] int32``, steps skipped for a NaN or an infinity.
+        errors: `PredictionErrorState`, or None with ``predict_steps=0``.
+        value: ``[] float32``, the last finite ``value=`` received; meaningless before ``has_value``.
+        has_value: ``[] bool``, whether one was received.
+        adaptive: `AdaptiveLengthsState`, or None with ``adaptive=False``.
+        calibration: `CalibrationState` or `SecantCalibrationState`; None with a line that is not calibrated.
+        guard: `GuardState`, or None with ``guard=False``.
+    """
+
+    phase: jax.Array
+    steps_in_phase: jax.Array
+    warmup_steps: jax.Array
+    full_steps: jax.Array
+    predict_steps: jax.Array
+    correct_steps: jax.Array
+    cycles: jax.Array
+    nonfinite_count: jax.Array
+    errors: PredictionErrorState | None
+    value: jax.Array
+    has_value: jax.Array
+    adaptive: AdaptiveLengthsState | None
+    calibration: Any = None
+    guard: GuardState | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseSchedule:
+    """The machine's static settings, checked; ranges as in `vsa_optax.predict_gradients`."""
+
+    warmup_steps: int
+    full_steps: int
+    predict_steps: int
+    correct_every: int
+    adaptive: bool
+    loss_threshold: float
+
+    def __post_init__(self) -> None:
+        checks.check_integer("warmup_steps", self.warmup_steps, 2)
+        checks.check_integer("full_steps", self.full_steps, 1)
+        checks.check_integer("predict_steps", self.predict_steps, 0)
+        checks.check_integer("correct_every", self.correct_every, 1)
+        checks.check_bool("adaptive", self.adaptive)
+        threshold = checks.check_real("loss_threshold", self.loss_threshold, low=0.0, high=float("inf"))
+        object.__setattr__(self, "loss_threshold", threshold)
+
+    @property
+    def ever_predicts(self) -> bool:
+        """False if no step will ever be predicted."""
+        return self.predict_steps > 0
+
+
+def init(schedule: PhaseSchedule, guard: Guard | None = None, calibration: Any = None) -> PhaseMachineState:
+    """The machine before its first step, with the guard and the calibration that it is to carry."""
+
+    def zero() -> jax.Array:
+        return jnp.zeros([], jnp.int32)
+
+    adaptive = None
+    if schedule.adaptive:
+        adaptive = AdaptiveLengthsState(
+            full_length=jnp.asarray(schedule.full_steps, jnp.int32),
+            predict_length=jnp.asarray(schedule.predict_steps, jnp.int32),
+            losses=jnp.zeros([_RECENT_LOSSES], jnp.float32),
+            num_losses=zero(),
+        )
+    return PhaseMachineState(
+        phase=jnp.asarray(Phase.WARMUP, jnp.int32),
+        steps_in_phase=zero(),
+        warmup_steps=zero(),
+        full_steps=zero(),
+        predict_steps=zero(),
+        correct_steps=zero(),
+        cycles=zero(),
+        nonfinite_count=zero(),
+        errors=PredictionErrorState(zero(), *jnp.zeros([2], jnp.float32)) if schedule.ever_predicts else None,
+        value=jnp.zeros([], jnp.float32),
+        has_value=jnp.zeros([], jnp.bool_),
+        adaptive=adaptive,
+        calibration=calibration,
+        guard=guard.init() if guard else None,
+    )
+
+
+def total_steps(state: PhaseMachineState) -> jax.Array:
+    """``[] int32``, steps taken so far, which is also the 0-based number of the coming step."""
+    return state.warmup_steps + state.full_steps + state.predict_steps + state.correct_steps
+
+
+def advance(
+    schedule: PhaseSchedule,
+    guard: Guard | None,
+    state: PhaseMachineState,
+    *,
+    is_finite: jax.Array,
+    value: jax.Array | None,
+    horizon: jax.Array | None = None,
+    comparison: Comparison | None = None,
+) -> PhaseMachineState:
+    """Counts the step that was just done, learns from its comparison, and decides the phase of the next.
+
+    Args:
+        schedule: the static settings.
+        guard: by which the phases follow the errors of the predictions, or None.
+        state: the machine whose ``phase`` was just performed.
+        is_finite: ``[] bool``, false if the step's gradient was skipped. It does not count towards the warm-up.
+        value: ``[]``, the step's loss, or None.
+        horizon: ``[] float32``, steps since the newest record.
+        comparison: of what came with its prediction; None if no step is ever predicted, and then the horizon is None.
+    """
+    plan = None
+    if comparison is not None:
+        assert horizon is not None
+        state, plan = _learn(guard, state, horizon, comparison)
+    phase, adaptive = state.phase, state.adaptive
+    recorded_or_later = is_finite | (phase != Phase.WARMUP)
+    done = state.steps_in_phase + recorded_or_later.astype(jnp.int32)
+    has_value, last_value = state.has_value, state.value
+    if value is not None:
+        loss = jnp.asarray(value, jnp.float32)
+        is_known = jnp.isfinite(loss)
+        has_value, last_value = has_value | is_known, jnp.where(is_known, loss, last_value)
+        if adaptive is not None:
+            adaptive = _remember_loss(adaptive, loss, is_known)
+
+    following = _following(schedule, plan, adaptive, phase, done)
+    was_leap = phase >= Phase.PREDICT
+    starts_full = (following == Phase.FULL) & (phase != Phase.FULL)
+    starts_leap = (following == Phase.PREDICT) & (phase == Phase.FULL)
+    if adaptive is not None:
+        adaptive = _adapt(schedule, adaptive, starts_full)
+    return state._replace(
+        phase=following,
+        steps_in_phase=jnp.where(starts_full | starts_leap, 0, done),
+        warmup_steps=state.warmup_steps + (phase == Phase.WARMUP),
+        full_steps=state.full_steps + (phase == Phase.FULL),
+        predict_steps=state.predict_steps + (phase == Phase.PREDICT),
+        correct_steps=state.correct_steps + (phase == Phase.CORRECT),
+        cycles=state.cycles + (was_leap & starts_full),
+        nonfinite_count=state.nonfinite_count + ~is_finite,
+        value=last_value,
+        has_value=has_value,
+        adaptive=adaptive,
+    )
+
+
+def _following(
+    schedule: PhaseSchedule,
+    plan: Plan | None,
+    adaptive: AdaptiveLengthsState | None,
+    phase: jax.Array,
+    done: jax.Array,
+) -> jax.Array:
+    """``[] int32``, the phase after ``phase`` of which ``done`` steps are done."""
+    full_length: Any = schedule.full_steps if adaptive is None else adaptive.full_length
+    predict_length: Any = schedule.predict_steps if adaptive is None else adaptive.predict_length
+    after_full: Any = Phase.PREDICT if schedule.ever_predicts else Phase.FULL
+    if plan is not None:
+        full_length, predict_length = 1, plan.length
+        after_full = jnp.where(plan.leaps, Phase.PREDICT, Phase.FULL)
+    in_leap = jnp.where(done >= predict_length, Phase.FULL, Phase.PREDICT)
+    if plan is None:
+        wants_correction = (done % schedule.correct_every == 0) & (phase != Phase.CORRECT)
+        in_leap = jnp.where(wants_correction, Phase.CORRECT, in_leap)
+    return jnp.select(
+        [phase == Phase.WARMUP, phase == Phase.FULL],
+        [
+            jnp.where(done >= schedule.warmup_steps, Phase.FULL, Phase.WARMUP),
+            jnp.where(done >= full_length, after_full, Phase.FULL),
+        ],
+        in_leap,
+    ).astype(jnp.int32)
+
+
+def _learn(
+    guard: Guard | None, state: PhaseMachineState, horizon: jax.Array, comparison: Comparison
+) -> tuple[PhaseMachineState, Plan | None]:
+    """The machine with the step's error in its mean and in the guard, and what that plans."""
+    assert state.errors is not None
+    error, plan = comparison.error, None
+    if guard is None:
+        is_after_leap = (horizon > 1) | (state.phase == Phase.CORRECT)
+    else:
+        assert state.guard is not None
+        is_after_leap = state.guard.leap > 0
+    is_counted = comparison.is_measured & is_after_leap
+    num_measured = state.errors.num_measured + is_counted
+    mean = state.errors.mean + (error - state.errors.mean) / jnp.maximum(num_measured, 1)
+    errors = PredictionErrorState(
+        num_measured=num_measured,
+        mean=jnp.where(is_counted, numerics.saturating_cast(mean, jnp.float32), state.errors.mean),
+        last=jnp.where(is_counted, error, state.errors.last),
+    )
+    if guard is not None:
+        assert state.guard is not None
+        watched, plan = guard.after(state.guard, state.phase == Phase.PREDICT, error, comparison.is_measured)
+        state = state._replace(guard=watched)
+    return state._replace(errors=errors, calibration=comparison.experience.calibration), plan
+
+
+def _remember_loss(state: AdaptiveLengthsState, loss: jax.Array, is_known: jax.Array) -> AdaptiveLengthsState:
+    slot = state.num_losses % _RECENT_LOSSES
+    return state._replace(
+        losses=state.losses.at[slot].set(jnp.where(is_known, loss, state.losses[slot])),
+        num_losses=jnp.where(is_known, optax.safe_increment(state.num_losses), state.num_losses),
+    )
+
+
+def _adapt(schedule: PhaseSchedule, state: AdaptiveLengthsState, is_due: jax.Array) -> AdaptiveLengthsState:
+    """The reference's rule: longer FULL and shorter PREDICT while the loss rises, the reverse while it falls.
+
+    The mean of the first ten of the recent losses is compared with that of the last ten. A setting of the user's
+    beyond one of the bounds widens it.
+    """
+    known = jnp.minimum(state.num_losses, _RECENT_LOSSES)
+    offsets = jnp.arange(_COMPARED_LOSSES, dtype=jnp.int32)
+    first = jnp.mean(state.losses[(state.num_losses - known + offsets) % _RECENT_LOSSES])
+    last = jnp.mean(state.losses[(state.num_losses - _COMPARED_LOSSES + offsets) % _RECENT_LOSSES])
+    is_due &= known >= 2 * _COMPARED_LOSSES
+    is_worse = is_due & (last - first > schedule.loss_threshold * jnp.abs(first))
+    is_better = is_due & ~is_worse & (first - last > 0.05 * jnp.abs(first))
+
+    def moved(length: jax.Array, worse: int, better: int, low: int, high: int) -> jax.Array:
+        step = jnp.where(is_worse, worse, jnp.where(is_better, better, 0))
+        return jnp.clip(length + step, low, high).astype(jnp.int32)
+
+    return state._replace(
+        full_length=moved(state.full_length, 2, -1, min(3, schedule.full_steps), max(30, schedule.full_steps)),
+        predict_length=moved(
+            state.predict_length, -5, 3, min(5, schedule.predict_steps), max(50, schedule.predict_steps)
+        ),
+    )

@@ -1,0 +1,168 @@
+"""What the phase machine asks of a history and of a predictor, and what passes between them.
+
+What a step is to a history (its *scalars*) is computed before any leaf is touched, and outside the conditionals that
+use it: if a scalar were fused into a loop over a leaf, XLA would compute it anew for each element.
+
+Axes: L leaves, K features of a calibrated line, W records.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vsa_optax.kernels import numerics
+
+
+class PredictionQuality(NamedTuple):
+    """What predictions are worth, leaf by leaf in the order of ``jax.tree.leaves(params)``.
+
+    Attributes:
+        coefficients: ``[L, K] float32``, of a line: those of the records' mean (α), of what the line adds from there to
+            the predicted step (β), and, with a window, of the newest record; None of a secant.
+        ridge: ``[] float32``, of a secant: the regularization that served best so far, infinite where the newest
+            gradient did; None of a line.
+        r_squared: ``[L] float32``, ``1 - ||x - x̂||² / ||x||²`` out of sample, averaged over about twenty true steps (of
+            a secant ten, each at least -3); 0, as for predicting zero, if nothing is known.
+        mean_r_squared: ``[] float32``, their mean.
+    """
+
+    coefficients: jax.Array | None
+    ridge: jax.Array | None
+    r_squared: jax.Array
+    mean_r_squared: jax.Array
+
+
+class Calibration(Protocol):
+    """What past predictions were worth: a NamedTuple of arrays, each predictor's own."""
+
+    def quality(self) -> PredictionQuality:
+        """What it says of the predictions."""
+
+
+class Experience(NamedTuple):
+    """What a predictor has learned from its errors.
+
+    Attributes:
+        residual: tree of ``[*shape]``, the averaged error of past predictions, or a codec's payload of it; None if
+            there is no residual.
+        calibration: a `Calibration`, or None.
+    """
+
+    residual: Any = None
+    calibration: Any = None
+
+
+class Comparison(NamedTuple):
+    """One prediction beside what came.
+
+    Attributes:
+        experience: with this comparison in it.
+        error: ``[] float32``, ``||g - ĝ|| / ||g||`` over the whole tree; meaningless unless it was measured.
+        is_measured: ``[] bool``, true if there was a prediction and its target was not zero.
+    """
+
+    experience: Experience
+    error: jax.Array
+    is_measured: jax.Array
+
+
+class Scalars(Protocol):
+    """What one step is to a history: a NamedTuple of small arrays, each predictor's own."""
+
+    @property
+    def horizon(self) -> jax.Array:
+        """``[] float32``, steps from the newest record."""
+
+
+class History(Protocol):
+    """A memory of gradients or updates."""
+
+    def init(self, params: optax.Params) -> Any:
+        """The empty history for ``params``."""
+
+    def check_state(self, state: Any) -> None:
+        """``ValueError`` that names the setting if ``state`` was made with other settings."""
+
+    def example(self, state: Any) -> tuple[Any, int]:
+        """A tree of the parameters' structure, and how many axes its leaves have before theirs."""
+
+    def record(self, state: Any, tree: optax.Updates, params: optax.Params, step: jax.Array, scalars: Any) -> Any:
+        """The history with one more record, taken at ``step`` and these parameters."""
+
+
+class Predictor(Protocol):
+    """A history, and what is made of it.
+
+    Attributes:
+        reads_params: whether it needs the parameters; None is passed for them if not.
+        calibrates: whether it learns from its errors.
+        has_residual: whether the average of its errors is added.
+    """
+
+    @property
+    def history(self) -> History:
+        """The memory."""
+
+    @property
+    def reads_params(self) -> bool: ...  # noqa: D102 # The class says it.
+
+    @property
+    def calibrates(self) -> bool: ...  # noqa: D102
+
+    @property
+    def has_residual(self) -> bool: ...  # noqa: D102
+
+    def init_experience(self, params: optax.Params) -> Experience:
+        """Nothing measured."""
+
+    def scalars(self, history: Any, step: jax.Array, params: optax.Params) -> Any:
+        """All that a step is to the history, as `Scalars`."""
+
+    def weights(self, calibration: Any, scalars: Any) -> jax.Array | None:
+        """How much a calibrated prediction takes of each of its parts; None without calibration."""
+
+    def predict(self, history: Any, residual: Any, scalars: Any, weights: Any) -> optax.Updates:
+        """Tree of predictions, in at least f32."""
+
+    def compare(
+        self,
+        history: Any,
+        experience: Experience,
+        scalars: Any,
+        target: optax.Updates,
+        predicted: Callable[[], optax.Updates],
+    ) -> Comparison:
+        """Compares ``target``, which is to be recorded, with its prediction, which ``predicted`` forms if needed."""
+
+
+def check_setting(name: str, given: Any, wanted: Any) -> None:
+    """``ValueError`` unless a state was made with the setting of the transformation that it is given to."""
+    if given != wanted:
+        raise ValueError(f"state was made with other settings: {name} is {given!r}, here {wanted!r}")
+
+
+def kind_of(state: Any) -> str | None:
+    """The name of the state's type; None if there is no state."""
+    return None if state is None else type(state).__name__
+
+
+def num_measured_leaves(params: optax.Params) -> int:
+    """L, leaves that a calibration has numbers for.
+
+    It is at least 1, although there may be no leaf: some formats cannot save an array of no size. None in its place
+    would not do, since what maps a function over an optimizer's state compares it with the state of other parameters.
+    """
+    return max(1, len(jax.tree.leaves(params)))
+
+
+def not_measured(experience: Experience) -> Comparison:
+    """The comparison of a tree without leaves."""
+    return Comparison(experience, jnp.zeros([], jnp.float32), jnp.array(False))
+
+
+def zeros_as_stored(params: optax.Params, dtype: jnp.dtype | None) -> Any:
+    """Zeros for ``params`` in the dtypes that records of them are kept in."""
+    return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=numerics.stored_dtype(leaf, dtype)), params)

@@ -1,0 +1,208 @@
+"""Prediction by a line in time: read at a later step, and the averaged error of earlier predictions on top.
+
+ĝ(t) = b + v (t - t_last) + γ^(t - t_last) r
+r    <- γ r + (1 - γ) (g - ĝ)                     at CORRECT steps
+
+A calibrated line has no residual; the records' mean, the line's slope and the newest record have coefficients of their
+own in each leaf: see `prediction.fits.calibration`.
+
+Axes: L leaves, K features, W records.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vsa_optax.codecs import codec as codecs
+from vsa_optax.core import trees
+from vsa_optax.kernels import numerics
+from vsa_optax.prediction.fits import calibration
+from vsa_optax.prediction.predictors import base
+from vsa_optax.prediction.predictors.base import Comparison, Experience, History, PredictionQuality
+
+
+class LineScalars(NamedTuple):
+    """What one step is to a line in time.
+
+    Attributes:
+        horizon: ``[] float32``, steps from the newest record.
+        coefficients: ``[terms] float32``, the prediction's weights.
+        features: ``[K, terms] float32``, those of a calibrated prediction's parts: the records' mean, the line's slope,
+            and, with a window, the newest record.
+        reach: ``[K] float32``, what the features are multiplied by: 1, the steps from the mean record, 1.
+        moments: ``weight, lag, spread`` as they will be after a record at this step; None for the window.
+        gains: ``mean_gain, keep, velocity_gain`` of such a record; None for the window.
+    """
+
+    horizon: jax.Array
+    coefficients: jax.Array
+    features: jax.Array
+    reach: jax.Array
+    moments: tuple[jax.Array, jax.Array, jax.Array] | None = None
+    gains: tuple[jax.Array, jax.Array, jax.Array] | None = None
+
+
+class LineHistory(History, Protocol):
+    """A history whose prediction is a line in time, the weighted sum of numbers and trees.
+
+    Attributes:
+        num_features: K, the parts of a calibrated prediction.
+    """
+
+    num_features: ClassVar[int]
+
+    def scalars(self, state: Any, step: jax.Array) -> LineScalars:
+        """What ``step`` is to the history."""
+
+    def terms(self, state: Any, scalars: LineScalars) -> tuple[list[jax.Array], list[optax.Updates]]:
+        """Numbers and trees whose weighted sum is the prediction; it is zero while nothing is recorded."""
+
+    def init_gram(self, num_leaves: int) -> jax.Array | None:
+        """The records' products with each other, if they are kept: ``[L, W, W] float32``."""
+
+    def combine(self, state: Any, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
+        """The features' sum with weights ``[L, K]``, in at least f32."""
+
+    def products(
+        self,
+        state: Any,
+        scalars: LineScalars,
+        gram: jax.Array | None,
+        tree: optax.Updates,
+        squared_norms: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Products of the features with each other ``[L, K, K]``, and with ``tree`` ``[L, K]``.
+
+        The features are taken without their reach. Third comes the gram, if it is kept, as it will be once the tree is
+        recorded, whose ``squared_norms`` are given.
+        """
+
+
+class CalibrationState(NamedTuple):
+    """What past predictions were worth.
+
+    Attributes:
+        sums: `prediction.fits.calibration.Sums`, a few scalars a leaf.
+        gram: ``[L, W, W] float32``, the products of the window's records; None for other histories.
+    """
+
+    sums: calibration.Sums
+    gram: jax.Array | None
+
+    def quality(self) -> PredictionQuality:
+        """The coefficients in use, and R² by leaf."""
+        r_squared = calibration.r_squared(self.sums.error, self.sums.weight)
+        return PredictionQuality(calibration.coefficients(self.sums), None, r_squared, jnp.mean(r_squared))
+
+
+@dataclasses.dataclass(frozen=True)
+class LinePredictor:
+    """Reads the line of a history, calibrated or with a residual.
+
+    Attributes:
+        history: the records.
+        dtype: of the residual; None keeps each leaf's own.
+        codec: keeps the residual as a payload, encoded anew at CORRECT steps; None keeps it as it is.
+        has_residual: whether the averaged error is added.
+        residual_decay: γ.
+        calibrates: whether each leaf weighs the features.
+    """
+
+    history: LineHistory
+    dtype: jnp.dtype | None
+    codec: codecs.Codec | None
+    has_residual: bool
+    residual_decay: float
+    calibrates: bool
+    reads_params: ClassVar[bool] = False
+
+    def init_experience(self, params: optax.Params) -> Experience:
+        """Nothing measured; the residual is zero."""
+        residual, measured = None, None
+        if self.has_residual:
+            residual = (
+                codecs.zero_payload(self.codec, params) if self.codec else base.zeros_as_stored(params, self.dtype)
+            )
+        if self.calibrates:
+            num_leaves = base.num_measured_leaves(params)
+            sums = calibration.zeros(num_leaves, self.history.num_features)
+            measured = CalibrationState(sums, self.history.init_gram(num_leaves))
+        return Experience(residual, measured)
+
+    def scalars(self, history: Any, step: jax.Array, params: optax.Params) -> LineScalars:
+        """What ``step`` is to the history, and the residual's coefficient as the last one."""
+        del params
+        scalars = self.history.scalars(history, step)
+        if not self.has_residual:
+            return scalars
+        faded = jnp.float32(self.residual_decay) ** scalars.horizon
+        return scalars._replace(coefficients=jnp.append(scalars.coefficients, faded))
+
+    def weights(self, state: CalibrationState | None, scalars: LineScalars) -> jax.Array | None:
+        """``[L, K]``: how much a calibrated prediction takes of each feature."""
+        return None if state is None else calibration.coefficients(state.sums) * scalars.reach
+
+    def predict(self, history: Any, residual: Any, scalars: LineScalars, weights: jax.Array | None) -> optax.Updates:
+        """Zeros while nothing is recorded."""
+        if weights is not None:
+            return self.history.combine(history, scalars, weights)
+        coefficients, terms = self.history.terms(history, scalars)
+        if self.has_residual:
+            coefficients, terms = [*coefficients, scalars.coefficients[-1]], [*terms, self._decoded(residual)]
+        return jax.tree.map(lambda *arrays: numerics.linear_combination(coefficients, arrays), *terms)
+
+    def compare(
+        self,
+        history: Any,
+        experience: Experience,
+        scalars: LineScalars,
+        target: optax.Updates,
+        predicted: Callable[[], optax.Updates],
+    ) -> Comparison:
+        """A calibrated line is compared without forming its prediction."""
+        state: CalibrationState | None = experience.calibration
+        if state is None:
+            return self._compare_with(predicted(), experience.residual, target)
+        if not jax.tree.leaves(target):
+            return base.not_measured(experience)
+        squared_norms = trees.squared_norms(target)
+        gram, products, grown = self.history.products(history, scalars, state.gram, target, squared_norms)
+        # The sums are those of the features as far as they reach.
+        reach = scalars.reach
+        reached = gram * reach[:, None] * reach, products * reach
+        theta = calibration.coefficients(state.sums)
+        sums, squared = calibration.measure(state.sums, theta, *reached, squared_norms)
+        # Nothing is recorded before the first.
+        has_records = jnp.any(scalars.features != 0)
+        sums = trees.tree_where(has_records, sums, state.sums)
+        total = jnp.sum(squared_norms)
+        is_defined = (total > 0) & jnp.isfinite(total)
+        ratio = jnp.sum(squared) / jnp.where(is_defined, total, 1)
+        error = numerics.saturating_cast(jnp.sqrt(ratio), jnp.float32)
+        return Comparison(
+            Experience(experience.residual, CalibrationState(sums, grown)), error, is_defined & has_records
+        )
+
+    def _compare_with(self, prediction: optax.Updates, residual: Any, target: optax.Updates) -> Comparison:
+        error, is_defined = numerics.relative_distance(jax.tree.leaves(target), jax.tree.leaves(prediction))
+        if not self.has_residual:
+            return Comparison(Experience(), error, is_defined)
+        decay = jnp.float32(self.residual_decay)
+
+        def moved(r: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
+            averaged = numerics.linear_combination([decay, 1 - decay, decay - 1], [r, g, p])
+            return numerics.saturating_cast(averaged, r.dtype)
+
+        averaged = jax.tree.map(moved, self._decoded(residual), target, prediction)
+        if self.codec:
+            # A rotation may overflow where the numbers do not: such a block is kept as zeros.
+            coded = self.codec.encode(averaged)
+            averaged = jax.tree.map(lambda x: numerics.saturating_cast(x, x.dtype), coded)
+        return Comparison(Experience(averaged), error, is_defined)
+
+    def _decoded(self, residual: Any) -> Any:
+        return self.codec.decode(residual) if self.codec else residual

@@ -1,0 +1,236 @@
+"""Prediction by secants: from the last W changes of parameters and gradients, what the gradient is elsewhere, not when.
+
+A line in time extrapolates; this predictor looks up. It knows only what the parameters have met, but on a loss without
+noise it is right wherever the optimizer goes among the directions it came by, turns and oscillations included. See
+`prediction.fits.secant_fit` for the equations.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vsa_optax.core import trees
+from vsa_optax.kernels import inner_products, numerics
+from vsa_optax.prediction.fits import calibration, secant_fit
+from vsa_optax.prediction.predictors import base
+from vsa_optax.prediction.predictors.base import Comparison, Experience, PredictionQuality
+
+
+class SecantHistoryState(NamedTuple):
+    """The newest record, and the changes that led to it, in a ring.
+
+    Attributes:
+        params: tree of ``[*shape]``, the parameters of the newest record.
+        gradient: tree of ``[*shape]``, its gradient.
+        diff_params: tree of ``[W, *shape]``, from record to record; slots not yet written are 0.
+        diff_gradients: tree of ``[W, *shape]``, likewise.
+        gram: ``[W, W] float32``, inner products of ``diff_params``.
+        num_records: ``[] int32``, records so far; the next change goes to slot ``num_records % W``.
+        last_step: ``[] int32``, the newest record's step.
+    """
+
+    params: Any
+    gradient: Any
+    diff_params: Any
+    diff_gradients: Any
+    gram: jax.Array
+    num_records: jax.Array
+    last_step: jax.Array
+
+
+class SecantScalars(NamedTuple):
+    """What one step's parameters are to the history.
+
+    Attributes:
+        horizon: ``[] float32``, steps from the newest record.
+        coefficients: ``[R, W] float32``, of ``diff_gradients`` in the prediction, by each ridge.
+        products: ``[W] float32``, of ``diff_params`` with the displacement from the newest record's parameters.
+        squared_norm: ``[] float32``, of that displacement.
+    """
+
+    horizon: jax.Array
+    coefficients: jax.Array
+    products: jax.Array
+    squared_norm: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SecantHistory:
+    """The last ``length`` changes.
+
+    State cost: ``2 * length + 2`` times the parameters, plus ``4 * (length**2 + 2)`` bytes.
+    """
+
+    length: int
+    dtype: jnp.dtype | None
+
+    def init(self, params: optax.Params) -> SecantHistoryState:
+        """The empty history; its leaves are laid out on the devices as the parameters are."""
+
+        def ring(zeros: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(zeros[None], (self.length, *zeros.shape))
+
+        return SecantHistoryState(
+            # Differences are small beside the parameters, which need all of their digits for them.
+            params=base.zeros_as_stored(params, None),
+            gradient=base.zeros_as_stored(params, self.dtype),
+            diff_params=jax.tree.map(ring, base.zeros_as_stored(params, self.dtype)),
+            diff_gradients=jax.tree.map(ring, base.zeros_as_stored(params, self.dtype)),
+            gram=jnp.zeros([self.length, self.length], jnp.float32),
+            num_records=jnp.zeros([], jnp.int32),
+            last_step=jnp.zeros([], jnp.int32),
+        )
+
+    def check_state(self, state: Any) -> None:
+        """The kind of history, and W."""
+        base.check_setting("history", base.kind_of(state), SecantHistoryState.__name__)
+        base.check_setting("history_window", state.gram.shape[0], self.length)
+
+    def example(self, state: SecantHistoryState) -> tuple[Any, int]:
+        """The newest gradient."""
+        return state.gradient, 0
+
+    def record(
+        self,
+        state: SecantHistoryState,
+        tree: optax.Updates,
+        params: optax.Params,
+        step: jax.Array,
+        scalars: SecantScalars,
+    ) -> SecantHistoryState:
+        """Overwrites the oldest change; the first record has none, and leaves zeros."""
+        slot = state.num_records % self.length
+        has_record = state.num_records > 0
+
+        def changed(records: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+            change = jnp.where(has_record, _difference(new, old), 0)
+            return records.at[slot].set(numerics.saturating_cast(change, records.dtype))
+
+        def kept(old: jax.Array, new: jax.Array) -> jax.Array:
+            return numerics.saturating_cast(new, old.dtype)
+
+        row = scalars.products.at[slot].set(scalars.squared_norm)
+        return SecantHistoryState(
+            params=jax.tree.map(kept, state.params, params),
+            gradient=jax.tree.map(kept, state.gradient, tree),
+            diff_params=jax.tree.map(changed, state.diff_params, params, state.params),
+            diff_gradients=jax.tree.map(changed, state.diff_gradients, tree, state.gradient),
+            gram=state.gram.at[slot].set(row).at[:, slot].set(row),
+            num_records=optax.safe_increment(state.num_records),
+            last_step=step,
+        )
+
+
+class SecantCalibrationState(NamedTuple):
+    """What past predictions were worth, and what the next are judged by.
+
+    Attributes:
+        scores: `prediction.fits.secant_fit.Scores`.
+        gram: ``[L, W, W] float32``, inner products of the changes of the gradient.
+    """
+
+    scores: secant_fit.Scores
+    gram: jax.Array
+
+    def quality(self) -> PredictionQuality:
+        """The ridge in use, and R² by leaf."""
+        ridge = jnp.asarray(secant_fit.RIDGES, jnp.float32)[secant_fit.best(self.scores)]
+        r_squared = calibration.r_squared(self.scores.of_leaves, self.scores.weight)
+        return PredictionQuality(None, ridge, r_squared, jnp.mean(r_squared))
+
+
+@dataclasses.dataclass(frozen=True)
+class SecantPredictor:
+    """Adds to the newest gradient its weighted changes, with the ridge that has served best so far.
+
+    It is always calibrated, and has no residual.
+    """
+
+    history: SecantHistory
+    reads_params: ClassVar[bool] = True
+    calibrates: ClassVar[bool] = True
+    has_residual: ClassVar[bool] = False
+
+    def init_experience(self, params: optax.Params) -> Experience:
+        """Nothing measured."""
+        num_leaves, length = base.num_measured_leaves(params), self.history.length
+        gram = jnp.zeros([num_leaves, length, length], jnp.float32)
+        return Experience(calibration=SecantCalibrationState(secant_fit.no_scores(num_leaves), gram))
+
+    def scalars(self, history: SecantHistoryState, step: jax.Array, params: optax.Params) -> SecantScalars:
+        """One pass over ``diff_params``."""
+        displacement = jax.tree.map(_difference, params, history.params)
+        products, squared_norm = jnp.zeros([self.history.length], jnp.float32), jnp.zeros([], jnp.float32)
+        for records, x in zip(jax.tree.leaves(history.diff_params), jax.tree.leaves(displacement), strict=True):
+            products = products + inner_products.inner_of_records(records, x)
+            squared_norm = squared_norm + inner_products.inner(x, x)
+        # Before the first record there is nothing to be displaced from.
+        has_record = history.num_records > 0
+        is_known = has_record & jnp.isfinite(squared_norm) & jnp.all(jnp.isfinite(products))
+        products, squared_norm = jnp.where(is_known, products, 0), jnp.where(is_known, squared_norm, 0)
+        return SecantScalars(
+            horizon=(step - history.last_step).astype(jnp.float32),
+            coefficients=secant_fit.coefficients(history.gram, products),
+            products=products,
+            squared_norm=squared_norm,
+        )
+
+    def weights(self, calibration: SecantCalibrationState, scalars: SecantScalars) -> jax.Array:
+        """``[W]``: those of the changes, by the best ridge."""
+        return scalars.coefficients[secant_fit.best(calibration.scores)]
+
+    def predict(
+        self, history: SecantHistoryState, residual: None, scalars: SecantScalars, weights: jax.Array
+    ) -> optax.Updates:
+        """One pass over the changes of the gradient."""
+        del residual, scalars
+        coefficients = [jnp.ones([], jnp.float32), *(weights[i] for i in range(self.history.length))]
+
+        def combined(gradient: jax.Array, changes: jax.Array) -> jax.Array:
+            terms = [gradient, *(changes[i] for i in range(self.history.length))]
+            return numerics.linear_combination(coefficients, terms)
+
+        return jax.tree.map(combined, history.gradient, history.diff_gradients)
+
+    def compare(
+        self,
+        history: SecantHistoryState,
+        experience: Experience,
+        scalars: SecantScalars,
+        target: optax.Updates,
+        predicted: Callable[[], optax.Updates],
+    ) -> Comparison:
+        """Compares with the predictions of all ridges, without forming one; one pass over the changes."""
+        del predicted
+        if not jax.tree.leaves(target):
+            return base.not_measured(experience)
+        state: SecantCalibrationState = experience.calibration
+        change = jax.tree.map(_difference, target, history.gradient)
+        pairs = zip(jax.tree.leaves(history.diff_gradients), jax.tree.leaves(change), strict=True)
+        products = jnp.stack([inner_products.inner_of_records(records, x) for records, x in pairs])
+        missed, squared_norms = trees.squared_norms(change), trees.squared_norms(target)
+        squared = secant_fit.errors(scalars.coefficients, state.gram, products, missed)
+        # Before the first record nothing was predicted, and what is recorded is no change.
+        has_record = history.num_records > 0
+        total = jnp.sum(squared_norms)
+        is_measured = has_record & (total > 0) & jnp.isfinite(total) & jnp.all(jnp.isfinite(squared))
+        scores = secant_fit.scored(state.scores, squared, squared_norms)
+        scores = trees.tree_where(is_measured, scores, state.scores)
+        slot = history.num_records % self.history.length
+        row = products.at[:, slot].set(missed)
+        row = jnp.where(has_record & jnp.all(jnp.isfinite(row)), row, 0)
+        gram = state.gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
+        ratio = jnp.sum(squared[secant_fit.best(state.scores)]) / jnp.where(total > 0, total, 1)
+        error = numerics.saturating_cast(jnp.sqrt(ratio), jnp.float32)
+        learned = Experience(experience.residual, SecantCalibrationState(scores, gram))
+        return Comparison(learned, error, is_measured)
+
+
+def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
+    """``new - old`` in at least f32."""
+    wide = jnp.promote_types(new.dtype, jnp.float32)
+    return new.astype(wide) - old.astype(wide)

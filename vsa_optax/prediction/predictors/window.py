@@ -1,0 +1,216 @@
+"""A window: the last W gradients, as they are or as a codec keeps them, and the line through them.
+
+With a codec every record is encoded with the same key. So records that are alike err alike, and their errors cancel in
+the slope of the line; and the weighted sum that a prediction is can be taken of payloads, and decoded once.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vsa_optax.codecs import codec as codecs
+from vsa_optax.core import trees
+from vsa_optax.kernels import inner_products, numerics
+from vsa_optax.prediction.fits import line_fit
+from vsa_optax.prediction.predictors import base
+from vsa_optax.prediction.predictors.line import LineScalars
+
+
+class WindowHistoryState(NamedTuple):
+    """The last W records, in a ring.
+
+    Attributes:
+        records: tree of ``[W, *shape]``, in the leaf's dtype or ``history_dtype``; slots not yet written are 0.
+        steps: ``[W] int32``, the step of each record.
+        num_records: ``[] int32``, records written so far; the next goes to slot ``num_records % W``.
+    """
+
+    records: Any
+    steps: jax.Array
+    num_records: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowHistory:
+    """Weighted least squares over the last ``length`` records, exactly.
+
+    State cost: ``length`` times the parameters, plus 4 bytes a slot.
+    """
+
+    length: int
+    decay: float
+    dtype: jnp.dtype | None
+    num_features: ClassVar[int] = 3  # The mean, the slope, and the newest record.
+
+    def init(self, params: optax.Params) -> Any:
+        """The empty window; its leaves are laid out on the devices as the parameters are."""
+
+        def empty(leaf: jax.Array) -> jax.Array:
+            zeros = jnp.zeros_like(leaf, dtype=numerics.stored_dtype(leaf, self.dtype))
+            return jnp.broadcast_to(zeros[None], (self.length, *zeros.shape))
+
+        return WindowHistoryState(jax.tree.map(empty, params), *self._empty_ring())
+
+    def _empty_ring(self) -> tuple[jax.Array, jax.Array]:
+        """Steps and number of records of the empty window."""
+        return jnp.zeros([self.length], jnp.int32), jnp.zeros([], jnp.int32)
+
+    def check_state(self, state: Any) -> None:
+        """The kind of history, and W."""
+        base.check_setting("history", base.kind_of(state), WindowHistoryState.__name__)
+        base.check_setting("history_window", state.steps.shape[0], self.length)
+
+    def example(self, state: Any) -> tuple[Any, int]:
+        """The records."""
+        return state.records, 1
+
+    def scalars(self, state: Any, step: jax.Array) -> LineScalars:
+        """One coefficient a slot."""
+        newest = (state.num_records - 1) % self.length
+        rank = (newest - jnp.arange(self.length, dtype=jnp.int32)) % self.length
+        weights = jnp.where(rank < state.num_records, jnp.float32(self.decay) ** rank, 0.0)
+        ages = (state.steps - state.steps[newest]).astype(jnp.float32)
+        horizon = (step - state.steps[newest]).astype(jnp.float32)
+        mean, slope, age = line_fit.line_weights(ages, weights, newest)
+        last = (rank == 0) & (weights > 0)
+        return LineScalars(
+            horizon,
+            mean + (horizon - age) * slope,
+            features=jnp.stack([mean, slope, last.astype(jnp.float32)]),
+            reach=jnp.ones([3], jnp.float32).at[1].set(horizon - age),
+        )
+
+    def record(self, state: Any, tree: optax.Updates, params: optax.Params, step: jax.Array, scalars: Any) -> Any:
+        """Overwrites the oldest slot."""
+        del params, scalars
+        slot = state.num_records % self.length
+        return state._replace(
+            records=jax.tree.map(
+                lambda r, x: r.at[slot].set(numerics.saturating_cast(x, r.dtype)), state.records, tree
+            ),
+            steps=state.steps.at[slot].set(step),
+            num_records=optax.safe_increment(state.num_records),
+        )
+
+    def terms(self, state: Any, scalars: LineScalars) -> tuple[list[jax.Array], list[optax.Updates]]:
+        """One term a slot."""
+        slots = range(self.length)
+        records = [jax.tree.map(lambda r, i=i: r[i], state.records) for i in slots]
+        return [scalars.coefficients[i] for i in slots], records
+
+    def init_gram(self, num_leaves: int) -> jax.Array | None:
+        """Kept, so that a true step reads each record once."""
+        return jnp.zeros([num_leaves, self.length, self.length], jnp.float32)
+
+    def combine(self, state: Any, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
+        """One pass over the records."""
+        leaves, treedef = jax.tree.flatten(state.records)
+        of_records = weights @ scalars.features
+        slots = range(self.length)
+        sums = [
+            numerics.linear_combination([of_records[leaf, i] for i in slots], [r[i] for i in slots])
+            for leaf, r in enumerate(leaves)
+        ]
+        return jax.tree.unflatten(treedef, sums)
+
+    def products(
+        self,
+        state: Any,
+        scalars: LineScalars,
+        gram: jax.Array | None,
+        tree: optax.Updates,
+        squared_norms: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """One pass over the records."""
+        assert gram is not None
+        leaves = zip(jax.tree.leaves(state.records), jax.tree.leaves(tree), strict=True)
+        with_tree = jnp.stack([inner_products.inner_of_records(r, x) for r, x in leaves])
+        features = scalars.features
+        of_features = jnp.einsum("ia,lab,jb->lij", features, gram, features, precision="highest")
+        slot = state.num_records % self.length
+        row = with_tree.at[:, slot].set(squared_norms)
+        grown = gram.at[:, slot, :].set(row).at[:, :, slot].set(row)
+        return of_features, jnp.einsum("ia,la->li", features, with_tree, precision="highest"), grown
+
+
+class CodedWindowHistoryState(NamedTuple):
+    """The last W records as payloads of a codec, in a ring.
+
+    Attributes:
+        records: a payload, each of its arrays ``[W, ...]``; slots not yet written are 0.
+        steps: ``[W] int32``, the step of each record.
+        num_records: ``[] int32``, records written so far; the next goes to slot ``num_records % W``.
+    """
+
+    records: Any
+    steps: jax.Array
+    num_records: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedWindowHistory(WindowHistory):
+    """Weighted least squares over the last records, each as the codec decodes it.
+
+    State cost: ``length`` payloads of the codec, plus 4 bytes a slot.
+    """
+
+    codec: codecs.Codec
+
+    def init(self, params: optax.Params) -> CodedWindowHistoryState:
+        """The empty window."""
+        return CodedWindowHistoryState(codecs.zero_payload(self.codec, params, self.length), *self._empty_ring())
+
+    def check_state(self, state: Any) -> None:
+        """The kind of history, and W; the codec itself compares its settings with those of the records."""
+        base.check_setting("history", base.kind_of(state), CodedWindowHistoryState.__name__)
+        base.check_setting("history_window", state.steps.shape[0], self.length)
+
+    def example(self, state: CodedWindowHistoryState) -> tuple[Any, int]:
+        """Shapes and dtypes of the records."""
+        return codecs.shapes_of(self.codec.specs(state.records)), 0
+
+    def record(
+        self,
+        state: CodedWindowHistoryState,
+        tree: optax.Updates,
+        params: optax.Params,
+        step: jax.Array,
+        scalars: Any,
+    ) -> CodedWindowHistoryState:
+        """Overwrites the oldest slot."""
+        shapes, _ = self.example(state)
+        kept = jax.tree.map(lambda x, s: numerics.saturating_cast(x, s.dtype), tree, shapes)
+        return super().record(state, self.codec.encode(kept), params, step, scalars)
+
+    def terms(
+        self, state: CodedWindowHistoryState, scalars: LineScalars
+    ) -> tuple[list[jax.Array], list[optax.Updates]]:
+        """One term, the decoded sum."""
+        coefficients = scalars.coefficients[: self.length]
+        return [jnp.ones([], jnp.float32)], [self.codec.decode_sum(state.records, coefficients)]
+
+    def init_gram(self, num_leaves: int) -> None:
+        """Not kept."""
+        del num_leaves
+
+    def combine(self, state: CodedWindowHistoryState, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
+        """Decodes each feature: leaves weigh them differently, and a codec may mix leaves."""
+        return trees.combine_trees(weights, self._features(state, scalars))
+
+    def products(
+        self,
+        state: CodedWindowHistoryState,
+        scalars: LineScalars,
+        gram: jax.Array | None,
+        tree: optax.Updates,
+        squared_norms: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Those of the decoded features."""
+        del gram, squared_norms
+        return *trees.products_of_trees(self._features(state, scalars), tree), None
+
+    def _features(self, state: CodedWindowHistoryState, scalars: LineScalars) -> list[optax.Updates]:
+        return [self.codec.decode_sum(state.records, row) for row in scalars.features]

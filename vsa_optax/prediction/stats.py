@@ -1,0 +1,152 @@
+"""Questions to the phase machine inside an optimizer's state, wherever it is nested."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vsa_optax.prediction.guard import GuardState
+from vsa_optax.prediction.machine import Phase, PhaseMachineState, total_steps
+from vsa_optax.prediction.predictors.base import PredictionQuality
+
+
+class GuardStats(NamedTuple):
+    """What the guard does, and why.
+
+    Attributes:
+        action: ``[] int32``, the `vsa_optax.GuardAction` it took last.
+        predict_length: ``[] float32``, predictions of the next leap as it would have them; 0 for none.
+        constant: ``[] float32``, κ of `prediction.guard`, by which it chooses the length: the worst squared relative
+            error of late at one step's distance.
+        asleep: ``[] int32``, coming true steps that are neither recorded nor compared.
+    """
+
+    action: jax.Array
+    predict_length: jax.Array
+    constant: jax.Array
+    asleep: jax.Array
+
+
+class PhaseStats(NamedTuple):
+    """What a run has done so far; all but the last two are scalar arrays.
+
+    Attributes:
+        phase: int32, the `Phase` of the coming step.
+        total_steps: int32, all steps taken.
+        warmup_steps: int32, those of each phase.
+        full_steps: int32.
+        predict_steps: int32, the steps without a backward pass.
+        correct_steps: int32.
+        cycles: int32, PREDICT phases completed.
+        speedup: float32, all steps / steps with a backward pass; 1 before any step. A count, not a time.
+        nonfinite_count: int32, steps skipped for a NaN or an infinity.
+        mean_prediction_error: float32, mean over CORRECT steps of ``||x - x̂|| / ||x||``, x being what is predicted, a
+            gradient or an update; 0 before the first. With the guard, or calibrated, over all true steps that follow a
+            prediction.
+        last_prediction_error: float32, the same at the latest such step.
+        quality: `PredictionQuality`, or None with ``calibrate=False``.
+        guard: `GuardStats`, or None with ``guard=False``.
+    """
+
+    phase: jax.Array
+    total_steps: jax.Array
+    warmup_steps: jax.Array
+    full_steps: jax.Array
+    predict_steps: jax.Array
+    correct_steps: jax.Array
+    cycles: jax.Array
+    speedup: jax.Array
+    nonfinite_count: jax.Array
+    mean_prediction_error: jax.Array
+    last_prediction_error: jax.Array
+    quality: PredictionQuality | None = None
+    guard: GuardStats | None = None
+
+
+def contains_machine(state: Any) -> bool:
+    """Whether a phase machine is anywhere in ``state``."""
+    return bool(_machines(state))
+
+
+def find_machine(state: Any) -> PhaseMachineState:
+    """The one phase machine in ``state``, its arrays unwrapped from what a Flax nnx optimizer puts round them.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = _machines(state)
+    if len(found) != 1:
+        raise ValueError(
+            f"expected one phase machine in the optimizer state, found {len(found)}: pass the state of an optimizer "
+            "made with predict_gradients or phase_switched, and use one of them, once"
+        )
+    return jax.tree.map(_unwrapped, found[0], is_leaf=_is_wrapped)
+
+
+def needs_backward(opt_state: Any) -> jax.Array:
+    """Whether the coming step wants a true gradient: ``[] bool``, traced under jit.
+
+    Args:
+        opt_state: an optimizer state with one phase machine anywhere inside.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, vsa_optax
+        >>> opt = optax.chain(vsa_optax.predict_gradients(), optax.adam(1e-3))
+        >>> bool(vsa_optax.needs_backward(opt.init({"w": jnp.ones(3)})))
+        True
+    """
+    return find_machine(opt_state).phase != Phase.PREDICT
+
+
+def phase_stats(opt_state: Any) -> PhaseStats:
+    """Counts and errors of the run so far, as `PhaseStats`; traced under jit.
+
+    Args:
+        opt_state: an optimizer state with one phase machine anywhere inside.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, vsa_optax
+        >>> opt = vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=1e-3)
+        >>> stats = vsa_optax.phase_stats(opt.init({"w": jnp.ones(3)}))
+        >>> vsa_optax.Phase(int(stats.phase)).name, float(stats.speedup)
+        ('WARMUP', 1.0)
+    """
+    machine = find_machine(opt_state)
+    total = total_steps(machine)
+    backward = total - machine.predict_steps
+    errors = machine.errors
+    return PhaseStats(
+        phase=machine.phase,
+        total_steps=total,
+        warmup_steps=machine.warmup_steps,
+        full_steps=machine.full_steps,
+        predict_steps=machine.predict_steps,
+        correct_steps=machine.correct_steps,
+        cycles=machine.cycles,
+        speedup=jnp.where(total > 0, total / jnp.maximum(backward, 1), 1.0).astype(jnp.float32),
+        nonfinite_count=machine.nonfinite_count,
+        mean_prediction_error=jnp.zeros([], jnp.float32) if errors is None else errors.mean,
+        last_prediction_error=jnp.zeros([], jnp.float32) if errors is None else errors.last,
+        quality=None if machine.calibration is None else machine.calibration.quality(),
+        guard=None if machine.guard is None else _guard_stats(machine.guard),
+    )
+
+
+def _guard_stats(state: GuardState) -> GuardStats:
+    return GuardStats(action=state.action, predict_length=state.length, constant=state.constant, asleep=state.asleep)
+
+
+def _machines(state: Any) -> list[PhaseMachineState]:
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PhaseMachineState))
+    return [leaf for leaf in leaves if isinstance(leaf, PhaseMachineState)]
+
+
+def _is_wrapped(leaf: Any) -> bool:
+    """Whether ``leaf`` is a Variable of Flax nnx, told by what it can do so that Flax need not be imported."""
+    return hasattr(leaf, "get_value") or hasattr(leaf, "raw_value")
+
+
+def _unwrapped(leaf: Any) -> Any:
+    if not _is_wrapped(leaf):
+        return leaf
+    return leaf.get_value() if hasattr(leaf, "get_value") else leaf.raw_value  # Flax before 0.12 has only the latter.

@@ -1,0 +1,159 @@
+"""One step of a transformation, or its prediction, chosen by the phase without copying anybody's state."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from vsa_optax.core.conditional import in_place_if, split_extra_args
+from vsa_optax.core.mesh import all_finite_over, varying_axes
+from vsa_optax.core.trees import all_finite, tree_where
+from vsa_optax.kernels import numerics
+from vsa_optax.prediction.machine import Phase
+from vsa_optax.prediction.predictors.base import Comparison, Experience, Predictor
+
+
+class StepResult(NamedTuple):
+    """What one step comes to, before it is recorded.
+
+    Attributes:
+        target: tree, what the recorded transformation emitted, or its prediction; of no use if not finite.
+        inner_state: the recorded transformation's state.
+        is_finite: ``[] bool``, false if a gradient, or what the transformation made of it, holds a NaN or an infinity.
+        comparison: of the target with its prediction: measured at CORRECT steps, or, calibrated or with the guard, at
+            all true steps. None if no step is ever predicted.
+    """
+
+    target: optax.Updates
+    inner_state: optax.OptState
+    is_finite: jax.Array
+    comparison: Comparison | None = None
+
+
+class PhaseStep:
+    """One step of ``recorded``, or its prediction if the phase is PREDICT.
+
+    Outside jit, JAX compiles a loop or a conditional anew for each new function object: `_functions` makes them once.
+    """
+
+    def __init__(self, recorded: optax.GradientTransformationExtraArgs, predictor: Predictor) -> None:
+        self._recorded = recorded
+        self._predictor = predictor
+        self._functions_for = functools.lru_cache(maxsize=16)(self._functions)
+
+    def __call__(
+        self,
+        updates: optax.Updates,
+        inner_state: optax.OptState,
+        params: optax.Params | None,
+        extra_args: dict[str, Any],
+        phase: jax.Array,
+        history: Any,
+        experience: Experience,
+        scalars: Any,
+        watches: jax.Array | None = None,
+        axes: frozenset[str] = frozenset(),
+    ) -> StepResult:
+        """One step in a true phase, the prediction in PREDICT; ``scalars`` are what the step is to the history.
+
+        A true step is compared with its prediction in CORRECT; calibrated, always; and where ``watches`` is given, if
+        that is true. Devices along ``axes`` decide together: what is not finite on one is skipped on all.
+        """
+        traced_args, static_args = split_extra_args(extra_args)
+
+        def emitted(
+            updates: optax.Updates, inner_state: optax.OptState, params: optax.Params, extra_args: Any
+        ) -> optax.Updates:
+            target, _ = self._recorded.update(updates, inner_state, params, **extra_args, **static_args)
+            _check_same_everywhere(target, axes)
+            return target
+
+        leaves, treedef = jax.tree.flatten(jax.eval_shape(emitted, updates, inner_state, params, traced_args))
+        predict_if, step, step_if = self._functions_for(treedef, tuple(leaves))
+        is_predict = phase == Phase.PREDICT
+        weights = self._predictor.weights(experience.calibration, scalars)
+        has_gradient = lax.cond(is_predict, _true, all_finite_over(axes), updates)
+        result = StepResult(
+            target=predict_if(is_predict, history, experience.residual, scalars, weights),
+            inner_state=inner_state,
+            is_finite=has_gradient,
+            comparison=Comparison(experience, error=jnp.zeros([], jnp.float32), is_measured=jnp.array(False)),
+        )
+        if static_args:
+            step_if = in_place_if(functools.partial(step, **static_args))
+        runs = ~is_predict & has_gradient
+        if watches is None:
+            watches = jnp.array(True) if experience.calibration is not None else phase == Phase.CORRECT
+        return step_if(runs, result, updates, params, traced_args, watches, history, scalars)
+
+    def _functions(self, treedef: Any, avals: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
+        """Prediction, true step and conditional true step of a transformation that emits leaves like ``avals``."""
+
+        def predicted(history: Any, residual: Any, scalars: Any, weights: jax.Array | None) -> optax.Updates:
+            leaves = jax.tree.leaves(self._predictor.predict(history, residual, scalars, weights))
+            cast = [numerics.saturating_cast(x, aval.dtype) for x, aval in zip(leaves, avals, strict=True)]
+            return jax.tree.unflatten(treedef, cast)
+
+        def nothing(history: Any, residual: Any, scalars: Any, weights: jax.Array | None) -> optax.Updates:
+            del history, residual, scalars, weights
+            return jax.tree.unflatten(treedef, [jnp.zeros_like(aval, dtype=aval.dtype) for aval in avals])
+
+        def predict_if(
+            pred: jax.Array, history: Any, residual: Any, scalars: Any, weights: jax.Array | None
+        ) -> optax.Updates:
+            return lax.cond(pred, predicted, nothing, history, residual, scalars, weights)
+
+        def compare(
+            comparison: Comparison, is_due: jax.Array, target: optax.Updates, history: Any, scalars: Any
+        ) -> Comparison:
+            experience = comparison.experience
+
+            def prediction() -> optax.Updates:
+                # ``is_due`` is always true here. But a conditional's result is one array: without it XLA copies each
+                # record on the way.
+                return predict_if(is_due, history, experience.residual, scalars, None)
+
+            return self._predictor.compare(history, experience, scalars, target, prediction)
+
+        compare_if = in_place_if(compare)
+
+        def step(
+            result: StepResult,
+            updates: optax.Updates,
+            params: optax.Params,
+            extra_args: dict[str, Any],
+            watches: jax.Array,
+            history: Any,
+            scalars: Any,
+            **static_args: Any,
+        ) -> StepResult:
+            target, inner_state = self._recorded.update(
+                updates, result.inner_state, params, **extra_args, **static_args
+            )
+            is_finite = all_finite(target)
+            inner_state = tree_where(is_finite, inner_state, result.inner_state)
+            is_due = watches & is_finite
+            comparison = compare_if(is_due, result.comparison, is_due, target, history, scalars)
+            return StepResult(target, inner_state, is_finite, comparison)
+
+        return predict_if, step, in_place_if(step)
+
+
+def _true(updates: optax.Updates) -> jax.Array:
+    del updates
+    return jnp.array(True)
+
+
+def _check_same_everywhere(target: Any, axes: frozenset[str]) -> None:
+    """``ValueError`` if what is to be recorded differs between devices along ``axes``, which decide together."""
+    differing = varying_axes(target) & axes
+    if differing:
+        raise ValueError(
+            f"gradients differ between the devices along {sorted(differing)}, and so would what is recorded of them: "
+            "average them before (jax.lax.pmean), or inside opt (compressed_pmean) with predict_in='update'; if the "
+            "parameters themselves are sharded, leave that to jax.jit"
+        )

@@ -1,0 +1,245 @@
+"""The transformation behind `predict_gradients` and `phase_switched`, of checked settings: its state and its update."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from vsa_optax.core import checks
+from vsa_optax.core.conditional import in_place_if
+from vsa_optax.core.mesh import all_finite_over, axes_in, is_checked, mean_over, varying_axes
+from vsa_optax.core.trees import all_finite, tree_where
+from vsa_optax.prediction import machine as machines
+from vsa_optax.prediction import stats
+from vsa_optax.prediction.guard import Guard
+from vsa_optax.prediction.machine import Phase, PhaseMachineState, PhaseSchedule
+from vsa_optax.prediction.predictors.base import Experience, Predictor, check_setting, kind_of
+from vsa_optax.prediction.step import PhaseStep, StepResult
+
+
+class PhaseSwitchedState(NamedTuple):
+    """State of `predict_gradients` and `phase_switched`.
+
+    Attributes:
+        machine: `PhaseMachineState`, scalars.
+        history: `SecantHistoryState`, `WindowHistoryState`, `CodedWindowHistoryState` or `RecursiveHistoryState`; None
+            with ``predict_steps=0``.
+        residual: tree of ``[*shape]`` in the history's dtype, the averaged prediction error, or a codec's payload of
+            it; None if switched off.
+        inner_state: the wrapped optimizer's state.
+    """
+
+    machine: PhaseMachineState
+    history: Any
+    residual: Any
+    inner_state: Any
+
+
+def switched(
+    opt: optax.GradientTransformationExtraArgs,
+    schedule: PhaseSchedule,
+    predictor: Predictor,
+    *,
+    guard: Guard | None,
+    predicts_updates: bool,
+    learning_rate: optax.ScalarOrSchedule | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Follows ``opt``, or the predictor in its place.
+
+    Args:
+        opt: the optimizer.
+        schedule: of the phases.
+        predictor: of what is recorded.
+        guard: by which the phases follow the errors of the predictions, or None.
+        predicts_updates: whether what ``opt`` emits is recorded and predicted; else the gradients are.
+        learning_rate: multiplies what leaves, in every phase; a number, a schedule over all steps, or None.
+    """
+    ever_predicts = schedule.ever_predicts
+    recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
+    run = PhaseStep(recorded, predictor)
+    look = _Look(predictor)
+    record_if = in_place_if(predictor.history.record)
+
+    def init_fn(params: optax.Params) -> PhaseSwitchedState:
+        checks.check_inexact_leaves(params)
+        inner_state = opt.init(params)
+        _check_inner_state(inner_state)
+        _check_domain(inner_state, predicts_updates)
+        if not ever_predicts:
+            return PhaseSwitchedState(machines.init(schedule), None, None, inner_state)
+        experience = predictor.init_experience(params)
+        return PhaseSwitchedState(
+            machine=machines.init(schedule, guard, experience.calibration),
+            history=predictor.history.init(params),
+            residual=experience.residual,
+            inner_state=inner_state,
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: PhaseSwitchedState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, PhaseSwitchedState]:
+        value = extra_args.get("value")
+        if value is not None:
+            extra_args["value"] = checks.check_scalar("value", value)
+        elif schedule.adaptive:
+            raise ValueError("adaptive=True needs the loss at every step: update(..., value=loss), got value=None")
+        _check_state(state, schedule, predictor, has_guard=guard is not None)
+        _check_trees(updates, params, state, predictor)
+
+        machine, history, residual = state.machine, state.history, state.residual
+        axes = _axes_to_agree_over(updates, state)
+        if value is not None:
+            value = extra_args["value"] = _agreed_value(extra_args["value"], state, in_all_phases=schedule.adaptive)
+        count = machines.total_steps(machine)
+        recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
+        horizon = None
+        if ever_predicts:
+            # The history is read in one conditional and written in a later one, so that XLA writes it in place.
+            seen_params = params if predictor.reads_params else None
+            watches = None if machine.guard is None else machine.guard.asleep == 0
+            scalars = look(watches, history, count, seen_params)
+            horizon = scalars.horizon
+            known = Experience(residual, machine.calibration)
+            result = run(
+                updates, recorded_state, params, extra_args, machine.phase, history, known, scalars, watches, axes
+            )
+            assert result.comparison is not None
+            residual = result.comparison.experience.residual
+            is_recorded = (machine.phase != Phase.PREDICT) & result.is_finite
+            if watches is not None:
+                is_recorded &= watches
+            history = record_if(is_recorded, history, result.target, seen_params, count, scalars)
+        else:
+            target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
+            result = StepResult(target, inner_state, all_finite_over(axes)(updates))
+
+        is_finite = result.is_finite
+        if predicts_updates:
+            new_updates, inner_state = result.target, result.inner_state
+        else:
+            new_updates, inner_state = opt.update(result.target, state.inner_state, params, **extra_args)
+            is_finite &= all_finite(new_updates)
+            inner_state = tree_where(is_finite, inner_state, state.inner_state)
+        if ever_predicts:  # Else nothing stands between opt and the caller: a select would move its last bits.
+            new_updates = tree_where(is_finite, new_updates, optax.tree.zeros_like(new_updates))
+        if learning_rate is not None:
+            rate = learning_rate(count) if callable(learning_rate) else learning_rate
+            new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
+        machine = machines.advance(
+            schedule, guard, machine, is_finite=is_finite, value=value, horizon=horizon, comparison=result.comparison
+        )
+        return new_updates, PhaseSwitchedState(machine, history, residual, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class _Look:
+    """What a step is to the history; zeros where the guard does not watch, so that nothing is read.
+
+    One function object for a predictor: outside jit, JAX compiles a conditional anew for each new one.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+        self._branches = predictor.scalars, self._nothing
+
+    def __call__(self, watches: jax.Array | None, memory: Any, step: jax.Array, params: Any) -> Any:
+        if watches is None:
+            return self._predictor.scalars(memory, step, params)
+        return lax.cond(watches, *self._branches, memory, step, params)
+
+    def _nothing(self, memory: Any, step: jax.Array, params: Any) -> Any:
+        shapes = jax.eval_shape(self._predictor.scalars, memory, step, params)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+
+def _axes_to_agree_over(tree: Any, state: PhaseSwitchedState) -> frozenset[str]:
+    """The mesh axes along which devices share the machine, but not ``tree``."""
+    averaged = axes_in(state.inner_state)
+    may_vary = frozenset() if is_checked(averaged) else averaged
+    return (varying_axes(tree) | may_vary) - varying_axes(state.machine.phase)
+
+
+def _agreed_value(value: jax.Array, state: PhaseSwitchedState, *, in_all_phases: bool) -> jax.Array:
+    """The loss, averaged over devices where it differs.
+
+    In PREDICT, where devices do not communicate, the last one known, unless the value counts ``in_all_phases``.
+    """
+    axes = _axes_to_agree_over(value, state)
+    if not axes:
+        return value
+    machine, value = state.machine, value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    if in_all_phases:
+        return mean_over(value, axes)
+    last = jnp.where(machine.has_value, machine.value, jnp.nan).astype(value.dtype)
+    return lax.cond(
+        machine.phase == Phase.PREDICT,
+        lambda value, last: last,
+        lambda value, last: mean_over(value, axes),
+        value,
+        last,
+    )
+
+
+def _check_domain(inner_state: Any, predicts_updates: bool) -> None:
+    axes = axes_in(inner_state)
+    if axes and not predicts_updates:
+        raise ValueError(
+            f"predict_in must be 'update' where opt averages gradients over devices, here along {sorted(axes)}: those "
+            "that enter differ, and so would what is recorded of them. Secants, the default, predict gradients; a line "
+            "(history='window' or 'recursive') can predict updates"
+        )
+
+
+def _check_inner_state(inner_state: Any) -> None:
+    if stats.contains_machine(inner_state):
+        raise ValueError(
+            "opt must not contain a phase machine of its own: use predict_gradients or phase_switched once"
+        )
+    refused = {
+        optax.MultiStepsState: "optax.MultiSteps: wrap the other way round, MultiSteps(phase_switched(...))",
+        optax.ScaleByBacktrackingLinesearchState: "a line search: it evaluates the loss itself at every step",
+        optax.ScaleByZoomLinesearchState: "a line search: it evaluates the loss itself at every step",
+    }
+    types = tuple(refused)
+    for leaf in jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, types)):
+        for kind, reason in refused.items():
+            if isinstance(leaf, kind):
+                raise ValueError(f"opt must not contain {reason}")
+
+
+def _check_trees(updates: Any, params: Any, state: PhaseSwitchedState, predictor: Predictor) -> None:
+    """``ValueError`` if gradients or parameters are not those that the state was made for."""
+    if state.history is None:
+        if params is not None:
+            checks.check_same_tree(params, updates, what="gradients")
+        return
+    tree, leading = predictor.history.example(state.history)
+    checks.check_same_tree(tree, updates, what="gradients", leading_axes=leading)
+    if predictor.reads_params:
+        if params is None and tree is not None:
+            raise ValueError(
+                "params must be given with history='secant', which is what guard=True takes: update(updates, state, "
+                "params); got None. history='window' needs none"
+            )
+        checks.check_same_tree(tree, params, what="params", leading_axes=leading)
+
+
+def _check_state(state: Any, schedule: PhaseSchedule, predictor: Predictor, *, has_guard: bool) -> None:
+    """``ValueError`` if the state was made by a transformation with other settings."""
+    if not isinstance(state, PhaseSwitchedState):
+        raise ValueError(f"state must be what init returned, a PhaseSwitchedState, got {type(state).__name__}")
+    if schedule.ever_predicts:
+        predictor.history.check_state(state.history)
+        check_setting("guard", state.machine.guard is not None, has_guard)
+        check_setting("calibrate", state.machine.calibration is not None, predictor.calibrates)
+        if predictor.history.example(state.history)[0] is not None:  # A tree may be None itself.
+            check_setting("residual", state.residual is not None, predictor.has_residual)
+    else:
+        check_setting("history", kind_of(state.history), None)
+    check_setting("adaptive", state.machine.adaptive is not None, schedule.adaptive)

@@ -1,1 +1,0 @@
-"""Gradient transformations: pytrees and Optax states around the kernels."""
