@@ -64,11 +64,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vsa_optax import checkpoint_files as files
-from vsa_optax import checkpoint_leaves as leaves_of
-from vsa_optax import checkpoint_manifest as manifests
-from vsa_optax import checks
+from vsa_optax import checkpoint_files, checkpoint_leaves, checkpoint_manifest, checks
 
+FORMAT_VERSION = checkpoint_manifest.FORMAT_VERSION
 _ARRAYS = "arrays"
 
 
@@ -121,26 +119,26 @@ def save(
     root = _local_folder(directory)
     step = checks.check_integer("step", step, 0)
     keep = None if keep is None else checks.check_integer("keep", keep, 1)
-    settings = manifests.plain_config(config)
-    leaves, _ = leaves_of.flatten(tree)
+    settings = checkpoint_manifest.plain_config(config)
+    leaves, _ = checkpoint_leaves.flatten(tree)
     data = {leaf.key: leaf.to_store() for leaf in leaves if leaf.key is not None}
-    final = root / files.folder_name(step)
+    final = root / checkpoint_files.folder_name(step)
     unfinished = root / f".saving-{final.name}"
 
     def finish() -> None:
         manifest = {
-            "format_version": manifests.FORMAT_VERSION,
+            "format_version": FORMAT_VERSION,
             "step": step,
             "config": settings,
-            "config_fingerprint": manifests.sha256(settings),
+            "config_fingerprint": checkpoint_manifest.sha256(settings),
             "leaves": [leaf.entry() for leaf in leaves],
-            "files": files.describe(unfinished),
+            "files": checkpoint_files.describe(unfinished),
             "written_with": {"jax": jax.__version__, "orbax": getattr(ocp, "__version__", None)},
         }
-        manifests.write(unfinished / manifests.NAME, manifest)
-        files.publish(unfinished, final)
+        checkpoint_manifest.write(unfinished / checkpoint_manifest.NAME, manifest)
+        checkpoint_files.publish(unfinished, final)
 
-    _in_process_0(lambda: files.begin(root, unfinished))
+    _in_process_0(lambda: checkpoint_files.begin(root, unfinished))
     try:
         if data:
             with ocp.Checkpointer(_writer(ocp)) as checkpointer:
@@ -151,10 +149,10 @@ def save(
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
     if keep is not None and jax.process_index() == 0:
-        others = files.whole(root)
+        others = checkpoint_files.whole(root)
         others.pop(step)
         for number in sorted(others, reverse=True)[keep - 1 :]:
-            files.remove(others[number])
+            checkpoint_files.remove(others[number])
     return final
 
 
@@ -211,9 +209,9 @@ def restore(
     """
     ocp = _orbax()
     root = _local_folder(directory)
-    settings = manifests.plain_config(config)
-    wanted, treedef = leaves_of.flatten(template, values=False)
-    folders = files.whole(root)
+    settings = checkpoint_manifest.plain_config(config)
+    wanted, treedef = checkpoint_leaves.flatten(template, values=False)
+    folders = checkpoint_files.whole(root)
     if step is not None:
         step = checks.check_integer("step", step, 0)
     elif folders:
@@ -222,11 +220,13 @@ def restore(
         what = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise FileNotFoundError(f"no {what} in {root}; there are those of steps {sorted(folders)}")
     folder = folders[step]
-    manifest = manifests.read(folder)
-    manifests.refuse(folder, "other settings", manifests.config_differences(manifest["config"], settings))
+    manifest = checkpoint_manifest.read(folder)
+    checkpoint_manifest.refuse(
+        folder, "other settings", checkpoint_manifest.config_differences(manifest["config"], settings)
+    )
     entries = {entry["path"]: entry for entry in manifest["leaves"]}
-    manifests.refuse(folder, "other leaves", leaves_of.differences(entries, wanted))
-    manifests.refuse(folder, "damaged", files.differences(folder, manifest["files"]))
+    checkpoint_manifest.refuse(folder, "other leaves", checkpoint_leaves.differences(entries, wanted))
+    checkpoint_manifest.refuse(folder, "damaged", checkpoint_files.differences(folder, manifest["files"]))
 
     keys = [entries[leaf.path]["key"] for leaf in wanted]
     args = {key: leaf.restore_args(ocp) for key, leaf in zip(keys, wanted, strict=True) if key is not None}
@@ -259,7 +259,7 @@ def latest_step(directory: str | os.PathLike[str]) -> int | None:
         >>> checkpoint.latest_step("no/such/folder") is None
         True
     """
-    return max(files.whole(_local_folder(directory)), default=None)
+    return max(checkpoint_files.whole(_local_folder(directory)), default=None)
 
 
 def _writer(ocp: Any) -> Any:

@@ -8,9 +8,9 @@ step_00000042             whole
 Orbax writes and reads the arrays. Its ``CheckpointManager`` would also name, replace and remove the folders, but:
 
 - It refuses a step that exists, and ``Checkpointer.save(force=True)`` removes the old one before it writes the new one.
-- It removes a checkpoint file by file under its own name: if killed there, it takes what is left for a checkpoint.
-- It writes two files after the last hook for a handler, ``finalize``, so a manifest cannot have their hashes.
-- It flushes neither folders nor its metadata to the disk, and where one process fails, the others wait for it.
+- It removes a checkpoint file by file under its own name; if it is killed there, it takes the rest for a checkpoint.
+- It writes two files after a handler's last hook, ``finalize``, so the manifest cannot contain their hashes.
+- It flushes neither folders nor its metadata to the disk, and if one process fails, the others wait for it.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
-"""The leaves of a training state: what Orbax is given for each, what is made of what it gives back, how they compare.
+"""The leaves of a training state: what Orbax stores of each, how it is restored, and how two trees differ.
 
-A tree enters, one `Leaf` for each array or None of it leaves. Orbax refuses zero-size arrays and knows no weak types.
-The manifest keeps both, and None, and which generator a typed PRNG key belongs to.
+A tree enters, and one `Leaf` for each array or None leaves. Orbax refuses zero-size arrays and does not keep weak
+types. The manifest keeps both, and None, and the name of a typed PRNG key's generator.
 """
 
 import math

@@ -1,7 +1,6 @@
-"""What a checkpoint says of itself, as JSON: the manifest, whose own hash is in it, and the settings to compare.
+"""The manifest of a checkpoint, JSON that holds its own hash, and the settings in it.
 
-`read` gives back what `write` was given, or ``ValueError`` with the reason. Settings enter as a mapping; what leaves of
-two mappings is the list of their differences, in words.
+`read` returns what `write` was given, or raises ``ValueError`` with the reason. `config_differences` compares settings.
 """
 
 import hashlib
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vsa_optax import checkpoint_files as files
+from vsa_optax import checkpoint_files
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
@@ -19,7 +18,7 @@ _SHOWN = 10  # Differences named in an error.
 
 
 def write(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes it with its hash; it is on the disk when this returns."""
+    """Writes the manifest with its hash; it is on the disk when this returns."""
     text = json.dumps(manifest | {"manifest_sha256": sha256(manifest)}, indent=1, allow_nan=False)
     with path.open("x", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -46,7 +45,7 @@ def read(folder: Path) -> dict[str, Any]:
     written = manifest.pop("manifest_sha256", None)
     if written != sha256(manifest):
         raise ValueError(f"checkpoint {folder}: damaged: {NAME} is not what was written: its hash differs")
-    if files.folder_name(manifest["step"]) != folder.name.rpartition("-")[2]:
+    if checkpoint_files.folder_name(manifest["step"]) != folder.name.rpartition("-")[2]:
         raise ValueError(f"checkpoint {folder}: damaged: its manifest is that of step {manifest['step']}")
     return manifest
 
@@ -90,7 +89,7 @@ def config_differences(saved: Any, given: Any, prefix: str = "") -> list[str]:
 
 
 def sha256(value: Any) -> str:
-    """The same for equal values."""
+    """The hash of a value; equal values have the same."""
     return hashlib.sha256(_canonical(value).encode()).hexdigest()
 
 
