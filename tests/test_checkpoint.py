@@ -1,5 +1,6 @@
 """Checkpoints: the same bits, wherever a run was interrupted, or an error that says what differs."""
 
+import functools
 import importlib
 import json
 import math
@@ -26,8 +27,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsa_optax
-from vsa_optax import Phase, checkpoint
+from vsa_optax import Phase, checkpoint, checkpoint_manifest
 
+CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
 SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, history_window=5)
 STEPS = 20
 SAVED_AT = (1, 3, 4, 6, 13)
@@ -75,7 +77,7 @@ def loss(params):
 
 
 def make_step(opt):
-    @jax.jit
+    @functools.partial(jax.jit, **CHEAP)
     def step(params, opt_state):
         value, grads = vsa_optax.value_and_grad_by_phase(loss)(params, state=opt_state)
         updates, opt_state = opt.update(grads, opt_state, params, value=value)
@@ -211,7 +213,7 @@ def test_linen(tmp_path):
         state = LinenState.create(apply_fn=apply, tx=CASES["window"], **variables)
         return state.replace(step=jnp.zeros([], jnp.int32))
 
-    @jax.jit
+    @functools.partial(jax.jit, **CHEAP)
     def step(state):
         def loss(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
@@ -293,7 +295,7 @@ def edit(folder, change):
     del manifest["manifest_sha256"]
     change(manifest)
     path.unlink()
-    checkpoint._write_manifest(path, manifest)
+    checkpoint_manifest.write(path, manifest)
 
 
 def test_another_configuration_is_refused(saved):
@@ -488,9 +490,37 @@ def test_interrupted_at_every_operation(is_replaced, tmp_path, monkeypatch):
     assert os.listdir(root) == [f"step_{new:08d}"]
 
 
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["new step", "same step"])
+def test_killed_while_an_old_one_is_removed(is_replaced, tmp_path, monkeypatch):
+    """Some of its files are gone, and it no longer counts."""
+
+    class Died(BaseException):
+        pass
+
+    def dying(*args, unlink=os.unlink, **kwargs):
+        removed.append(args)
+        if len(removed) > 3:
+            raise Died
+        return unlink(*args, **kwargs)
+
+    checkpoint.save(tmp_path, 1, jnp.array([1, 1]))
+    removed, new = [], 1 if is_replaced else 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", dying)
+        with pytest.raises(Died):
+            checkpoint.save(tmp_path, new, jnp.array([2, 2]), keep=1)
+    assert checkpoint.latest_step(tmp_path) == new
+    assert checkpoint.restore(tmp_path, jnp.zeros(2, int))[1].tolist() == [2, 2]
+    if not is_replaced:
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 1 in .*; there are those of steps \[2\]"):
+            checkpoint.restore(tmp_path, jnp.zeros(2, int), step=1)
+    checkpoint.save(tmp_path, 3, {})
+    assert set(os.listdir(tmp_path)) == {f"step_{new:08d}", "step_00000003"}
+
+
 def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 1, TREE)
-    monkeypatch.setattr(checkpoint, "_write_manifest", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(checkpoint_manifest, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path, 2, TREE)
     assert os.listdir(tmp_path) == ["step_00000001"]
@@ -504,7 +534,10 @@ def test_nothing_is_unpickled(saved, monkeypatch):
         monkeypatch.setattr(pickle, name, refuse)
     monkeypatch.setattr(np, "load", refuse)
     checkpoint.restore(saved, TREE, config=CONFIG)
-    assert "pickle" not in Path(checkpoint.__file__).read_text().replace("unpickled", "")
+    modules = sorted(Path(checkpoint.__file__).parent.glob("checkpoint*.py"))
+    assert len(modules) == 4
+    for module in modules:
+        assert "pickle" not in module.read_text().replace("unpickled", "")
 
 
 def test_orbax_is_optional(monkeypatch, tmp_path):

@@ -4,6 +4,13 @@ step_00000042             whole
 .saving-step_00000042     being written; left behind, worthless
 .replaced-step_00000042   whole, and in force until its successor has its name
 .removing-step_00000042   no longer a checkpoint
+
+Orbax writes and reads the arrays. Its ``CheckpointManager`` would also name, replace and remove the folders, but:
+
+- It refuses a step that exists, and ``Checkpointer.save(force=True)`` removes the old one before it writes the new one.
+- It removes a checkpoint file by file under its own name; if it is killed there, it takes the rest for a checkpoint.
+- It writes two files after a handler's last hook, ``finalize``, so the manifest cannot contain their hashes.
+- It flushes neither folders nor its metadata to the disk, and if one process fails, the others wait for it.
 """
 
 import hashlib
@@ -13,14 +20,70 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-_WHOLE = re.compile(r"step_(\d{8,})")
-_LEFTOVER = re.compile(r"\.(saving|removing|replaced)-(step_\d{8,})")
+_WHOLE = re.compile(r"(?:\.replaced-)?step_(0\d{7}|[1-9]\d{7,})", re.ASCII)
+_LEFTOVER = re.compile(r"\.(saving|removing|replaced)-(step_\d{8,})", re.ASCII)
+
+
+def folder_name(step: int) -> str:
+    """The name of a whole checkpoint."""
+    return f"step_{step:08d}"
+
+
+def whole(root: Path) -> dict[int, Path]:
+    """The complete checkpoints; one that was being replaced when its process was killed is one of them."""
+    names = sorted(os.listdir(root)) if root.is_dir() else []  # ".replaced-" comes before the name of its successor.
+    return {int(match[1]): root / name for name in names if (match := _WHOLE.fullmatch(name))}
+
+
+def begin(root: Path, unfinished: Path) -> None:
+    """Undoes what killed saves began, and makes the folder to write to."""
+    root.mkdir(parents=True, exist_ok=True)
+    flush_folder(root.parent)
+    for entry in sorted(root.iterdir()):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match and match[1] == "replaced" and not (root / match[2]).exists():
+            entry.rename(root / match[2])
+        elif match:
+            shutil.rmtree(entry)
+    unfinished.mkdir()
+
+
+def publish(unfinished: Path, final: Path) -> None:
+    """Gives the complete folder its name; one of that name stays readable until then."""
+    for folder, _, _ in os.walk(unfinished):
+        flush_folder(folder)
+    replaced = final.with_name(f".replaced-{final.name}")
+    if final.exists():
+        final.rename(replaced)
+    unfinished.rename(final)
+    flush_folder(final.parent)
+    if replaced.exists():
+        remove(replaced)
+
+
+def remove(folder: Path) -> None:
+    """Takes a checkpoint's name away, so that it is not half a one, and then its files."""
+    shutil.rmtree(folder.rename(folder.with_name(f".removing-{folder.name.removeprefix('.replaced-')}")))
 
 
 def describe(folder: Path) -> dict[str, dict[str, Any]]:
     """Path, size and hash of every file in the folder and below, all of which are on the disk when this returns."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): size_and_hash(path, flush=True) for path in paths}
+
+
+def differences(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
+    """Each file that is missing, or whose size or hash is not as written; what was added is not looked at."""
+    found = []
+    for name, written in files.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != written["bytes"]:
+            found.append(f"{name} has {size} bytes of {written['bytes']}")
+        elif size_and_hash(path) != written:
+            found.append(f"{name} is not what was written: its hash differs")
+    return found
 
 
 def size_and_hash(path: Path, *, flush: bool = False) -> dict[str, Any]:
@@ -39,64 +102,3 @@ def flush_folder(folder: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def file_differences(folder: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    """Each file that is missing, or whose size or hash is not as written; what was added is not looked at."""
-    differences = []
-    for name, written in files.items():
-        path = folder / name
-        if not path.is_file():
-            differences.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != written["bytes"]:
-            differences.append(f"{name} has {size} bytes of {written['bytes']}")
-        elif size_and_hash(path) != written:
-            differences.append(f"{name} is not what was written: its hash differs")
-    return differences
-
-
-def folder_name(step: int) -> str:
-    """The name of a whole checkpoint."""
-    return f"step_{step:08d}"
-
-
-def whole(root: Path) -> dict[int, Path]:
-    """The complete checkpoints; one that was being replaced when its process was killed is one of them."""
-    names = set(os.listdir(root)) if root.is_dir() else set()
-    folders: dict[int, Path] = {}
-    for name in names:
-        match = _WHOLE.fullmatch(name.removeprefix(".replaced-"))
-        if (
-            match
-            and name[-len(match[0]) :] == folder_name(int(match[1]))
-            and (name == match[0] or match[0] not in names)
-        ):
-            folders[int(match[1])] = root / name
-    return folders
-
-
-def publish(root: Path, unfinished: Path, final: Path) -> None:
-    """Gives the complete folder its name; one of that name stays readable until then."""
-    replaced = root / f".replaced-{final.name}"
-    if final.exists():
-        final.rename(replaced)
-    unfinished.rename(final)
-    flush_folder(root)
-    if replaced.exists():
-        remove(root, replaced)
-
-
-def remove(root: Path, folder: Path) -> None:
-    """Takes a checkpoint's name away, so that it is not half a one, and then its files."""
-    doomed = folder.rename(root / f".removing-{folder.name.removeprefix('.replaced-')}")
-    shutil.rmtree(doomed)
-
-
-def clean(root: Path) -> None:
-    """Undoes what killed saves began."""
-    for entry in sorted(root.iterdir()):
-        match = _LEFTOVER.fullmatch(entry.name)
-        if match and match[1] == "replaced" and not (root / match[2]).exists():
-            entry.rename(root / match[2])
-        elif match:
-            shutil.rmtree(entry)
