@@ -1,7 +1,6 @@
 """Every public function, called with every kind of argument it takes: checked by mypy, and run."""
 
-from collections.abc import Callable
-from typing import Any, assert_type
+from typing import assert_type
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +32,7 @@ from vsa_optax import (
     vsa,
 )
 from vsa_optax.accumulation.multi_steps import TernaryMultiSteps
+from vsa_optax.prediction.value_and_grad import ValueAndGradByPhase
 
 Params = dict[str, jax.Array]
 
@@ -130,7 +130,7 @@ def use_accumulation(params: Params) -> None:
 def use_collectives(params: Params) -> None:
     """How the state of a mean over devices is laid out."""
     opt: optax.GradientTransformationExtraArgs = compressed_pmean("data", TritCodec(1), error_feedback=True)
-    specs: optax.OptState = state_specs(jax.eval_shape(opt.init, params), axis_name="data")
+    specs = state_specs(jax.eval_shape(opt.init, params), axis_name="data")
     assert specs.residual["w"] == jax.sharding.PartitionSpec("data")
     assert state_specs(optax.adam(0.1).init(params), ("data", "replica"))[0].count == jax.sharding.PartitionSpec()
 
@@ -196,8 +196,9 @@ def use_queries(state: optax.OptState) -> PhaseStats:
 
 def use_value_and_grad(params: Params, x: jax.Array, state: optax.OptState) -> None:
     """Every signature of the function and of what it returns."""
-    by_phase: Callable[..., tuple[Any, Any]] = value_and_grad_by_phase(loss)
+    by_phase: ValueAndGradByPhase[jax.Array] = value_and_grad_by_phase(loss)
     value, grads = by_phase(params, x, state=state, scale=2.0)
+    assert_type(value, jax.Array)
     assert value.shape == ()
     assert grads["w"].shape == params["w"].shape
     value, grads = value_and_grad_by_phase(loss, 0)(params, x, state=state)

@@ -4,13 +4,16 @@ A quantiser turns real numbers into trits -1, 0, 1 and a scale; `dequantize` mul
 quantisers, without a rotation: `vsa_optax.TritCodec` loses less.
 """
 
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from vsa_optax.core import checks
 from vsa_optax.kernels import packing
+
+_Rule: TypeAlias = Literal["mean", "lloyd_max"]
 
 _LLOYD_MAX_CUT = 0.612003  # Halfway from 0 to the outer one of a unit Gaussian's three best levels.
 
@@ -30,7 +33,7 @@ class Trits(NamedTuple):
 def quantize_deterministic(
     x: jax.Array,
     *,
-    rule: str = "mean",
+    rule: _Rule = "mean",
     threshold: float = 0.7,
     axis: int | tuple[int, ...] | None = None,
 ) -> Trits:
@@ -63,7 +66,7 @@ def quantize_deterministic(
         Li et al., "Ternary weight networks" (arXiv 1605.04711), equations 5 and 6, whose factor is 0.7. Max,
         "Quantizing for minimum distortion" (1960).
     """
-    checks.check_choice("rule", rule, ("mean", "lloyd_max"))
+    checks.check_choice("rule", rule, get_args(_Rule))
     factor = checks.check_real("threshold", threshold, low=0.0, high=float("inf"))
     magnitude, peak = _magnitude(x, axis)
     unit = magnitude / jnp.where(peak > 0, peak, 1.0)
@@ -174,7 +177,7 @@ def unpack(packed: jax.Array, size: int) -> jax.Array:
     return packing.unpack_digits(array.astype(jnp.uint8), size).astype(jnp.int8) - jnp.int8(1)
 
 
-def _magnitude(x: Any, axis: int | tuple[int, ...] | None) -> tuple[jax.Array, jax.Array]:
+def _magnitude(x: ArrayLike, axis: int | tuple[int, ...] | None) -> tuple[jax.Array, jax.Array]:
     """``|x|`` in f32, and its largest value along ``axis``, which is kept; NaN where ``x`` is not finite."""
     array = jnp.asarray(x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -189,7 +192,7 @@ def _trits(values: jax.Array, scale: jax.Array, axis: int | tuple[int, ...] | No
     return Trits(values.astype(jnp.int8), scale.reshape(()) if axis is None else scale)
 
 
-def _integers(name: str, x: Any) -> jax.Array:
+def _integers(name: str, x: ArrayLike) -> jax.Array:
     array = jnp.asarray(x)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got dtype {array.dtype}")

@@ -16,7 +16,7 @@ References:
     Kleyko, Rachkovskij, Osipov & Rahimi (2022), A Survey on Hyperdimensional Computing, ACM Computing Surveys 55: 130.
 """
 
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from jax.typing import ArrayLike
 
 from vsa_optax.core import checks
 from vsa_optax.kernels import numerics, signs
+
+_Model: TypeAlias = Literal["bipolar", "ternary"]
+_Majority: TypeAlias = Literal["ternary", "bipolar"]
 
 
 class Cleanup(NamedTuple):
@@ -42,7 +45,12 @@ class Cleanup(NamedTuple):
 
 
 def random_hypervectors(
-    key: jax.Array, num: int, dim: int, model: str = "bipolar", *, dtype: jax.typing.DTypeLike | None = jnp.float32
+    key: jax.Array,
+    num: int,
+    dim: int,
+    model: _Model = "bipolar",
+    *,
+    dtype: jax.typing.DTypeLike | None = jnp.float32,
 ) -> jax.Array:
     """Draws independent hypervectors, nearly orthogonal: cosines scatter by ``1 / sqrt(dim)`` around 0 (Kanerva 2009).
 
@@ -65,7 +73,7 @@ def random_hypervectors(
         True
     """
     shape = (checks.check_integer("num", num, 1), checks.check_integer("dim", dim, 1))
-    checks.check_choice("model", model, ("bipolar", "ternary"))
+    checks.check_choice("model", model, get_args(_Model))
     leaving = checks.check_float_dtype("dtype", jnp.float32 if dtype is None else dtype)
     kind, rank = getattr(key, "dtype", None), getattr(key, "ndim", None)
     is_typed = kind is not None and rank == 0 and jnp.issubdtype(kind, jax.dtypes.prng_key)
@@ -137,7 +145,11 @@ def unbind(bound: ArrayLike, key: ArrayLike) -> jax.Array:
 
 
 def bundle(
-    hypervectors: ArrayLike, weights: ArrayLike | None = None, *, majority: str | None = None, axis: int = -2
+    hypervectors: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    majority: _Majority | None = None,
+    axis: int = -2,
 ) -> jax.Array:
     """Superposes n hypervectors in one that resembles each: ``s_i = sum_k w_k x_ki``, or its sign (Kanerva 2009).
 
@@ -164,7 +176,7 @@ def bundle(
         [[2.0, 2.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, -1.0]]
     """
     if majority is not None:
-        checks.check_choice("majority", majority, ("ternary", "bipolar"))
+        checks.check_choice("majority", majority, get_args(_Majority))
     x = _real("hypervectors", hypervectors)
     if x.ndim < 2:
         raise ValueError(f"hypervectors must have shape [..., n, d], got {x.shape}")
@@ -308,7 +320,7 @@ def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x, jnp.sqrt(jnp.where(square > 0, square, 1))
 
 
-def _pair(first: str, x: Any, second: str, y: Any) -> tuple[jax.Array, jax.Array]:
+def _pair(first: str, x: ArrayLike, second: str, y: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Both operands of a similarity, seen to have shapes ``[..., d]`` and ``[d]`` or ``[n, d]``."""
     a, b = _vectors(first, _real(first, x)), _vectors(second, _real(second, y))
     if b.ndim > 2 or a.shape[-1] != b.shape[-1]:
@@ -322,12 +334,12 @@ def _vectors(name: str, x: jax.Array) -> jax.Array:
     return x
 
 
-def _real(name: str, x: Any) -> jax.Array:
+def _real(name: str, x: ArrayLike) -> jax.Array:
     array = _array(name, x)
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-def _array(name: str, x: Any) -> jax.Array:
+def _array(name: str, x: ArrayLike) -> jax.Array:
     try:
         array = jnp.asarray(x)
     except (TypeError, ValueError, OverflowError):

@@ -1,14 +1,15 @@
 """The coded sum as an accumulator of ``optax.microbatching``: micro-batches inside one step, and no f32 sum of them."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vsa_optax.accumulation.ternary_sum import make_ternary_sum
+from vsa_optax.accumulation.ternary_sum import Rounding, make_ternary_sum
 from vsa_optax.core import checks
 from vsa_optax.core.conditional import in_place_if
+from vsa_optax.core.types import Tree
 
 
 class TernaryAccumulatorState(NamedTuple):
@@ -20,14 +21,14 @@ class TernaryAccumulatorState(NamedTuple):
     """
 
     nonfinite_count: jax.Array
-    acc_grads: Any
+    acc_grads: Tree
 
 
 def ternary_accumulator(
     num_microbatches: int,
     *,
-    trits: int | None = None,
-    rounding: str = "nearest",
+    trits: checks.NumTrits | None = None,
+    rounding: Rounding = "nearest",
     block_size: int = 1024,
     use_grad_mean: bool = True,
     seed: int = 0,
@@ -91,26 +92,26 @@ def ternary_accumulator(
     checks.check_bool("use_grad_mean", use_grad_mean)
     window = jnp.int32(0)
 
-    def grow(acc_grads: Any, gradients: Any, index: jax.Array) -> Any:
+    def grow(acc_grads: Tree, gradients: optax.Updates, index: jax.Array) -> Tree:
         return total.add(acc_grads, gradients, window, index)
 
     grow_if = in_place_if(grow)
 
-    def init(like: Any) -> TernaryAccumulatorState:
+    def init(like: optax.Updates) -> TernaryAccumulatorState:
         checks.check_inexact_leaves(like)
         return TernaryAccumulatorState(jnp.zeros([], jnp.int32), total.zeros(like))
 
-    def update(carry: TernaryAccumulatorState, value: Any, index: int | jax.Array) -> TernaryAccumulatorState:
+    def update(carry: TernaryAccumulatorState, value: optax.Updates, index: int | jax.Array) -> TernaryAccumulatorState:
         is_finite = total.takes(carry.acc_grads, value)
         acc_grads = grow_if(is_finite, carry.acc_grads, value, jnp.asarray(index, jnp.int32))
         return TernaryAccumulatorState(carry.nonfinite_count + ~is_finite, acc_grads)
 
-    def finalize(carry: TernaryAccumulatorState) -> Any:
+    def finalize(carry: TernaryAccumulatorState) -> optax.Updates:
         nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), total.shapes(carry.acc_grads))
         left = num - carry.nonfinite_count
         return total.finish(nothing, carry.acc_grads, window, left if use_grad_mean else jnp.minimum(left, 1))
 
-    def aggregate(values: Any) -> Any:
+    def aggregate(values: optax.Updates) -> optax.Updates:
         return jax.tree.map(lambda x: jnp.mean(x, axis=0) if use_grad_mean else jnp.sum(x, axis=0), values)
 
     return optax.microbatching.Accumulator(init, update, finalize, aggregate)

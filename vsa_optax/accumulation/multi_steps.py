@@ -6,15 +6,18 @@ and never quantised. State cost: 0.2 bytes a trit and parameter, with the defaul
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vsa_optax.accumulation.ternary_sum import TernarySum, check_every_k, make_ternary_sum
+from vsa_optax.accumulation.ternary_sum import EveryK, Rounding, TernarySum, check_every_k, make_ternary_sum
 from vsa_optax.core import checks
 from vsa_optax.core.conditional import in_place_if, split_extra_args
+from vsa_optax.core.types import Tree
+
+_Emission: TypeAlias = tuple[optax.Updates, optax.OptState]
 
 
 class AccumulateTernaryState(NamedTuple):
@@ -29,7 +32,7 @@ class AccumulateTernaryState(NamedTuple):
 
     mini_step: jax.Array
     gradient_step: jax.Array
-    acc_grads: Any
+    acc_grads: Tree
     nonfinite_count: jax.Array
 
 
@@ -47,9 +50,9 @@ class TernaryMultiStepsState(NamedTuple):
 
     mini_step: jax.Array
     gradient_step: jax.Array
-    inner_opt_state: Any
-    acc_grads: Any
-    skip_state: Any
+    inner_opt_state: Tree
+    acc_grads: Tree
+    skip_state: Tree
     nonfinite_count: jax.Array
 
 
@@ -64,11 +67,11 @@ class _WindowStep(NamedTuple):
         acc_grads: as in the state.
     """
 
-    mean: Any
+    mean: optax.Updates
     emits: jax.Array
     mini_step: jax.Array
     gradient_step: jax.Array
-    acc_grads: Any
+    acc_grads: Tree
 
 
 class _Window:
@@ -77,14 +80,16 @@ class _Window:
     Outside jit, JAX compiles a loop anew for each new function object: they are made once.
     """
 
-    def __init__(self, total: TernarySum, every_k: Callable[[jax.Array], Any], use_mean: bool) -> None:
+    def __init__(self, total: TernarySum, every_k: EveryK, use_mean: bool) -> None:
         self._total = total
         self._every_k = every_k
         self._use_mean = use_mean
         self._add_if = in_place_if(self._add)
         self._finish_if = in_place_if(self._finish)
 
-    def __call__(self, updates: Any, state: Any, is_accepted: jax.Array) -> _WindowStep:
+    def __call__(
+        self, updates: optax.Updates, state: AccumulateTernaryState | TernaryMultiStepsState, is_accepted: jax.Array
+    ) -> _WindowStep:
         """One micro-batch, which counts if it is accepted."""
         k = jnp.asarray(self._every_k(state.gradient_step), jnp.int32)
         emits = is_accepted & (state.mini_step >= k - 1)
@@ -105,12 +110,14 @@ class _Window:
         )
 
     def _add(
-        self, carry: tuple[Any, jax.Array], updates: Any, gradient_step: jax.Array, mini_step: jax.Array
-    ) -> tuple[Any, jax.Array]:
+        self, carry: tuple[Tree, jax.Array], updates: optax.Updates, gradient_step: jax.Array, mini_step: jax.Array
+    ) -> tuple[Tree, jax.Array]:
         acc_grads, is_added = carry
         return self._total.add(acc_grads, updates, gradient_step, mini_step), is_added | True
 
-    def _finish(self, carry: tuple[Any, Any], gradient_step: jax.Array, divisor: jax.Array) -> tuple[Any, Any]:
+    def _finish(
+        self, carry: tuple[optax.Updates, Tree], gradient_step: jax.Array, divisor: jax.Array
+    ) -> tuple[optax.Updates, Tree]:
         """The mean, and the empty sum."""
         last, acc_grads = carry
         mean = self._total.finish(last, acc_grads, gradient_step, divisor)
@@ -126,8 +133,13 @@ class _RunInner:
         self._functions_for = functools.lru_cache(maxsize=16)(self._functions)
 
     def __call__(
-        self, emits: jax.Array, mean: Any, inner_state: Any, params: Any, extra_args: dict[str, Any]
-    ) -> tuple[Any, Any]:
+        self,
+        emits: jax.Array,
+        mean: optax.Updates,
+        inner_state: optax.OptState,
+        params: optax.Params | None,
+        extra_args: dict[str, object],
+    ) -> _Emission:
         """Updates in the dtypes that the optimizer emits, and its state."""
         traced_args, static_args = split_extra_args(extra_args)
         update = functools.partial(self._inner.update, **static_args)
@@ -141,26 +153,26 @@ class _RunInner:
         updates, inner_state = step_if(emits, (wide, inner_state), params, traced_args)
         return jax.tree.map(lambda x, u: x.astype(u.dtype), updates, emitted), inner_state
 
-    def _functions(self, dtypes: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
+    def _functions(self, dtypes: tuple[jnp.dtype, ...]) -> tuple[Callable[..., _Emission], Callable[..., _Emission]]:
         """The update of means of these dtypes, and the conditional one."""
 
         def step(
-            carry: tuple[Any, Any], params: Any, traced_args: dict[str, Any], **static_args: Any
-        ) -> tuple[Any, Any]:
+            carry: _Emission, params: optax.Params | None, traced_args: dict[str, object], **static_args: object
+        ) -> _Emission:
             wide, inner_state = carry
             leaves, treedef = jax.tree.flatten(wide)
             mean = jax.tree.unflatten(treedef, [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
             updates, inner_state = self._inner.update(mean, inner_state, params, **traced_args, **static_args)
             return jax.tree.map(lambda u, w: u.astype(w.dtype), updates, wide), inner_state
 
-        return step, in_place_if(step)
+        return step, in_place_if(step)  # type: ignore[arg-type] # It is run without keywords.
 
 
 class TernaryMultiSteps(optax.GradientTransformationExtraArgs):  # type: ignore[misc] # Optax ships no types.
     """What `ternary_multi_steps` returns: a transformation that can also be asked whether it has just updated."""
 
     @staticmethod
-    def has_updated(state: Any) -> jax.Array:
+    def has_updated(state: Tree) -> jax.Array:
         """``[] bool``: whether the last update was that of the inner optimizer and not zeros."""
         if not isinstance(state, TernaryMultiStepsState):
             raise ValueError(f"state must be a TernaryMultiStepsState, got {type(state).__name__}")
@@ -168,10 +180,10 @@ class TernaryMultiSteps(optax.GradientTransformationExtraArgs):  # type: ignore[
 
 
 def accumulate_ternary(
-    every_k_schedule: int | Callable[[jax.Array], Any],
+    every_k_schedule: int | EveryK,
     *,
-    trits: int | None = None,
-    rounding: str = "nearest",
+    trits: checks.NumTrits | None = None,
+    rounding: Rounding = "nearest",
     block_size: int = 1024,
     use_grad_mean: bool = True,
     seed: int = 0,
@@ -253,7 +265,7 @@ def accumulate_ternary(
         return AccumulateTernaryState(_zero(), _zero(), total.zeros(params), _zero())
 
     def update_fn(
-        updates: optax.Updates, state: AccumulateTernaryState, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates, state: AccumulateTernaryState, params: optax.Params | None = None, **extra_args: object
     ) -> tuple[optax.Updates, AccumulateTernaryState]:
         del params, extra_args
         is_finite = total.takes(state.acc_grads, updates)
@@ -266,12 +278,12 @@ def accumulate_ternary(
 
 def ternary_multi_steps(
     opt: optax.GradientTransformation,
-    every_k_schedule: int | Callable[[jax.Array], Any],
+    every_k_schedule: int | EveryK,
     use_grad_mean: bool = True,
     should_skip_update_fn: optax.ShouldSkipUpdateFunction | None = None,
     *,
-    trits: int | None = None,
-    rounding: str = "nearest",
+    trits: checks.NumTrits | None = None,
+    rounding: Rounding = "nearest",
     block_size: int = 1024,
     seed: int = 0,
 ) -> TernaryMultiSteps:
@@ -333,7 +345,7 @@ def ternary_multi_steps(
         return TernaryMultiStepsState(_zero(), _zero(), opt.init(params), total.zeros(params), skip_state, _zero())
 
     def update_fn(
-        updates: optax.Updates, state: TernaryMultiStepsState, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates, state: TernaryMultiStepsState, params: optax.Params | None = None, **extra_args: object
     ) -> tuple[optax.Updates, TernaryMultiStepsState]:
         should_skip, skip_state = _ask(should_skip_update_fn, updates, state.gradient_step, params)
         is_finite = total.takes(state.acc_grads, updates)
@@ -351,7 +363,12 @@ def ternary_multi_steps(
     return TernaryMultiSteps(init_fn, update_fn)
 
 
-def _ask(fun: optax.ShouldSkipUpdateFunction | None, updates: Any, gradient_step: jax.Array, params: Any) -> Any:
+def _ask(
+    fun: optax.ShouldSkipUpdateFunction | None,
+    updates: optax.Updates,
+    gradient_step: jax.Array,
+    params: optax.Params | None,
+) -> tuple[jax.Array, Tree]:
     """What ``should_skip_update_fn`` says: ``[] bool``, and a tree to keep."""
     if fun is None:
         return jnp.array(False), ()

@@ -18,7 +18,7 @@ Axes: n coordinates, t trits, m bytes, b blocks.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,10 +94,18 @@ class Piece(NamedTuple):
     coded: Coded
 
 
-# Runs a function on operands, and sees to it that what reads the result does not do the work again.
-Stage = Callable[..., Any]
+Result = TypeVar("Result")
+Operands = TypeVarTuple("Operands")
+
+
+class Stage(Protocol):
+    """Runs a function on operands, and sees to it that what reads the result does not do the work again."""
+
+    def __call__(self, fun: Callable[[*Operands], Result], /, *operands: *Operands) -> Result: ...  # noqa: D102
+
+
 # Gives back new coordinates and trits; None where they stay.
-PieceFunction = Callable[[Piece, Stage], tuple[jax.Array | None, Coded | None]]
+PieceFunction: TypeAlias = Callable[[Piece, Stage], tuple[jax.Array | None, Coded | None]]
 
 
 def rows_of(size: int, block_size: int) -> tuple[Rows, Rows]:
@@ -183,6 +191,9 @@ def _by_rows(
     # Something true that the compiler cannot know to be so.
     is_true = jnp.maximum(words[0], jnp.uint32(1)) > 0
 
+    def in_a_loop(fun: Callable[[*Operands], Result], *operands: *Operands) -> Result:
+        return _in_a_loop(is_true, fun, *operands)
+
     def over_all(stage: Stage, at_once: int, x: jax.Array, words: jax.Array, coded: Coded) -> tuple[jax.Array, Coded]:
         whole, last = rows_of(x.size, block_size)
         if whole.num:
@@ -195,7 +206,7 @@ def _by_rows(
         x,
         words,
         coded,
-        cpu=functools.partial(over_all, functools.partial(_in_a_loop, is_true), _AT_ONCE_ON_CPU),
+        cpu=functools.partial(over_all, in_a_loop, _AT_ONCE_ON_CPU),
         default=functools.partial(over_all, _directly, _AT_ONCE),
     )
 
@@ -210,7 +221,7 @@ def _in_turns(
     num_turns = -(-rows.num // at_once)
     few = Rows(-(-rows.num // num_turns), rows.width)
 
-    def turn(i: Any, carry: tuple[jax.Array, Coded]) -> tuple[jax.Array, Coded]:
+    def turn(i: jax.Array, carry: tuple[jax.Array, Coded]) -> tuple[jax.Array, Coded]:
         x, coded = carry
         first = jnp.minimum(i * few.num, rows.num - few.num)
         is_new = first + jnp.arange(few.num) >= i * few.num
@@ -256,11 +267,11 @@ def _put(array: jax.Array, part: jax.Array, start: int | jax.Array) -> jax.Array
     return lax.dynamic_update_slice_in_dim(array, part, start, axis=-1)
 
 
-def _directly(fun: Callable[..., Any], *operands: Any) -> Any:
+def _directly(fun: Callable[[*Operands], Result], *operands: *Operands) -> Result:
     return fun(*operands)
 
 
-def _in_a_loop(is_true: jax.Array, fun: Callable[..., Any], *operands: Any) -> Any:
+def _in_a_loop(is_true: jax.Array, fun: Callable[[*Operands], Result], *operands: *Operands) -> Result:
     """``fun(*operands)`` in a loop of one turn.
 
     Without it XLA, on a CPU, fuses what ``fun`` does into each of the loops that read its result, and does it again in
@@ -272,7 +283,7 @@ def _in_a_loop(is_true: jax.Array, fun: Callable[..., Any], *operands: Any) -> A
         lambda out: jnp.broadcast_to(nothing.astype(out.dtype), out.shape), jax.eval_shape(fun, *operands)
     )
 
-    def turn(loop: Any) -> Any:
+    def turn(loop: tuple[jax.Array, Result, tuple[*Operands]]) -> tuple[jax.Array, Result, tuple[*Operands]]:
         return jnp.logical_and(loop[0], False), fun(*loop[2]), loop[2]
 
     return lax.while_loop(lambda loop: loop[0], turn, (is_true, zeros_of, operands))[1]

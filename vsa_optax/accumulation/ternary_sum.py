@@ -12,17 +12,24 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Literal, TypeAlias, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from vsa_optax.accumulation import packed_rows
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.trit import RawLeaf
 from vsa_optax.core import checks
+from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics, signs
+
+Rounding: TypeAlias = Literal["nearest", "stochastic"]
+# How many micro-batches make a mean, by the number of means so far.
+EveryK: TypeAlias = Callable[[jax.Array], ArrayLike]
+NewLeaf = TypeVar("NewLeaf")
 
 _MANY_FOR_ONE_TRIT = 32
 # Micro-batches up to which training came out as with f32 when their mean was kept in two trits.
@@ -59,14 +66,14 @@ class TernarySum:
     """
 
     trits: int
-    rounding: str
+    rounding: Rounding
     block_size: int
     seed: int
 
-    def zeros(self, like: Any) -> Any:
+    def zeros(self, like: Tree) -> Tree:
         """The empty sum for arrays like the leaves of ``like``."""
 
-        def empty(leaf: Any) -> SummedLeaf | RawLeaf:
+        def empty(leaf: ArrayLike) -> SummedLeaf | RawLeaf:
             spec = codecs.spec_of(leaf)
             if spec.num_reals < self.block_size:
                 return RawLeaf(jnp.zeros_like(leaf, dtype=_wide(spec)), spec)
@@ -75,14 +82,14 @@ class TernarySum:
 
         return jax.tree.map(empty, like)
 
-    def takes(self, total: Any, gradients: Any) -> jax.Array:
+    def takes(self, total: Tree, gradients: Tree) -> jax.Array:
         """``[] bool``: whether the gradients are finite, and those to be coded below 5e33, so that sums stay finite.
 
         ``ValueError`` if they are not those of ``zeros``.
         """
         checks.check_same_tree(self.shapes(total), gradients, what="gradients")
 
-        def takes_leaf(leaf: SummedLeaf | RawLeaf, gradient: Any) -> jax.Array:
+        def takes_leaf(leaf: SummedLeaf | RawLeaf, gradient: ArrayLike) -> jax.Array:
             array = jnp.asarray(gradient)
             if isinstance(leaf, RawLeaf):
                 return numerics.is_finite(array)
@@ -93,7 +100,7 @@ class TernarySum:
         taken = jax.tree.leaves(jax.tree.map(takes_leaf, total, gradients, is_leaf=_is_leaf))
         return functools.reduce(jnp.logical_and, taken, jnp.array(True))
 
-    def add(self, total: Any, gradients: Any, window: jax.Array, position: jax.Array) -> Any:
+    def add(self, total: Tree, gradients: Tree, window: jax.Array, position: jax.Array) -> Tree:
         """The sum with one more micro-batch.
 
         Args:
@@ -105,7 +112,9 @@ class TernarySum:
         is_stochastic = self.rounding == "stochastic"
         rounding_key = signs.stream(self.seed, window, 1, position) if is_stochastic else None
 
-        def added(leaf: SummedLeaf | RawLeaf, words: jax.Array, index: int, gradient: Any) -> SummedLeaf | RawLeaf:
+        def added(
+            leaf: SummedLeaf | RawLeaf, words: jax.Array, index: int, gradient: jax.Array
+        ) -> SummedLeaf | RawLeaf:
             if isinstance(leaf, RawLeaf):
                 return RawLeaf(leaf.values + jnp.asarray(gradient, leaf.values.dtype), leaf.spec)
             grown = packed_rows.add(
@@ -119,7 +128,7 @@ class TernarySum:
 
         return self._map(added, total, window, gradients)
 
-    def finish(self, last: Any, total: Any, window: jax.Array, divisor: jax.Array) -> Any:
+    def finish(self, last: Tree, total: Tree, window: jax.Array, divisor: jax.Array) -> Tree:
         """``(total + last) / divisor``, in the dtypes of ``last``.
 
         Args:
@@ -147,11 +156,17 @@ class TernarySum:
 
         return self._map(finished, total, window, last)
 
-    def shapes(self, total: Any) -> Any:
+    def shapes(self, total: Tree) -> Tree:
         """Shapes and dtypes of the arrays that are summed."""
         return codecs.shapes_of(jax.tree.map(lambda leaf: leaf.spec, total, is_leaf=_is_leaf))
 
-    def _map(self, fun: Callable[..., Any], total: Any, window: jax.Array, gradients: Any) -> Any:
+    def _map(
+        self,
+        fun: Callable[[SummedLeaf | RawLeaf, jax.Array, int, jax.Array], NewLeaf],
+        total: Tree,
+        window: jax.Array,
+        gradients: Tree,
+    ) -> Tree:
         """``fun(leaf, words, index, gradient)`` for each leaf of the sum, with the random words of its rotation.
 
         The words of all leaves are drawn at once: a generator for each would take most of the time to compile.
@@ -163,7 +178,7 @@ class TernarySum:
         words = jax.random.bits(signs.stream(self.seed, window, 0), (sum(sizes),), jnp.uint32)
         ends = np.cumsum(sizes)
 
-        def of_leaf(leaf: SummedLeaf | RawLeaf, index: int, gradient: Any) -> Any:
+        def of_leaf(leaf: SummedLeaf | RawLeaf, index: int, gradient: jax.Array) -> NewLeaf:
             return fun(leaf, words[ends[index] - sizes[index] : ends[index]], index, gradient)
 
         indices = jax.tree.unflatten(jax.tree.structure(total, is_leaf=_is_leaf), range(len(sizes)))
@@ -171,7 +186,7 @@ class TernarySum:
 
 
 def make_ternary_sum(
-    every_k_schedule: Any, *, trits: int | None, rounding: str, block_size: int, seed: int
+    every_k_schedule: int | EveryK, *, trits: checks.NumTrits | None, rounding: Rounding, block_size: int, seed: int
 ) -> TernarySum:
     """The sum of these settings, checked; ranges as in `vsa_optax.accumulate_ternary`.
 
@@ -182,7 +197,7 @@ def make_ternary_sum(
     if trits is None:
         trits = 2 if num is not None and num <= _FEW_ENOUGH_FOR_TWO_TRITS else 3
     checks.check_trits("trits", trits)
-    checks.check_choice("rounding", rounding, ("nearest", "stochastic"))
+    checks.check_choice("rounding", rounding, get_args(Rounding))
     checks.check_block_size("block_size", block_size)
     checks.check_integer("seed", seed, 0)
     if trits == 1 and num is not None and num > _MANY_FOR_ONE_TRIT:
@@ -194,7 +209,7 @@ def make_ternary_sum(
     return TernarySum(trits, rounding, block_size, seed)
 
 
-def check_every_k(every_k_schedule: Any) -> Callable[[jax.Array], Any]:
+def check_every_k(every_k_schedule: int | EveryK) -> EveryK:
     """``every_k_schedule`` as a function of the gradient step."""
     if callable(every_k_schedule):
         return every_k_schedule
@@ -202,9 +217,9 @@ def check_every_k(every_k_schedule: Any) -> Callable[[jax.Array], Any]:
     return lambda gradient_step: num
 
 
-def _wide(spec: codecs.LeafSpec) -> Any:
+def _wide(spec: codecs.LeafSpec) -> jnp.dtype:
     return jnp.promote_types(spec.dtype, jnp.float32)
 
 
-def _is_leaf(node: Any) -> bool:
+def _is_leaf(node: object) -> bool:
     return isinstance(node, SummedLeaf | RawLeaf)

@@ -3,33 +3,38 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from vsa_optax.core import checks
+from vsa_optax.core.types import Tree
+
+# A pytree of arrays that a codec made, of a type of the codec's own.
+Payload: TypeAlias = Any
 
 
 @runtime_checkable
 class Codec(Protocol):
     """A lossy code for trees of gradients; arrays of zeros in the place of a payload's decode to zeros."""
 
-    def encode(self, tree: Any, step: int | jax.Array = 0) -> Any:
+    def encode(self, tree: Tree, step: int | jax.Array = 0) -> Payload:
         """A payload, a pytree of arrays; ``step`` chooses the random key."""
 
-    def decode(self, payload: Any) -> Any:
+    def decode(self, payload: Payload) -> Tree:
         """A tree like the one that was encoded, in its dtypes."""
 
-    def decode_sum(self, payloads: Any, coefficients: jax.Array) -> Any:
+    def decode_sum(self, payloads: Payload, coefficients: jax.Array) -> Tree:
         """``sum_i coefficients[i] * decode(payloads[i])`` in f32; payloads of one step, stacked on a leading axis."""
 
-    def nbytes(self, tree: Any) -> int:
+    def nbytes(self, tree: Tree) -> int:
         """The bytes of a payload for arrays of these shapes and dtypes."""
 
-    def specs(self, payload: Any) -> Any:
+    def specs(self, payload: Payload) -> Tree:
         """The tree that was encoded, with a `LeafSpec` for each array."""
 
 
@@ -56,24 +61,24 @@ class LeafSpec:
 jax.tree_util.register_dataclass(LeafSpec, data_fields=[], meta_fields=["shape", "dtype", "sharding"])
 
 
-def spec_of(leaf: Any) -> LeafSpec:
+def spec_of(leaf: ArrayLike) -> LeafSpec:
     """The leaf's shape and dtype."""
     layout = jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else PartitionSpec()
     sharding = layout if any(axis is not None for axis in layout) else None
     return LeafSpec(tuple(jnp.shape(leaf)), np.dtype(jnp.result_type(leaf)), sharding)
 
 
-def is_spec(node: Any) -> bool:
+def is_spec(node: object) -> bool:
     """Whether the node of a tree is a `LeafSpec`."""
     return isinstance(node, LeafSpec)
 
 
-def shapes_of(specs: Any) -> Any:
+def shapes_of(specs: Tree) -> Tree:
     """A tree of `LeafSpec` as one of ``jax.ShapeDtypeStruct``."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=is_spec)
 
 
-def as_reals(leaf: Any) -> jax.Array:
+def as_reals(leaf: ArrayLike) -> jax.Array:
     """``[num_reals] f32``: the leaf's coordinates, imaginary parts behind the real ones; all on every device."""
     array = jnp.asarray(leaf)
     if spec_of(array).sharding is not None:
@@ -115,14 +120,14 @@ def as_decoded(leaf: jax.Array, spec: LeafSpec) -> jax.Array:
     return leaf.astype(spec.dtype)
 
 
-def check_codec(name: str, codec: Any) -> Codec:
+def check_codec(name: str, codec: object) -> Codec:
     """``codec``; ``ValueError`` unless it is one."""
     if isinstance(codec, type) or not isinstance(codec, Codec):
         raise ValueError(f"{name} must be a codec, such as TritCodec() or HypervectorCodec(), got {codec!r}")
     return codec
 
 
-def check_step(step: Any) -> jax.Array:
+def check_step(step: int | jax.Array) -> jax.Array:
     """``step`` as ``[] int32``; ``ValueError`` unless it is one integer, of 32 bits if it is Python's."""
     if isinstance(step, int) and not isinstance(step, bool):
         return jnp.int32(checks.check_integer("step", step, -(2**31)))
@@ -132,7 +137,7 @@ def check_step(step: Any) -> jax.Array:
     return array.astype(jnp.int32)
 
 
-def check_payload(payload: Any, codec: Any, kind: type) -> None:
+def check_payload(payload: object, codec: Codec, kind: type) -> None:
     """``ValueError`` unless ``payload`` is one that ``codec`` made."""
     maker = payload.codec if isinstance(payload, kind) else None  # type: ignore[attr-defined] # Both kinds have one.
     if maker is None:
@@ -141,14 +146,14 @@ def check_payload(payload: Any, codec: Any, kind: type) -> None:
         raise ValueError(f"payload was encoded by {maker}, not by {codec}")
 
 
-def zero_payload(codec: Codec, tree: Any, num: int | None = None) -> Any:
+def zero_payload(codec: Codec, tree: Tree, num: int | None = None) -> Payload:
     """A payload of zeros for arrays like the leaves of ``tree``; ``num`` of them, stacked, unless that is None."""
     batch = () if num is None else (num,)
     payload = jax.eval_shape(codec.encode, tree)
     return jax.tree.map(lambda x: jnp.zeros((*batch, *x.shape), x.dtype), payload)
 
 
-def nbytes_of(encode: Callable[..., Any], tree: Any) -> int:
+def nbytes_of(encode: Callable[[Tree], Payload], tree: Tree) -> int:
     """The summed bytes of the arrays that ``encode`` makes of arrays like the leaves of ``tree``."""
     checks.check_inexact_leaves(tree)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)

@@ -6,7 +6,6 @@ coordinate; keys are generated on the fly.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.trit import CodedLeaf
 from vsa_optax.core import checks
+from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics, signs, trit_blocks
 
 _BLOCK = 1024  # Of the bundle, if it is kept in trits.
@@ -35,11 +35,11 @@ class HypervectorPayload:
     """
 
     step: jax.Array
-    bundle: Any
-    specs: Any
+    bundle: Tree
+    specs: Tree
     codec: "HypervectorCodec"
 
-    def __add__(self, other: Any) -> "HypervectorPayload":
+    def __add__(self, other: object) -> "HypervectorPayload":
         """The payload of the sum."""
         if not isinstance(other, HypervectorPayload):
             return NotImplemented
@@ -59,7 +59,7 @@ class HypervectorPayload:
         """The payload of the negative."""
         return self * -1.0
 
-    def __sub__(self, other: Any) -> "HypervectorPayload":
+    def __sub__(self, other: object) -> "HypervectorPayload":
         """The payload of the difference."""
         return self + -other if isinstance(other, HypervectorPayload) else NotImplemented
 
@@ -151,7 +151,7 @@ class HypervectorCodec:
         checks.check_bool("shrink", self.shrink)
         object.__setattr__(self, "seed", checks.check_integer("seed", self.seed, 0))
 
-    def encode(self, tree: Any, step: int | jax.Array = 0) -> HypervectorPayload:
+    def encode(self, tree: Tree, step: int | jax.Array = 0) -> HypervectorPayload:
         """The tree's payload; another ``step`` is another key, and only payloads of one step add.
 
         Args:
@@ -162,21 +162,22 @@ class HypervectorCodec:
         step = codecs.check_step(step)
         reals = [codecs.as_reals(leaf) for leaf in jax.tree.leaves(tree)]
         flat = jnp.concatenate([*reals, jnp.zeros([0], jnp.float32)])
-        bundle: Any = self._bundle(flat, step)
+        vector = self._bundle(flat, step)
+        bundle: jax.Array | CodedLeaf = vector
         if self.use_ternary:
             key = signs.stream(self.seed, step, 1)
-            codes, scales = trit_blocks.encode(bundle, key, trits=1, block_size=_BLOCK, unbiased=not self.shrink)
-            bundle = CodedLeaf(codes, scales, codecs.spec_of(bundle))
+            codes, scales = trit_blocks.encode(vector, key, trits=1, block_size=_BLOCK, unbiased=not self.shrink)
+            bundle = CodedLeaf(codes, scales, codecs.spec_of(vector))
         return HypervectorPayload(step, bundle, jax.tree.map(codecs.spec_of, tree), self)
 
-    def decode(self, payload: HypervectorPayload) -> Any:
+    def decode(self, payload: HypervectorPayload) -> Tree:
         """The tree, in the dtypes it had; no original is needed."""
         codecs.check_payload(payload, self, HypervectorPayload)
         stacked = jax.tree.map(lambda x: x[None], payload)
         sums = self.decode_sum(stacked, jnp.ones([1], jnp.float32))
         return jax.tree.map(codecs.as_decoded, sums, payload.specs)
 
-    def decode_sum(self, payloads: HypervectorPayload, coefficients: jax.Array) -> Any:
+    def decode_sum(self, payloads: HypervectorPayload, coefficients: jax.Array) -> Tree:
         """``sum_i coefficients[i] * decode(payloads[i])``, for the price of one.
 
         Args:
@@ -208,11 +209,11 @@ class HypervectorCodec:
         pieces = [codecs.from_reals(p, s) for p, s in zip(jnp.split(flat, ends), specs, strict=bool(specs))]
         return jax.tree.unflatten(treedef, pieces)
 
-    def nbytes(self, tree: Any) -> int:
+    def nbytes(self, tree: Tree) -> int:
         """The bytes of a payload for arrays, or ``jax.ShapeDtypeStruct``, of these shapes and dtypes."""
         return codecs.nbytes_of(self.encode, tree)
 
-    def specs(self, payload: HypervectorPayload) -> Any:
+    def specs(self, payload: HypervectorPayload) -> Tree:
         """Shapes and dtypes of the encoded tree."""
         codecs.check_payload(payload, self, HypervectorPayload)
         return payload.specs

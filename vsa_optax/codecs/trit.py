@@ -5,13 +5,14 @@ coordinate, and no memory beside the data.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.core import checks
+from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics, signs, trit_blocks
 
 
@@ -54,7 +55,7 @@ class TritPayload:
     """
 
     step: jax.Array
-    leaves: Any
+    leaves: Tree
     codec: "TritCodec"
 
 
@@ -131,7 +132,7 @@ class TritCodec:
         "DRIVE" (arXiv 2105.08339) and "EDEN" (arXiv 2108.08842), whose levels are powers of two in number.
     """
 
-    trits: int = 2
+    trits: checks.NumTrits = 2
     _: dataclasses.KW_ONLY
     block_size: int = 1024
     unbiased: bool = False
@@ -144,7 +145,7 @@ class TritCodec:
         checks.check_bool("unbiased", self.unbiased)
         object.__setattr__(self, "seed", checks.check_integer("seed", self.seed, 0))
 
-    def encode(self, tree: Any, step: int | jax.Array = 0) -> TritPayload:
+    def encode(self, tree: Tree, step: int | jax.Array = 0) -> TritPayload:
         """The tree's payload; another ``step`` is another rotation.
 
         Args:
@@ -157,7 +158,7 @@ class TritCodec:
         coded = [self._encode_leaf(leaf, step, i) for i, leaf in enumerate(leaves)]
         return TritPayload(step, jax.tree.unflatten(treedef, coded), self)
 
-    def decode(self, payload: TritPayload) -> Any:
+    def decode(self, payload: TritPayload) -> Tree:
         """The tree, in the dtypes it had; no original is needed."""
         codecs.check_payload(payload, self, TritPayload)
         stacked = jax.tree.map(lambda x: x[None], payload)
@@ -169,7 +170,7 @@ class TritCodec:
             is_leaf=is_coded,
         )
 
-    def decode_sum(self, payloads: TritPayload, coefficients: jax.Array) -> Any:
+    def decode_sum(self, payloads: TritPayload, coefficients: jax.Array) -> Tree:
         """``sum_i coefficients[i] * decode(payloads[i])``, for the price of one rotation.
 
         Args:
@@ -184,16 +185,16 @@ class TritCodec:
         sums = [self._decode_leaf(leaf, coefficients, payloads.step[0], i) for i, leaf in enumerate(leaves)]
         return jax.tree.unflatten(treedef, sums)
 
-    def nbytes(self, tree: Any) -> int:
+    def nbytes(self, tree: Tree) -> int:
         """The bytes of a payload for arrays, or ``jax.ShapeDtypeStruct``, of these shapes and dtypes."""
         return codecs.nbytes_of(self.encode, tree)
 
-    def specs(self, payload: TritPayload) -> Any:
+    def specs(self, payload: TritPayload) -> Tree:
         """Shapes and dtypes of the encoded tree."""
         codecs.check_payload(payload, self, TritPayload)
         return jax.tree.map(lambda leaf: leaf.spec, payload.leaves, is_leaf=is_coded)
 
-    def _encode_leaf(self, leaf: Any, step: jax.Array, index: int) -> CodedLeaf | RawLeaf:
+    def _encode_leaf(self, leaf: ArrayLike, step: jax.Array, index: int) -> CodedLeaf | RawLeaf:
         spec = codecs.spec_of(leaf)
         if spec.num_reals < self.block_size:
             return RawLeaf(jnp.asarray(leaf), spec)
@@ -206,7 +207,9 @@ class TritCodec:
         )
         return CodedLeaf(codes, scales, spec)
 
-    def _decode_leaf(self, leaf: CodedLeaf | RawLeaf, coefficients: jax.Array, step: jax.Array, index: int) -> Any:
+    def _decode_leaf(
+        self, leaf: CodedLeaf | RawLeaf, coefficients: jax.Array, step: jax.Array, index: int
+    ) -> jax.Array:
         if isinstance(leaf, RawLeaf):
             return numerics.linear_combination(list(coefficients), list(leaf.values))
         reals = trit_blocks.decode_sum(
@@ -221,6 +224,6 @@ class TritCodec:
         return codecs.from_reals(reals, leaf.spec)
 
 
-def is_coded(node: Any) -> bool:
+def is_coded(node: object) -> bool:
     """Whether the node of a payload's tree is one array."""
     return isinstance(node, CodedLeaf | RawLeaf)

@@ -3,7 +3,7 @@
 State cost: 8 bytes; with error feedback 4 bytes a parameter more (8 for float64 and complex64, 16 for complex128).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.hypervector import HypervectorCodec
 from vsa_optax.core import checks
 from vsa_optax.core.trees import all_finite, tree_where
+from vsa_optax.core.types import Tree
 
 
 class CompressState(NamedTuple):
@@ -26,7 +27,7 @@ class CompressState(NamedTuple):
 
     step: jax.Array
     nonfinite_count: jax.Array
-    residual: Any
+    residual: Tree
 
 
 def compress_gradients(codec: codecs.Codec, *, error_feedback: bool = False) -> optax.GradientTransformationExtraArgs:
@@ -86,7 +87,7 @@ def compress_gradients(codec: codecs.Codec, *, error_feedback: bool = False) -> 
         return CompressState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), zeros if error_feedback else None)
 
     def update_fn(
-        updates: optax.Updates, state: CompressState, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates, state: CompressState, params: optax.Params | None = None, **extra_args: object
     ) -> tuple[optax.Updates, CompressState]:
         del params, extra_args
         pending = updates
@@ -107,7 +108,7 @@ def compress_gradients(codec: codecs.Codec, *, error_feedback: bool = False) -> 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def check_feedback(codec: Any, error_feedback: Any) -> None:
+def check_feedback(codec: codecs.Codec, error_feedback: bool) -> None:
     """``ValueError`` unless it is a codec, and one whose error feedback can carry over."""
     codecs.check_codec("codec", codec)
     checks.check_bool("error_feedback", error_feedback)
@@ -118,5 +119,5 @@ def check_feedback(codec: Any, error_feedback: Any) -> None:
         )
 
 
-def _wide(leaf: Any) -> Any:
+def _wide(leaf: jax.typing.ArrayLike) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(leaf), jnp.float32)

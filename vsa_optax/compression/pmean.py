@@ -5,12 +5,13 @@ State cost: 8 bytes; with error feedback 4 bytes a parameter more on each device
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.compression import exchange
@@ -18,6 +19,9 @@ from vsa_optax.compression.gradients import check_feedback
 from vsa_optax.core import checks
 from vsa_optax.core.mesh import MeshAxes, all_devices_agree, as_varying, is_checked, is_mapped, varying_axes
 from vsa_optax.core.trees import tree_where
+from vsa_optax.core.types import Tree
+
+Found = TypeVar("Found")
 
 
 class CompressedPmeanState(NamedTuple):
@@ -33,7 +37,7 @@ class CompressedPmeanState(NamedTuple):
 
     step: jax.Array
     nonfinite_count: jax.Array
-    residual: Any
+    residual: Tree
     axes: MeshAxes
 
 
@@ -146,7 +150,7 @@ def compressed_pmean(
         return CompressedPmeanState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), residual, MeshAxes(axes))
 
     def update_fn(
-        updates: optax.Updates, state: CompressedPmeanState, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates, state: CompressedPmeanState, params: optax.Params | None = None, **extra_args: object
     ) -> tuple[optax.Updates, CompressedPmeanState]:
         del params, extra_args
         checks.check_inexact_leaves(updates)
@@ -193,7 +197,7 @@ def compressed_pmean(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def state_specs(opt_state: Any, axis_name: str | tuple[str, ...]) -> Any:
+def state_specs(opt_state: Tree, axis_name: str | tuple[str, ...]) -> Tree:
     """For each array of an optimizer's state, how ``shard_map`` has to lay it out.
 
     What `compressed_pmean` keeps for each device has the axis in front, ``PartitionSpec(axis_name)``, and everything
@@ -219,7 +223,7 @@ def state_specs(opt_state: Any, axis_name: str | tuple[str, ...]) -> Any:
     """
     axes = _check_axis_name(axis_name)
 
-    def specs_of(node: Any) -> Any:
+    def specs_of(node: Tree) -> Tree:
         specs = jax.tree.map(lambda _: PartitionSpec(), node)
         if not _is_state(node):
             return specs
@@ -231,16 +235,16 @@ def state_specs(opt_state: Any, axis_name: str | tuple[str, ...]) -> Any:
     return jax.tree.map(specs_of, opt_state, is_leaf=_is_state)
 
 
-def _is_state(node: Any) -> bool:
+def _is_state(node: object) -> bool:
     return isinstance(node, CompressedPmeanState)
 
 
-def _no_residual(leaf: Any) -> jax.Array:
+def _no_residual(leaf: ArrayLike) -> jax.Array:
     dtype = jnp.complex64 if jnp.iscomplexobj(leaf) else jnp.float32
     return jnp.zeros_like(leaf, dtype=dtype)[None]
 
 
-def _alike(leaves: Sequence[Any], axes: tuple[str, ...]) -> list[list[int]]:
+def _alike(leaves: Sequence[jax.Array], axes: tuple[str, ...]) -> list[list[int]]:
     """Places of leaves that vary over the same axes beside ``axes``: joined with others, all would vary like those."""
     groups: dict[frozenset[str], list[int]] = {}
     for i, leaf in enumerate(leaves):
@@ -248,20 +252,20 @@ def _alike(leaves: Sequence[Any], axes: tuple[str, ...]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _in_order(groups: Sequence[Sequence[int]], parts: Sequence[Sequence[Any]]) -> list[Any]:
+def _in_order(groups: Sequence[Sequence[int]], parts: Sequence[Sequence[Found]]) -> list[Found]:
     """What was found for the members of each group, in the places of the members."""
     found = {i: x for group, part in zip(groups, parts, strict=True) for i, x in zip(group, part, strict=True)}
     return [found[i] for i in range(len(found))]
 
 
-def _check_axis_name(axis_name: Any) -> tuple[str, ...]:
+def _check_axis_name(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         raise ValueError(f"axis_name must be the name of a mesh axis, or a tuple of different names, got {axis_name!r}")
     return names
 
 
-def _check_variable(leaves: Sequence[Any], axes: tuple[str, ...]) -> None:
+def _check_variable(leaves: Sequence[jax.Array], axes: tuple[str, ...]) -> None:
     """``ValueError`` if gradients are the same on all devices already: JAX has summed them, in full."""
     summed = set(axes) - varying_axes(leaves)
     if is_checked(frozenset(axes)) and summed and leaves:

@@ -3,16 +3,21 @@
 import math
 import numbers
 import operator
-from typing import Any
+from collections.abc import Hashable
+from typing import Literal, SupportsIndex
 
 import jax
 import jax.numpy as jnp
+
+from vsa_optax.core.types import Tree
+
+NumTrits = Literal[1, 2, 3]
 
 _LARGEST_INTEGER = 2**31 - 1  # Steps are counted in int32.
 _SUPPORTED = ("float16", "bfloat16", "float32", "float64", "complex64", "complex128")
 
 
-def check_integer(name: str, value: Any, minimum: int) -> int:
+def check_integer(name: str, value: object, minimum: int) -> int:
     """``value`` as an int; ``ValueError`` unless it is an integer from ``minimum`` to 2**31 - 1."""
     number = _as_integer(value)
     if number is None or not minimum <= number <= _LARGEST_INTEGER:
@@ -20,7 +25,7 @@ def check_integer(name: str, value: Any, minimum: int) -> int:
     return number
 
 
-def check_trits(name: str, value: Any) -> int:
+def check_trits(name: str, value: object) -> int:
     """``value``; ``ValueError`` unless it is 1, 2 or 3."""
     number = _as_integer(value)
     if number not in (1, 2, 3):
@@ -28,7 +33,7 @@ def check_trits(name: str, value: Any) -> int:
     return number
 
 
-def check_block_size(name: str, value: Any) -> int:
+def check_block_size(name: str, value: object) -> int:
     """``value``; ``ValueError`` unless it is a power of two from 2 to 65536."""
     number = _as_integer(value)
     if number is None or not 2 <= number <= 65536 or number & (number - 1):
@@ -36,11 +41,10 @@ def check_block_size(name: str, value: Any) -> int:
     return number
 
 
-def check_real(name: str, value: Any, *, low: float, high: float, low_open: bool = False) -> float:
+def check_real(name: str, value: object, *, low: float, high: float, low_open: bool = False) -> float:
     """``value`` as a float; ``ValueError`` unless it is a finite number in the interval."""
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     try:
-        number = float(value) if is_real else math.nan
+        number = float(value) if not isinstance(value, bool) and isinstance(value, numbers.Real) else math.nan
     except OverflowError:
         number = math.inf
     above = number > low if low_open else number >= low
@@ -50,21 +54,21 @@ def check_real(name: str, value: Any, *, low: float, high: float, low_open: bool
     return number
 
 
-def check_bool(name: str, value: Any) -> bool:
+def check_bool(name: str, value: object) -> bool:
     """``value``; ``ValueError`` unless it is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return value
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     """``value``; ``ValueError`` unless it is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
 
 
-def check_float_dtype(name: str, value: Any) -> jnp.dtype | None:
+def check_float_dtype(name: str, value: jax.typing.DTypeLike | None) -> jnp.dtype | None:
     """``value`` as a dtype or None; ``ValueError`` unless it is one of the four floating-point dtypes in use."""
     if value is None:
         return None
@@ -81,7 +85,7 @@ def check_float_dtype(name: str, value: Any) -> jnp.dtype | None:
     return dtype
 
 
-def check_scalar(name: str, value: Any) -> jax.Array:
+def check_scalar(name: str, value: object) -> jax.Array:
     """``value`` as an array; ``ValueError`` unless it is one real number."""
     try:
         array = jnp.asarray(value)
@@ -93,7 +97,7 @@ def check_scalar(name: str, value: Any) -> jax.Array:
     return array
 
 
-def check_inexact_leaves(tree: Any) -> None:
+def check_inexact_leaves(tree: Tree) -> None:
     """``TypeError`` naming the first leaf of ``tree`` that is neither real nor complex floating point."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         kind = _dtype_name(leaf)
@@ -104,7 +108,7 @@ def check_inexact_leaves(tree: Any) -> None:
             )
 
 
-def check_same_tree(expected: Any, actual: Any, *, what: str, leading_axes: int = 0) -> None:
+def check_same_tree(expected: Tree, actual: Tree, *, what: str, leading_axes: int = 0) -> None:
     """An error that names the first leaf of ``actual`` whose place, shape or kind is not as in ``expected``.
 
     ``ValueError`` for place and shape; ``TypeError`` where real, complex and other numbers are mixed up.
@@ -127,28 +131,30 @@ def check_same_tree(expected: Any, actual: Any, *, what: str, leading_axes: int 
             raise ValueError(
                 f"{what}: leaf {name} has shape {jnp.shape(have[name])}, but init saw a parameter of shape {shape}"
             )
-    seen: Any = jax.tree.structure(expected)
-    given: Any = jax.tree.structure(actual)
+    seen: object = jax.tree.structure(expected)
+    given: object = jax.tree.structure(actual)
     if seen != given:
         raise ValueError(f"{what}: the same leaves in other containers: {given}, but init saw {seen}")
 
 
-def _as_integer(value: Any) -> int | None:
+def _as_integer(value: object) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return None
     try:
-        return None if isinstance(value, bool) else operator.index(value)
+        return operator.index(value)
     except TypeError:
         return None
 
 
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+def _named_leaves(tree: Tree) -> list[tuple[str, Tree]]:
     return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def _name(path: Any) -> str:
+def _name(path: tuple[Hashable, ...]) -> str:
     return jax.tree_util.keystr(path) or "(the tree is one leaf)"
 
 
-def _dtype_name(leaf: Any) -> str:
+def _dtype_name(leaf: object) -> str:
     """The dtype's name, or the type's if it has none."""
     if not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)):
         return type(leaf).__name__

@@ -1,14 +1,17 @@
 """Run a function on a state, or leave the state where it lies in memory."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+Carry = TypeVar("Carry")
+Operands = TypeVarTuple("Operands")
 
-def in_place_if(fun: Callable[..., Any]) -> Callable[..., Any]:
+
+def in_place_if(fun: Callable[[Carry, *Operands], Carry]) -> Callable[[jax.Array, Carry, *Operands], Carry]:
     """``run(pred, carry, *operands)``, which is ``fun(carry, *operands)`` if ``pred``, else ``carry``.
 
     A loop of one turn or none. ``lax.cond`` says the same, but XLA gives a conditional's result a buffer of its own:
@@ -19,26 +22,26 @@ def in_place_if(fun: Callable[..., Any]) -> Callable[..., Any]:
     ``run`` is one function object for ``fun``, so that outside jit it is compiled once.
     """
 
-    def more(loop: tuple[jax.Array, Any, Any]) -> jax.Array:
+    def more(loop: tuple[jax.Array, Carry, tuple[*Operands]]) -> jax.Array:
         return loop[0]
 
-    def body(loop: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+    def body(loop: tuple[jax.Array, Carry, tuple[*Operands]]) -> tuple[jax.Array, Carry, tuple[*Operands]]:
         pred, carry, operands = loop
         # False, and under shard_map as variable over the devices as the condition was.
         return jnp.logical_and(pred, False), fun(carry, *operands), operands
 
-    def run(pred: jax.Array, carry: Any, *operands: Any) -> Any:
+    def run(pred: jax.Array, carry: Carry, *operands: *Operands) -> Carry:
         return lax.while_loop(more, body, (pred, carry, operands))[1]
 
     return run
 
 
-def split_extra_args(extra_args: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_extra_args(extra_args: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
     """Extra arguments that are trees of arrays, which can be operands, and the others, part of the program."""
     traced = {name: value for name, value in extra_args.items() if _is_array_tree(value)}
     return traced, {name: value for name, value in extra_args.items() if name not in traced}
 
 
-def _is_array_tree(value: Any) -> bool:
+def _is_array_tree(value: object) -> bool:
     leaves = jax.tree.leaves(value)
     return bool(leaves) and all(isinstance(leaf, jax.Array) or hasattr(leaf, "__array__") for leaf in leaves)

@@ -8,13 +8,13 @@ over which axes a transformation in it averages.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from vsa_optax.core.trees import all_finite
+from vsa_optax.core.types import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +27,13 @@ class MeshAxes:
 jax.tree_util.register_dataclass(MeshAxes, data_fields=[], meta_fields=["names"])
 
 
-def axes_in(state: Any) -> frozenset[str]:
+def axes_in(state: Tree) -> frozenset[str]:
     """The axes over which a transformation averages whose state is somewhere in ``state``."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MeshAxes))
     return frozenset(name for node in nodes if isinstance(node, MeshAxes) for name in node.names)
 
 
-def varying_axes(tree: Any) -> frozenset[str]:
+def varying_axes(tree: Tree) -> frozenset[str]:
     """The axes over which some leaf of ``tree`` varies, as far as JAX knows; none outside ``shard_map``."""
     found: frozenset[str] = frozenset()
     for leaf in jax.tree.leaves(tree):
@@ -87,6 +87,6 @@ def mean_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 
 @functools.cache
-def all_finite_over(axes: frozenset[str]) -> Callable[[Any], jax.Array]:
+def all_finite_over(axes: frozenset[str]) -> Callable[[Tree], jax.Array]:
     """`all_finite`, of the trees of all devices along ``axes`` together; one function object for the same axes."""
     return lambda tree: all_devices_agree(all_finite(tree), axes)

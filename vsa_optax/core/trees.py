@@ -3,15 +3,19 @@
 Axes: L leaves.
 """
 
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
+from vsa_optax.core.types import Tree
 from vsa_optax.kernels import inner_products, numerics
 
+Alike = TypeVar("Alike")
 
-def all_finite(tree: Any) -> jax.Array:
+
+def all_finite(tree: Tree) -> jax.Array:
     """``[] bool``: no NaN and no infinity in any leaf; true for an empty tree."""
     finite = jnp.array(True)
     for leaf in jax.tree.leaves(tree):
@@ -19,13 +23,13 @@ def all_finite(tree: Any) -> jax.Array:
     return finite
 
 
-def tree_where(condition: jax.Array, new: Any, old: Any) -> Any:
+def tree_where(condition: jax.Array, new: Alike, old: Alike) -> Alike:
     """``new`` where ``condition``, else ``old``, in the dtypes of ``old``; one ``[] bool`` for all leaves.
 
     One pass over the trees; a conditional would cost copies besides.
     """
 
-    def pick(n: Any, o: Any) -> jax.Array:
+    def pick(n: ArrayLike, o: ArrayLike) -> jax.Array:
         chosen = jnp.where(condition, n, o)
         dtype = jnp.asarray(o).dtype
         return chosen if chosen.dtype == dtype else chosen.astype(dtype)
@@ -33,7 +37,7 @@ def tree_where(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(pick, new, old)
 
 
-def combine_trees(weights: jax.Array, trees: list[Any]) -> Any:
+def combine_trees(weights: jax.Array, trees: list[Tree]) -> Tree:
     """The trees' sum with weights ``[L, trees]``, in at least f32."""
     leaves = [jax.tree.leaves(tree) for tree in trees]
     sums = [
@@ -43,7 +47,7 @@ def combine_trees(weights: jax.Array, trees: list[Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(trees[0]), sums)
 
 
-def products_of_trees(trees: list[Any], other: Any) -> tuple[jax.Array, jax.Array]:
+def products_of_trees(trees: list[Tree], other: Tree) -> tuple[jax.Array, jax.Array]:
     """Inner products of the trees with each other and with another one: ``[L, trees, trees]`` and ``[L, trees]``."""
     leaves = list(zip(*(jax.tree.leaves(tree) for tree in [*trees, other]), strict=True))
     num = len(trees)
@@ -53,6 +57,6 @@ def products_of_trees(trees: list[Any], other: Any) -> tuple[jax.Array, jax.Arra
     return table[:, :, :num], table[:, :, num]
 
 
-def squared_norms(tree: Any) -> jax.Array:
+def squared_norms(tree: Tree) -> jax.Array:
     """``[L] float32``: the leaves' squared norms."""
     return jnp.stack([inner_products.inner(x, x) for x in jax.tree.leaves(tree)])

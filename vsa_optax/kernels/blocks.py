@@ -2,11 +2,15 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar, TypeVarTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+# What is done to a block takes and gives the same kinds of trees as what is done to all blocks.
+Arrays = TypeVarTuple("Arrays")
+Result = TypeVar("Result")
 
 SMALLEST_BLOCK = 32
 _COORDINATES_AT_ONCE = 1 << 18
@@ -81,7 +85,7 @@ def cut_scales(x: jax.Array, runs: Sequence[BlockRun]) -> list[jax.Array]:
     return pieces
 
 
-def map_runs(fun: Callable[..., Any], operands: Sequence[tuple[Any, ...]], runs: Sequence[BlockRun]) -> Any:
+def map_runs(fun: Callable[[*Arrays], Result], operands: Sequence[tuple[*Arrays]], runs: Sequence[BlockRun]) -> Result:
     """What ``fun`` makes of each block, one behind the other, flat.
 
     Args:
@@ -93,7 +97,7 @@ def map_runs(fun: Callable[..., Any], operands: Sequence[tuple[Any, ...]], runs:
     return jax.tree.map(lambda *pieces: jnp.concatenate([piece.reshape(-1) for piece in pieces]), *results)
 
 
-def _map_blocks(fun: Callable[..., Any], arrays: Any, width: int) -> Any:
+def _map_blocks(fun: Callable[[*Arrays], Result], arrays: tuple[*Arrays], width: int) -> Result:
     """``jax.vmap(fun)(*arrays)`` over the leading axis, on a CPU a quarter of a million coordinates at a time.
 
     All of a large array at once would send each intermediate result through memory that the system has to provide
@@ -106,10 +110,10 @@ def _map_blocks(fun: Callable[..., Any], arrays: Any, width: int) -> Any:
     """
     at_once = max(1, _COORDINATES_AT_ONCE // width)
 
-    def whole(*operands: Any) -> Any:
+    def whole(*operands: *Arrays) -> Result:
         return jax.vmap(fun)(*operands)
 
-    def piecewise(*operands: Any) -> Any:
+    def piecewise(*operands: *Arrays) -> Result:
         return lax.map(lambda block: fun(*block), operands, batch_size=at_once)
 
     if jax.tree.leaves(arrays)[0].shape[0] <= at_once:

@@ -31,7 +31,7 @@ def inner_of_records(records: jax.Array, x: jax.Array) -> jax.Array:
     return products.real.astype(jnp.float32)
 
 
-def _where_it_goes(x: jax.Array) -> dict[str, Any]:
+def _where_it_goes(x: jax.Array) -> dict[str, NamedSharding]:
     """On a mesh with explicit axes a contraction must be told how its result is laid out: whole, on every device."""
     mesh: Any = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None) if hasattr(jax, "typeof") else None
     if not getattr(mesh, "explicit_axes", ()):

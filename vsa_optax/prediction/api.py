@@ -5,8 +5,6 @@ whatever enters is ignored, and what the records predict leaves in its place. St
 with the secants through W changes, W + 1 times with a window of W records, 3 times with the recursion.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +14,7 @@ from vsa_optax.codecs.codec import Codec
 from vsa_optax.core import checks
 from vsa_optax.prediction.guard import DEFAULT_TOLERANCE, Guard
 from vsa_optax.prediction.machine import PhaseSchedule
-from vsa_optax.prediction.predictors.factory import make_predictor
+from vsa_optax.prediction.predictors.factory import Domain, HistoryKind, make_predictor
 from vsa_optax.prediction.update import switched
 
 
@@ -26,7 +24,7 @@ def predict_gradients(
     full_steps: int = 5,
     predict_steps: int = 20,
     correct_every: int = 5,
-    history: str | None = None,
+    history: HistoryKind | None = None,
     history_window: int | None = None,
     history_decay: float = 0.95,
     history_dtype: jax.typing.DTypeLike | None = None,
@@ -143,12 +141,12 @@ def phase_switched(
     opt: optax.GradientTransformation,
     *,
     learning_rate: optax.ScalarOrSchedule | None = None,
-    predict_in: str | None = None,
+    predict_in: Domain | None = None,
     warmup_steps: int = 10,
     full_steps: int = 5,
     predict_steps: int = 20,
     correct_every: int = 5,
-    history: str | None = None,
+    history: HistoryKind | None = None,
     history_window: int | None = None,
     history_decay: float = 0.95,
     history_dtype: jax.typing.DTypeLike | None = None,
@@ -272,18 +270,18 @@ def phase_switched(
     )
 
 
-def _check_guard(guard: Any, adaptive: Any) -> bool:
+def _check_guard(guard: bool, adaptive: bool) -> bool:
     if checks.check_bool("guard", guard) and checks.check_bool("adaptive", adaptive):
         raise ValueError("adaptive must be False with guard=True, which sets the phases' lengths itself, got True")
     return guard
 
 
-def _make_guard(guard: bool, tolerance: Any, schedule: PhaseSchedule) -> Guard | None:
+def _make_guard(guard: bool, tolerance: float, schedule: PhaseSchedule) -> Guard | None:
     tolerance = checks.check_real("guard_tolerance", tolerance, low=0.0, high=1.0, low_open=True)
     return Guard(schedule.predict_steps, tolerance) if guard and schedule.ever_predicts else None
 
 
-def _check_learning_rate(learning_rate: Any) -> None:
+def _check_learning_rate(learning_rate: optax.ScalarOrSchedule | None) -> None:
     if learning_rate is None or callable(learning_rate):
         return
     if isinstance(learning_rate, jax.Array | np.ndarray | np.generic):

@@ -15,7 +15,7 @@ The machine reads replicated scalars only, so devices that run the same program 
 
 import dataclasses
 import enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ import optax
 from vsa_optax.core import checks
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction.guard import Guard, GuardState, Plan
-from vsa_optax.prediction.predictors.base import Comparison
+from vsa_optax.prediction.predictors.base import Calibration, Comparison
 
 _RECENT_LOSSES = 100
 _COMPARED_LOSSES = 10
@@ -103,7 +103,7 @@ class PhaseMachineState(NamedTuple):
     value: jax.Array
     has_value: jax.Array
     adaptive: AdaptiveLengthsState | None
-    calibration: Any = None
+    calibration: Calibration | None = None
     guard: GuardState | None = None
 
 
@@ -133,7 +133,9 @@ class PhaseSchedule:
         return self.predict_steps > 0
 
 
-def init(schedule: PhaseSchedule, guard: Guard | None = None, calibration: Any = None) -> PhaseMachineState:
+def init(
+    schedule: PhaseSchedule, guard: Guard | None = None, calibration: Calibration | None = None
+) -> PhaseMachineState:
     """The machine before its first step, with the guard and the calibration that it is to carry."""
 
     def zero() -> jax.Array:
@@ -235,9 +237,9 @@ def _following(
     done: jax.Array,
 ) -> jax.Array:
     """``[] int32``, the phase after ``phase`` of which ``done`` steps are done."""
-    full_length: Any = schedule.full_steps if adaptive is None else adaptive.full_length
-    predict_length: Any = schedule.predict_steps if adaptive is None else adaptive.predict_length
-    after_full: Any = Phase.PREDICT if schedule.ever_predicts else Phase.FULL
+    full_length: int | jax.Array = schedule.full_steps if adaptive is None else adaptive.full_length
+    predict_length: int | jax.Array = schedule.predict_steps if adaptive is None else adaptive.predict_length
+    after_full: Phase | jax.Array = Phase.PREDICT if schedule.ever_predicts else Phase.FULL
     if plan is not None:
         full_length, predict_length = 1, plan.length
         after_full = jnp.where(plan.leaps, Phase.PREDICT, Phase.FULL)

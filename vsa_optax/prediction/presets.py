@@ -13,7 +13,7 @@ from vsa_optax.prediction.api import phase_switched
 
 # benchmarks/prediction.log has all three beside each other; other settings were not searched there.
 CONSERVATIVE = MappingProxyType(dict(history_window=8, guard_tolerance=0.005))
-BALANCED: MappingProxyType[str, Any] = MappingProxyType({})
+BALANCED: MappingProxyType[str, float] = MappingProxyType({})
 AGGRESSIVE = MappingProxyType(dict(history_window=24, predict_steps=40, guard_tolerance=0.1))
 
 
@@ -94,6 +94,7 @@ def aggressive(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransform
     return _adamw(learning_rate, AGGRESSIVE)
 
 
+# Each setting is of a type of its own.
 def _adamw(
     learning_rate: optax.ScalarOrSchedule, settings: MappingProxyType[str, Any]
 ) -> optax.GradientTransformationExtraArgs:

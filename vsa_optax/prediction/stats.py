@@ -1,10 +1,11 @@
 """Questions to the phase machine inside an optimizer's state, wherever it is nested."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from vsa_optax.core.types import Tree
 from vsa_optax.prediction.guard import GuardState
 from vsa_optax.prediction.machine import Phase, PhaseMachineState, total_steps
 from vsa_optax.prediction.predictors.base import PredictionQuality
@@ -63,12 +64,12 @@ class PhaseStats(NamedTuple):
     guard: GuardStats | None = None
 
 
-def contains_machine(state: Any) -> bool:
+def contains_machine(state: Tree) -> bool:
     """Whether a phase machine is anywhere in ``state``."""
     return bool(_machines(state))
 
 
-def find_machine(state: Any) -> PhaseMachineState:
+def find_machine(state: Tree) -> PhaseMachineState:
     """The one phase machine in ``state``, its arrays unwrapped from what a Flax nnx optimizer puts round them.
 
     Raises:
@@ -83,7 +84,7 @@ def find_machine(state: Any) -> PhaseMachineState:
     return jax.tree.map(_unwrapped, found[0], is_leaf=_is_wrapped)
 
 
-def needs_backward(opt_state: Any) -> jax.Array:
+def needs_backward(opt_state: Tree) -> jax.Array:
     """Whether the coming step wants a true gradient: ``[] bool``, traced under jit.
 
     Args:
@@ -98,7 +99,7 @@ def needs_backward(opt_state: Any) -> jax.Array:
     return find_machine(opt_state).phase != Phase.PREDICT
 
 
-def phase_stats(opt_state: Any) -> PhaseStats:
+def phase_stats(opt_state: Tree) -> PhaseStats:
     """Counts and errors of the run so far, as `PhaseStats`; traced under jit.
 
     Args:
@@ -136,17 +137,17 @@ def _guard_stats(state: GuardState) -> GuardStats:
     return GuardStats(action=state.action, predict_length=state.length, constant=state.constant, asleep=state.asleep)
 
 
-def _machines(state: Any) -> list[PhaseMachineState]:
+def _machines(state: Tree) -> list[PhaseMachineState]:
     leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PhaseMachineState))
     return [leaf for leaf in leaves if isinstance(leaf, PhaseMachineState)]
 
 
-def _is_wrapped(leaf: Any) -> bool:
+def _is_wrapped(leaf: object) -> bool:
     """Whether ``leaf`` is a Variable of Flax nnx, told by what it can do so that Flax need not be imported."""
     return hasattr(leaf, "get_value") or hasattr(leaf, "raw_value")
 
 
-def _unwrapped(leaf: Any) -> Any:
+def _unwrapped(leaf: Tree) -> Tree:
     if not _is_wrapped(leaf):
         return leaf
     return leaf.get_value() if hasattr(leaf, "get_value") else leaf.raw_value  # Flax before 0.12 has only the latter.

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,12 @@ from jax import lax
 from vsa_optax.core.conditional import in_place_if, split_extra_args
 from vsa_optax.core.mesh import all_finite_over, varying_axes
 from vsa_optax.core.trees import all_finite, tree_where
+from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction.machine import Phase
-from vsa_optax.prediction.predictors.base import Comparison, Experience, Predictor
+from vsa_optax.prediction.predictors.base import Comparison, Experience, HistoryState, Predictor, Scalars
+
+_PredictIf: TypeAlias = Callable[[jax.Array, HistoryState, Tree, Scalars, jax.Array | None], optax.Updates]
 
 
 class StepResult(NamedTuple):
@@ -50,11 +53,11 @@ class PhaseStep:
         updates: optax.Updates,
         inner_state: optax.OptState,
         params: optax.Params | None,
-        extra_args: dict[str, Any],
+        extra_args: dict[str, object],
         phase: jax.Array,
-        history: Any,
+        history: HistoryState,
         experience: Experience,
-        scalars: Any,
+        scalars: Scalars,
         watches: jax.Array | None = None,
         axes: frozenset[str] = frozenset(),
     ) -> StepResult:
@@ -66,7 +69,10 @@ class PhaseStep:
         traced_args, static_args = split_extra_args(extra_args)
 
         def emitted(
-            updates: optax.Updates, inner_state: optax.OptState, params: optax.Params, extra_args: Any
+            updates: optax.Updates,
+            inner_state: optax.OptState,
+            params: optax.Params | None,
+            extra_args: dict[str, object],
         ) -> optax.Updates:
             target, _ = self._recorded.update(updates, inner_state, params, **extra_args, **static_args)
             _check_same_everywhere(target, axes)
@@ -90,25 +96,31 @@ class PhaseStep:
             watches = jnp.array(True) if experience.calibration is not None else phase == Phase.CORRECT
         return step_if(runs, result, updates, params, traced_args, watches, history, scalars)
 
-    def _functions(self, treedef: Any, avals: tuple[Any, ...]) -> tuple[Callable[..., Any], ...]:
+    def _functions(
+        self, treedef: jax.tree_util.PyTreeDef, avals: tuple[jax.ShapeDtypeStruct, ...]
+    ) -> tuple[_PredictIf, Callable[..., StepResult], Callable[..., StepResult]]:
         """Prediction, true step and conditional true step of a transformation that emits leaves like ``avals``."""
 
-        def predicted(history: Any, residual: Any, scalars: Any, weights: jax.Array | None) -> optax.Updates:
+        def predicted(
+            history: HistoryState, residual: Tree, scalars: Scalars, weights: jax.Array | None
+        ) -> optax.Updates:
             leaves = jax.tree.leaves(self._predictor.predict(history, residual, scalars, weights))
             cast = [numerics.saturating_cast(x, aval.dtype) for x, aval in zip(leaves, avals, strict=True)]
             return jax.tree.unflatten(treedef, cast)
 
-        def nothing(history: Any, residual: Any, scalars: Any, weights: jax.Array | None) -> optax.Updates:
+        def nothing(
+            history: HistoryState, residual: Tree, scalars: Scalars, weights: jax.Array | None
+        ) -> optax.Updates:
             del history, residual, scalars, weights
             return jax.tree.unflatten(treedef, [jnp.zeros_like(aval, dtype=aval.dtype) for aval in avals])
 
         def predict_if(
-            pred: jax.Array, history: Any, residual: Any, scalars: Any, weights: jax.Array | None
+            pred: jax.Array, history: HistoryState, residual: Tree, scalars: Scalars, weights: jax.Array | None
         ) -> optax.Updates:
             return lax.cond(pred, predicted, nothing, history, residual, scalars, weights)
 
         def compare(
-            comparison: Comparison, is_due: jax.Array, target: optax.Updates, history: Any, scalars: Any
+            comparison: Comparison, is_due: jax.Array, target: optax.Updates, history: HistoryState, scalars: Scalars
         ) -> Comparison:
             experience = comparison.experience
 
@@ -124,12 +136,12 @@ class PhaseStep:
         def step(
             result: StepResult,
             updates: optax.Updates,
-            params: optax.Params,
-            extra_args: dict[str, Any],
+            params: optax.Params | None,
+            extra_args: dict[str, object],
             watches: jax.Array,
-            history: Any,
-            scalars: Any,
-            **static_args: Any,
+            history: HistoryState,
+            scalars: Scalars,
+            **static_args: object,
         ) -> StepResult:
             target, inner_state = self._recorded.update(
                 updates, result.inner_state, params, **extra_args, **static_args
@@ -137,10 +149,11 @@ class PhaseStep:
             is_finite = all_finite(target)
             inner_state = tree_where(is_finite, inner_state, result.inner_state)
             is_due = watches & is_finite
+            assert result.comparison is not None
             comparison = compare_if(is_due, result.comparison, is_due, target, history, scalars)
             return StepResult(target, inner_state, is_finite, comparison)
 
-        return predict_if, step, in_place_if(step)
+        return predict_if, step, in_place_if(step)  # type: ignore[arg-type] # It is run without keywords.
 
 
 def _true(updates: optax.Updates) -> jax.Array:
@@ -148,7 +161,7 @@ def _true(updates: optax.Updates) -> jax.Array:
     return jnp.array(True)
 
 
-def _check_same_everywhere(target: Any, axes: frozenset[str]) -> None:
+def _check_same_everywhere(target: optax.Updates, axes: frozenset[str]) -> None:
     """``ValueError`` if what is to be recorded differs between devices along ``axes``, which decide together."""
     differing = varying_axes(target) & axes
     if differing:

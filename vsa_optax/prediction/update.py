@@ -1,6 +1,6 @@
 """The transformation behind `predict_gradients` and `phase_switched`, of checked settings: its state and its update."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,12 @@ from vsa_optax.core import checks
 from vsa_optax.core.conditional import in_place_if
 from vsa_optax.core.mesh import all_finite_over, axes_in, is_checked, mean_over, varying_axes
 from vsa_optax.core.trees import all_finite, tree_where
+from vsa_optax.core.types import Tree
 from vsa_optax.prediction import machine as machines
 from vsa_optax.prediction import stats
 from vsa_optax.prediction.guard import Guard
 from vsa_optax.prediction.machine import Phase, PhaseMachineState, PhaseSchedule
-from vsa_optax.prediction.predictors.base import Experience, Predictor, check_setting, kind_of
+from vsa_optax.prediction.predictors.base import Experience, HistoryState, Predictor, Scalars, check_setting, kind_of
 from vsa_optax.prediction.step import PhaseStep, StepResult
 
 
@@ -32,9 +33,9 @@ class PhaseSwitchedState(NamedTuple):
     """
 
     machine: PhaseMachineState
-    history: Any
-    residual: Any
-    inner_state: Any
+    history: HistoryState
+    residual: Tree
+    inner_state: Tree
 
 
 def switched(
@@ -81,11 +82,11 @@ def switched(
         updates: optax.Updates,
         state: PhaseSwitchedState,
         params: optax.Params | None = None,
-        **extra_args: Any,
+        **extra_args: object,
     ) -> tuple[optax.Updates, PhaseSwitchedState]:
-        value = extra_args.get("value")
-        if value is not None:
-            extra_args["value"] = checks.check_scalar("value", value)
+        value = None
+        if extra_args.get("value") is not None:
+            value = extra_args["value"] = checks.check_scalar("value", extra_args["value"])
         elif schedule.adaptive:
             raise ValueError("adaptive=True needs the loss at every step: update(..., value=loss), got value=None")
         _check_state(state, schedule, predictor, has_guard=guard is not None)
@@ -94,7 +95,7 @@ def switched(
         machine, history, residual = state.machine, state.history, state.residual
         axes = _axes_to_agree_over(updates, state)
         if value is not None:
-            value = extra_args["value"] = _agreed_value(extra_args["value"], state, in_all_phases=schedule.adaptive)
+            value = extra_args["value"] = _agreed_value(value, state, in_all_phases=schedule.adaptive)
         count = machines.total_steps(machine)
         recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
         horizon = None
@@ -148,17 +149,19 @@ class _Look:
         self._predictor = predictor
         self._branches = predictor.scalars, self._nothing
 
-    def __call__(self, watches: jax.Array | None, memory: Any, step: jax.Array, params: Any) -> Any:
+    def __call__(
+        self, watches: jax.Array | None, memory: HistoryState, step: jax.Array, params: optax.Params | None
+    ) -> Scalars:
         if watches is None:
             return self._predictor.scalars(memory, step, params)
         return lax.cond(watches, *self._branches, memory, step, params)
 
-    def _nothing(self, memory: Any, step: jax.Array, params: Any) -> Any:
+    def _nothing(self, memory: HistoryState, step: jax.Array, params: optax.Params | None) -> Scalars:
         shapes = jax.eval_shape(self._predictor.scalars, memory, step, params)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def _axes_to_agree_over(tree: Any, state: PhaseSwitchedState) -> frozenset[str]:
+def _axes_to_agree_over(tree: Tree, state: PhaseSwitchedState) -> frozenset[str]:
     """The mesh axes along which devices share the machine, but not ``tree``."""
     averaged = axes_in(state.inner_state)
     may_vary = frozenset() if is_checked(averaged) else averaged
@@ -186,7 +189,7 @@ def _agreed_value(value: jax.Array, state: PhaseSwitchedState, *, in_all_phases:
     )
 
 
-def _check_domain(inner_state: Any, predicts_updates: bool) -> None:
+def _check_domain(inner_state: optax.OptState, predicts_updates: bool) -> None:
     axes = axes_in(inner_state)
     if axes and not predicts_updates:
         raise ValueError(
@@ -196,7 +199,7 @@ def _check_domain(inner_state: Any, predicts_updates: bool) -> None:
         )
 
 
-def _check_inner_state(inner_state: Any) -> None:
+def _check_inner_state(inner_state: optax.OptState) -> None:
     if stats.contains_machine(inner_state):
         raise ValueError(
             "opt must not contain a phase machine of its own: use predict_gradients or phase_switched once"
@@ -213,7 +216,9 @@ def _check_inner_state(inner_state: Any) -> None:
                 raise ValueError(f"opt must not contain {reason}")
 
 
-def _check_trees(updates: Any, params: Any, state: PhaseSwitchedState, predictor: Predictor) -> None:
+def _check_trees(
+    updates: optax.Updates, params: optax.Params | None, state: PhaseSwitchedState, predictor: Predictor
+) -> None:
     """``ValueError`` if gradients or parameters are not those that the state was made for."""
     if state.history is None:
         if params is not None:
@@ -230,7 +235,7 @@ def _check_trees(updates: Any, params: Any, state: PhaseSwitchedState, predictor
         checks.check_same_tree(tree, params, what="params", leading_axes=leading)
 
 
-def _check_state(state: Any, schedule: PhaseSchedule, predictor: Predictor, *, has_guard: bool) -> None:
+def _check_state(state: optax.OptState, schedule: PhaseSchedule, predictor: Predictor, *, has_guard: bool) -> None:
     """``ValueError`` if the state was made by a transformation with other settings."""
     if not isinstance(state, PhaseSwitchedState):
         raise ValueError(f"state must be what init returned, a PhaseSwitchedState, got {type(state).__name__}")

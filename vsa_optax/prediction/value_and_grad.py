@@ -1,8 +1,8 @@
 """The backward pass inside a conditional, so that PREDICT steps really do not run it."""
 
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,30 @@ import numpy as np
 from jax import lax
 
 from vsa_optax.core.mesh import as_varying, varying_axes
+from vsa_optax.core.types import Tree
 from vsa_optax.prediction.machine import Phase
 from vsa_optax.prediction.stats import find_machine
 
+Value = TypeVar("Value")
+Value_co = TypeVar("Value_co", covariant=True)
+Result = TypeVar("Result")
+Array: TypeAlias = jax.Array | np.ndarray | np.generic
+
+
+class ValueAndGradByPhase(Protocol[Value_co]):
+    """What `value_and_grad_by_phase` returns: the function's arguments go in, and by keyword the optimizer's state."""
+
+    def __call__(self, *args: Any, state: Tree, aux_in_predict: Tree = None, **kwargs: Any) -> tuple[Value_co, Tree]:
+        """What the function returns, or in PREDICT what stands in its place; and the gradients, or zeros."""
+
 
 def value_and_grad_by_phase(
-    fun: Callable[..., Any],
+    fun: Callable[..., Value],
     argnums: int | Sequence[int] = 0,
     has_aux: bool = False,
     *,
     value_in_predict: bool = False,
-) -> Callable[..., tuple[Any, Any]]:
+) -> ValueAndGradByPhase[Value]:
     """Like ``jax.value_and_grad``, but PREDICT steps run neither the backward nor, by default, the forward pass.
 
     In WARMUP, FULL and CORRECT the returned function does what ``jax.value_and_grad(fun, argnums, has_aux)`` does. In
@@ -63,7 +76,7 @@ def value_and_grad_by_phase(
     """
     differentiated = jax.value_and_grad(fun, argnums, has_aux)
 
-    def value_and_grads(*args: Any, state: Any, aux_in_predict: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+    def value_and_grads(*args: Any, state: Tree, aux_in_predict: Tree = None, **kwargs: Any) -> tuple[Value, Tree]:
         if has_aux and not value_in_predict and aux_in_predict is None:
             raise ValueError(
                 "has_aux=True needs value_in_predict=True, or aux_in_predict=, what to return as aux in PREDICT "
@@ -77,10 +90,10 @@ def value_and_grad_by_phase(
         # Arrays enter the conditional as operands, so that containers which know where they were made (Flax's
         # Variables) are made anew inside; what is not an array is static.
         leaves, treedef = jax.tree.flatten((args, kwargs))
-        is_array = [isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves]
+        is_array = [isinstance(leaf, Array) for leaf in leaves]
         arrays = [leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic]
 
-        def call(function: Callable[..., Any], arrays: Sequence[Any]) -> Any:
+        def call(function: Callable[..., Result], arrays: Sequence[Array]) -> Result:
             remaining = iter(arrays)
             merged = [next(remaining) if dynamic else leaf for leaf, dynamic in zip(leaves, is_array, strict=True)]
             inner_args, inner_kwargs = jax.tree.unflatten(treedef, merged)
@@ -90,7 +103,7 @@ def value_and_grad_by_phase(
             _check_aux(lambda arrays: call(fun, arrays), arrays)
         axes = None
 
-        def traced(arrays: Sequence[Any]) -> Any:
+        def traced(arrays: Sequence[Array]) -> tuple[Value, Tree]:
             nonlocal axes
             out = call(differentiated, arrays)
             axes = jax.tree.map(varying_axes, out)
@@ -100,21 +113,22 @@ def value_and_grad_by_phase(
         if has_aux and not value_in_predict:
             _check_aux_in_predict(out_shapes[1], aux_in_predict)
 
-        def with_backward(arrays: Sequence[Any], aux: Any) -> Any:
+        def with_backward(arrays: Sequence[Array], aux: Tree) -> tuple[Value, Tree]:
             del aux
             return call(differentiated, arrays)
 
-        def without_backward(arrays: Sequence[Any], aux: Any) -> Any:
+        def without_backward(arrays: Sequence[Array], aux: Tree) -> tuple[Value, Tree]:
             # Inside shard_map both branches must vary over the same axes.
             return jax.tree.map(as_varying, in_predict(arrays, aux), axes)
 
-        def in_predict(arrays: Sequence[Any], aux: Any) -> Any:
+        def in_predict(arrays: Sequence[Array], aux: Tree) -> tuple[Value, Tree]:
             grads = jax.tree.map(lambda s: jnp.zeros_like(s, dtype=s.dtype), grad_shapes)
             if value_in_predict:
                 return call(fun, arrays), grads
             dtype = (out_shapes[0] if has_aux else out_shapes).dtype
             value = jnp.where(machine.has_value, machine.value, jnp.nan).astype(dtype)
-            return ((value, aux) if has_aux else value), grads
+            instead: Tree = (value, aux) if has_aux else value
+            return instead, grads
 
         is_predict = machine.phase == Phase.PREDICT
         return lax.cond(is_predict, without_backward, with_backward, arrays, aux_in_predict)
@@ -122,11 +136,11 @@ def value_and_grad_by_phase(
     return value_and_grads
 
 
-def _check_aux(call: Callable[[Sequence[Any]], Any], arrays: Sequence[Any]) -> None:
+def _check_aux(call: Callable[[Sequence[Array]], object], arrays: Sequence[Array]) -> None:
     """``TypeError`` if aux holds anything but arrays and numbers."""
-    found: list[Any] = []
+    found: list[tuple[tuple[Hashable, ...], object]] = []
 
-    def traced(arrays: Sequence[Any]) -> int:
+    def traced(arrays: Sequence[Array]) -> int:
         out = call(arrays)
         if isinstance(out, tuple) and len(out) == 2:
             found.extend(jax.tree_util.tree_leaves_with_path(out[1]))
@@ -143,9 +157,9 @@ def _check_aux(call: Callable[[Sequence[Any]], Any], arrays: Sequence[Any]) -> N
             ) from None
 
 
-def _check_aux_in_predict(expected: Any, given: Any) -> None:
-    wanted: Any = jax.tree.structure(expected)
-    had: Any = jax.tree.structure(given)
+def _check_aux_in_predict(expected: Tree, given: Tree) -> None:
+    wanted: object = jax.tree.structure(expected)
+    had: object = jax.tree.structure(given)
     if wanted != had:
         raise ValueError(f"aux_in_predict must have the structure of aux, {wanted}, got {had}")
     for (path, want), have in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(given), strict=True):
@@ -156,12 +170,12 @@ def _check_aux_in_predict(expected: Any, given: Any) -> None:
             )
 
 
-def _refuse_modules(fun: Any, args: Any, kwargs: Any) -> None:
+def _refuse_modules(fun: Callable[..., object], args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> None:
     nnx = sys.modules.get("flax.nnx")  # If Flax was never imported, nothing here is a Module.
     if nnx is None:
         return
 
-    def is_module(x: Any) -> bool:
+    def is_module(x: object) -> bool:
         return isinstance(x, nnx.Module)
 
     everything = (args, kwargs, getattr(fun, "__self__", None), fun)

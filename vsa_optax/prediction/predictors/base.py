@@ -7,13 +7,19 @@ Axes: L leaves, K features of a calibrated line, W records.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
+
+# What only the history or the predictor that made it looks into: a NamedTuple of arrays, of a type of its own.
+HistoryState: TypeAlias = Any
+OwnScalars: TypeAlias = Any
+OwnCalibration: TypeAlias = Any
 
 
 class PredictionQuality(NamedTuple):
@@ -51,8 +57,8 @@ class Experience(NamedTuple):
         calibration: a `Calibration`, or None.
     """
 
-    residual: Any = None
-    calibration: Any = None
+    residual: Tree = None
+    calibration: OwnCalibration = None
 
 
 class Comparison(NamedTuple):
@@ -80,16 +86,23 @@ class Scalars(Protocol):
 class History(Protocol):
     """A memory of gradients or updates."""
 
-    def init(self, params: optax.Params) -> Any:
+    def init(self, params: optax.Params) -> HistoryState:
         """The empty history for ``params``."""
 
-    def check_state(self, state: Any) -> None:
+    def check_state(self, state: HistoryState) -> None:
         """``ValueError`` that names the setting if ``state`` was made with other settings."""
 
-    def example(self, state: Any) -> tuple[Any, int]:
+    def example(self, state: HistoryState) -> tuple[Tree, int]:
         """A tree of the parameters' structure, and how many axes its leaves have before theirs."""
 
-    def record(self, state: Any, tree: optax.Updates, params: optax.Params, step: jax.Array, scalars: Any) -> Any:
+    def record(
+        self,
+        state: HistoryState,
+        tree: optax.Updates,
+        params: optax.Params | None,
+        step: jax.Array,
+        scalars: OwnScalars,
+    ) -> HistoryState:
         """The history with one more record, taken at ``step`` and these parameters."""
 
 
@@ -118,33 +131,35 @@ class Predictor(Protocol):
     def init_experience(self, params: optax.Params) -> Experience:
         """Nothing measured."""
 
-    def scalars(self, history: Any, step: jax.Array, params: optax.Params) -> Any:
-        """All that a step is to the history, as `Scalars`."""
+    def scalars(self, history: HistoryState, step: jax.Array, params: optax.Params | None) -> Scalars:
+        """All that a step is to the history."""
 
-    def weights(self, calibration: Any, scalars: Any) -> jax.Array | None:
+    def weights(self, calibration: OwnCalibration, scalars: OwnScalars) -> jax.Array | None:
         """How much a calibrated prediction takes of each of its parts; None without calibration."""
 
-    def predict(self, history: Any, residual: Any, scalars: Any, weights: Any) -> optax.Updates:
+    def predict(
+        self, history: HistoryState, residual: Tree, scalars: OwnScalars, weights: jax.Array | None
+    ) -> optax.Updates:
         """Tree of predictions, in at least f32."""
 
     def compare(
         self,
-        history: Any,
+        history: HistoryState,
         experience: Experience,
-        scalars: Any,
+        scalars: OwnScalars,
         target: optax.Updates,
         predicted: Callable[[], optax.Updates],
     ) -> Comparison:
         """Compares ``target``, which is to be recorded, with its prediction, which ``predicted`` forms if needed."""
 
 
-def check_setting(name: str, given: Any, wanted: Any) -> None:
+def check_setting(name: str, given: object, wanted: object) -> None:
     """``ValueError`` unless a state was made with the setting of the transformation that it is given to."""
     if given != wanted:
         raise ValueError(f"state was made with other settings: {name} is {given!r}, here {wanted!r}")
 
 
-def kind_of(state: Any) -> str | None:
+def kind_of(state: object) -> str | None:
     """The name of the state's type; None if there is no state."""
     return None if state is None else type(state).__name__
 
@@ -163,6 +178,6 @@ def not_measured(experience: Experience) -> Comparison:
     return Comparison(experience, jnp.zeros([], jnp.float32), jnp.array(False))
 
 
-def zeros_as_stored(params: optax.Params, dtype: jnp.dtype | None) -> Any:
+def zeros_as_stored(params: optax.Params, dtype: jnp.dtype | None) -> Tree:
     """Zeros for ``params`` in the dtypes that records of them are kept in."""
     return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=numerics.stored_dtype(leaf, dtype)), params)

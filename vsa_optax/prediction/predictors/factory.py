@@ -1,6 +1,8 @@
 """The choice of a predictor by settings."""
 
-from typing import Any
+from typing import Literal, TypeAlias, get_args
+
+import jax
 
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.core import checks
@@ -10,27 +12,30 @@ from vsa_optax.prediction.predictors.recursive import RecursiveHistory
 from vsa_optax.prediction.predictors.secant import SecantHistory, SecantPredictor
 from vsa_optax.prediction.predictors.window import CodedWindowHistory, WindowHistory
 
+HistoryKind: TypeAlias = Literal["secant", "window", "recursive"]
+Domain: TypeAlias = Literal["update", "gradient"]
+
 
 def make_predictor(
     *,
-    history: str | None,
+    history: HistoryKind | None,
     history_window: int | None,
     history_decay: float,
-    history_dtype: Any,
-    history_codec: Any,
+    history_dtype: jax.typing.DTypeLike | None,
+    history_codec: codecs.Codec | None,
     residual: bool | None,
     residual_decay: float,
     calibrate: bool | None,
     guard: bool,
-    predict_in: str | None,
+    predict_in: Domain | None,
 ) -> Predictor:
     """The predictor of these settings, checked; ranges and what None means as in `vsa_optax.predict_gradients`."""
-    checks.check_choice("predict_in", "gradient" if predict_in is None else predict_in, ("update", "gradient"))
-    asked: dict[str, Any] = {"predict_in": predict_in} if predict_in == "update" else {}
+    checks.check_choice("predict_in", "gradient" if predict_in is None else predict_in, get_args(Domain))
+    asked: dict[str, object] = {"predict_in": predict_in} if predict_in == "update" else {}
     asked |= {} if history_codec is None else {"history_codec": history_codec}
     asked |= {name: True for name, value in (("calibrate", calibrate), ("residual", residual)) if value is True}
     kind = ("secant" if guard and not asked else "window") if history is None else history
-    checks.check_choice("history", kind, ("secant", "window", "recursive"))
+    checks.check_choice("history", kind, get_args(HistoryKind))
     if kind == "secant" and asked:
         name, value = next(iter(asked.items()))
         raise ValueError(

@@ -11,7 +11,7 @@ Axes: L leaves, K features, W records.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,11 @@ import optax
 
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.core import trees
+from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction.fits import calibration
 from vsa_optax.prediction.predictors import base
-from vsa_optax.prediction.predictors.base import Comparison, Experience, History, PredictionQuality
+from vsa_optax.prediction.predictors.base import Comparison, Experience, History, HistoryState, PredictionQuality
 
 
 class LineScalars(NamedTuple):
@@ -55,21 +56,21 @@ class LineHistory(History, Protocol):
 
     num_features: ClassVar[int]
 
-    def scalars(self, state: Any, step: jax.Array) -> LineScalars:
+    def scalars(self, state: HistoryState, step: jax.Array) -> LineScalars:
         """What ``step`` is to the history."""
 
-    def terms(self, state: Any, scalars: LineScalars) -> tuple[list[jax.Array], list[optax.Updates]]:
+    def terms(self, state: HistoryState, scalars: LineScalars) -> tuple[list[jax.Array], list[optax.Updates]]:
         """Numbers and trees whose weighted sum is the prediction; it is zero while nothing is recorded."""
 
     def init_gram(self, num_leaves: int) -> jax.Array | None:
         """The records' products with each other, if they are kept: ``[L, W, W] float32``."""
 
-    def combine(self, state: Any, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
+    def combine(self, state: HistoryState, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
         """The features' sum with weights ``[L, K]``, in at least f32."""
 
     def products(
         self,
-        state: Any,
+        state: HistoryState,
         scalars: LineScalars,
         gram: jax.Array | None,
         tree: optax.Updates,
@@ -133,7 +134,7 @@ class LinePredictor:
             measured = CalibrationState(sums, self.history.init_gram(num_leaves))
         return Experience(residual, measured)
 
-    def scalars(self, history: Any, step: jax.Array, params: optax.Params) -> LineScalars:
+    def scalars(self, history: HistoryState, step: jax.Array, params: optax.Params | None) -> LineScalars:
         """What ``step`` is to the history, and the residual's coefficient as the last one."""
         del params
         scalars = self.history.scalars(history, step)
@@ -146,7 +147,9 @@ class LinePredictor:
         """``[L, K]``: how much a calibrated prediction takes of each feature."""
         return None if state is None else calibration.coefficients(state.sums) * scalars.reach
 
-    def predict(self, history: Any, residual: Any, scalars: LineScalars, weights: jax.Array | None) -> optax.Updates:
+    def predict(
+        self, history: HistoryState, residual: Tree, scalars: LineScalars, weights: jax.Array | None
+    ) -> optax.Updates:
         """Zeros while nothing is recorded."""
         if weights is not None:
             return self.history.combine(history, scalars, weights)
@@ -157,7 +160,7 @@ class LinePredictor:
 
     def compare(
         self,
-        history: Any,
+        history: HistoryState,
         experience: Experience,
         scalars: LineScalars,
         target: optax.Updates,
@@ -187,7 +190,7 @@ class LinePredictor:
             Experience(experience.residual, CalibrationState(sums, grown)), error, is_defined & has_records
         )
 
-    def _compare_with(self, prediction: optax.Updates, residual: Any, target: optax.Updates) -> Comparison:
+    def _compare_with(self, prediction: optax.Updates, residual: Tree, target: optax.Updates) -> Comparison:
         error, is_defined = numerics.relative_distance(jax.tree.leaves(target), jax.tree.leaves(prediction))
         if not self.has_residual:
             return Comparison(Experience(), error, is_defined)
@@ -204,5 +207,5 @@ class LinePredictor:
             averaged = jax.tree.map(lambda x: numerics.saturating_cast(x, x.dtype), coded)
         return Comparison(Experience(averaged), error, is_defined)
 
-    def _decoded(self, residual: Any) -> Any:
+    def _decoded(self, residual: Tree) -> optax.Updates:
         return self.codec.decode(residual) if self.codec else residual

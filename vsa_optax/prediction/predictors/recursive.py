@@ -1,13 +1,14 @@
 """An exact recursion over all gradients so far: two trees, whatever the memory's length."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from vsa_optax.core import trees
+from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction.fits import line_fit
 from vsa_optax.prediction.predictors import base
@@ -26,8 +27,8 @@ class RecursiveHistoryState(NamedTuple):
         last_step: ``[] int32``, the newest record's step.
     """
 
-    mean: Any
-    velocity: Any
+    mean: Tree
+    velocity: Tree
     weight: jax.Array
     lag: jax.Array
     spread: jax.Array
@@ -64,11 +65,11 @@ class RecursiveHistory:
             last_step=jnp.zeros([], jnp.int32),
         )
 
-    def check_state(self, state: Any) -> None:
+    def check_state(self, state: base.HistoryState) -> None:
         """The kind of history."""
         base.check_setting("history", base.kind_of(state), RecursiveHistoryState.__name__)
 
-    def example(self, state: RecursiveHistoryState) -> tuple[Any, int]:
+    def example(self, state: RecursiveHistoryState) -> tuple[optax.Updates, int]:
         """The mean."""
         return state.mean, 0
 
@@ -92,7 +93,7 @@ class RecursiveHistory:
         self,
         state: RecursiveHistoryState,
         tree: optax.Updates,
-        params: optax.Params,
+        params: optax.Params | None,
         step: jax.Array,
         scalars: LineScalars,
     ) -> RecursiveHistoryState:

@@ -7,13 +7,14 @@ noise it is right wherever the optimizer goes among the directions it came by, t
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from vsa_optax.core import trees
+from vsa_optax.core.types import Tree
 from vsa_optax.kernels import inner_products, numerics
 from vsa_optax.prediction.fits import calibration, secant_fit
 from vsa_optax.prediction.predictors import base
@@ -33,10 +34,10 @@ class SecantHistoryState(NamedTuple):
         last_step: ``[] int32``, the newest record's step.
     """
 
-    params: Any
-    gradient: Any
-    diff_params: Any
-    diff_gradients: Any
+    params: Tree
+    gradient: Tree
+    diff_params: Tree
+    diff_gradients: Tree
     gram: jax.Array
     num_records: jax.Array
     last_step: jax.Array
@@ -85,12 +86,12 @@ class SecantHistory:
             last_step=jnp.zeros([], jnp.int32),
         )
 
-    def check_state(self, state: Any) -> None:
+    def check_state(self, state: base.HistoryState) -> None:
         """The kind of history, and W."""
         base.check_setting("history", base.kind_of(state), SecantHistoryState.__name__)
         base.check_setting("history_window", state.gram.shape[0], self.length)
 
-    def example(self, state: SecantHistoryState) -> tuple[Any, int]:
+    def example(self, state: SecantHistoryState) -> tuple[optax.Updates, int]:
         """The newest gradient."""
         return state.gradient, 0
 
@@ -98,7 +99,7 @@ class SecantHistory:
         self,
         state: SecantHistoryState,
         tree: optax.Updates,
-        params: optax.Params,
+        params: optax.Params | None,
         step: jax.Array,
         scalars: SecantScalars,
     ) -> SecantHistoryState:
@@ -161,7 +162,7 @@ class SecantPredictor:
         gram = jnp.zeros([num_leaves, length, length], jnp.float32)
         return Experience(calibration=SecantCalibrationState(secant_fit.no_scores(num_leaves), gram))
 
-    def scalars(self, history: SecantHistoryState, step: jax.Array, params: optax.Params) -> SecantScalars:
+    def scalars(self, history: SecantHistoryState, step: jax.Array, params: optax.Params | None) -> SecantScalars:
         """One pass over ``diff_params``."""
         displacement = jax.tree.map(_difference, params, history.params)
         products, squared_norm = jnp.zeros([self.history.length], jnp.float32), jnp.zeros([], jnp.float32)
@@ -184,10 +185,11 @@ class SecantPredictor:
         return scalars.coefficients[secant_fit.best(calibration.scores)]
 
     def predict(
-        self, history: SecantHistoryState, residual: None, scalars: SecantScalars, weights: jax.Array
+        self, history: SecantHistoryState, residual: None, scalars: SecantScalars, weights: jax.Array | None
     ) -> optax.Updates:
         """One pass over the changes of the gradient."""
         del residual, scalars
+        assert weights is not None
         coefficients = [jnp.ones([], jnp.float32), *(weights[i] for i in range(self.history.length))]
 
         def combined(gradient: jax.Array, changes: jax.Array) -> jax.Array:

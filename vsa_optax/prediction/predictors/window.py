@@ -5,7 +5,7 @@ the slope of the line; and the weighted sum that a prediction is can be taken of
 """
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,11 @@ import optax
 
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.core import trees
+from vsa_optax.core.types import Tree
 from vsa_optax.kernels import inner_products, numerics
 from vsa_optax.prediction.fits import line_fit
 from vsa_optax.prediction.predictors import base
+from vsa_optax.prediction.predictors.base import HistoryState, OwnScalars
 from vsa_optax.prediction.predictors.line import LineScalars
 
 
@@ -28,7 +30,7 @@ class WindowHistoryState(NamedTuple):
         num_records: ``[] int32``, records written so far; the next goes to slot ``num_records % W``.
     """
 
-    records: Any
+    records: Tree
     steps: jax.Array
     num_records: jax.Array
 
@@ -45,7 +47,7 @@ class WindowHistory:
     dtype: jnp.dtype | None
     num_features: ClassVar[int] = 3  # The mean, the slope, and the newest record.
 
-    def init(self, params: optax.Params) -> Any:
+    def init(self, params: optax.Params) -> HistoryState:
         """The empty window; its leaves are laid out on the devices as the parameters are."""
 
         def empty(leaf: jax.Array) -> jax.Array:
@@ -58,16 +60,16 @@ class WindowHistory:
         """Steps and number of records of the empty window."""
         return jnp.zeros([self.length], jnp.int32), jnp.zeros([], jnp.int32)
 
-    def check_state(self, state: Any) -> None:
+    def check_state(self, state: HistoryState) -> None:
         """The kind of history, and W."""
         base.check_setting("history", base.kind_of(state), WindowHistoryState.__name__)
         base.check_setting("history_window", state.steps.shape[0], self.length)
 
-    def example(self, state: Any) -> tuple[Any, int]:
+    def example(self, state: HistoryState) -> tuple[optax.Updates, int]:
         """The records."""
         return state.records, 1
 
-    def scalars(self, state: Any, step: jax.Array) -> LineScalars:
+    def scalars(self, state: HistoryState, step: jax.Array) -> LineScalars:
         """One coefficient a slot."""
         newest = (state.num_records - 1) % self.length
         rank = (newest - jnp.arange(self.length, dtype=jnp.int32)) % self.length
@@ -83,7 +85,14 @@ class WindowHistory:
             reach=jnp.ones([3], jnp.float32).at[1].set(horizon - age),
         )
 
-    def record(self, state: Any, tree: optax.Updates, params: optax.Params, step: jax.Array, scalars: Any) -> Any:
+    def record(
+        self,
+        state: HistoryState,
+        tree: optax.Updates,
+        params: optax.Params | None,
+        step: jax.Array,
+        scalars: OwnScalars,
+    ) -> HistoryState:
         """Overwrites the oldest slot."""
         del params, scalars
         slot = state.num_records % self.length
@@ -95,7 +104,7 @@ class WindowHistory:
             num_records=optax.safe_increment(state.num_records),
         )
 
-    def terms(self, state: Any, scalars: LineScalars) -> tuple[list[jax.Array], list[optax.Updates]]:
+    def terms(self, state: HistoryState, scalars: LineScalars) -> tuple[list[jax.Array], list[optax.Updates]]:
         """One term a slot."""
         slots = range(self.length)
         records = [jax.tree.map(lambda r, i=i: r[i], state.records) for i in slots]
@@ -105,7 +114,7 @@ class WindowHistory:
         """Kept, so that a true step reads each record once."""
         return jnp.zeros([num_leaves, self.length, self.length], jnp.float32)
 
-    def combine(self, state: Any, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
+    def combine(self, state: HistoryState, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
         """One pass over the records."""
         leaves, treedef = jax.tree.flatten(state.records)
         of_records = weights @ scalars.features
@@ -118,7 +127,7 @@ class WindowHistory:
 
     def products(
         self,
-        state: Any,
+        state: HistoryState,
         scalars: LineScalars,
         gram: jax.Array | None,
         tree: optax.Updates,
@@ -145,7 +154,7 @@ class CodedWindowHistoryState(NamedTuple):
         num_records: ``[] int32``, records written so far; the next goes to slot ``num_records % W``.
     """
 
-    records: Any
+    records: codecs.Payload
     steps: jax.Array
     num_records: jax.Array
 
@@ -163,12 +172,12 @@ class CodedWindowHistory(WindowHistory):
         """The empty window."""
         return CodedWindowHistoryState(codecs.zero_payload(self.codec, params, self.length), *self._empty_ring())
 
-    def check_state(self, state: Any) -> None:
+    def check_state(self, state: HistoryState) -> None:
         """The kind of history, and W; the codec itself compares its settings with those of the records."""
         base.check_setting("history", base.kind_of(state), CodedWindowHistoryState.__name__)
         base.check_setting("history_window", state.steps.shape[0], self.length)
 
-    def example(self, state: CodedWindowHistoryState) -> tuple[Any, int]:
+    def example(self, state: CodedWindowHistoryState) -> tuple[optax.Updates, int]:
         """Shapes and dtypes of the records."""
         return codecs.shapes_of(self.codec.specs(state.records)), 0
 
@@ -176,9 +185,9 @@ class CodedWindowHistory(WindowHistory):
         self,
         state: CodedWindowHistoryState,
         tree: optax.Updates,
-        params: optax.Params,
+        params: optax.Params | None,
         step: jax.Array,
-        scalars: Any,
+        scalars: OwnScalars,
     ) -> CodedWindowHistoryState:
         """Overwrites the oldest slot."""
         shapes, _ = self.example(state)
