@@ -84,7 +84,7 @@ MUTANTS = [
     Mutant("guard.Guard._judged", "_MOST_ERROR) / distance ** 4", "_MOST_ERROR) / distance ** 2", GUARD),
     Mutant("guard.Guard._judged", "_FORGET * state.constant", "0 * state.constant", GUARD),
     Mutant("guard.Guard._judged", "jnp.minimum(reach, _GROWTH * distance)", "reach", GUARD),
-    Mutant("guard.Guard._judged", "constant < self.tolerance / 4", "constant < self.tolerance", GUARD),
+    Mutant("guard.Guard._judged", "constant < _START * self.tolerance", "constant < self.tolerance", GUARD),
     Mutant("guard.Guard.after", "jnp.where(is_measured, j, u)", "j", "test_guard.py -k not_finite"),
     Mutant("guard.Guard._judged", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "test_guard.py -k sleeps"),
     Mutant("guard.Guard.after", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "test_guard.py -k sleep"),
@@ -353,7 +353,7 @@ MUTANTS = [
         "lambda x: x, coded",
         "test_coded_history.py -k stays_finite",
     ),
-    Mutant("trits._LLOYD_MAX_CUT", "_LLOYD_MAX_CUT = 0.612003", "_LLOYD_MAX_CUT = 0.712003", "test_trits.py -k twin"),
+    Mutant("trits._LLOYD_MAX_CUT", ") / 2", ") / 1.8", "test_trits.py -k twin"),
     Mutant("trits.quantize_deterministic", "mean * peak", "mean", "test_trits.py -k twin"),
     Mutant(
         "trits.quantize_stochastic", "jnp.shape(x)) < odds", "jnp.shape(x)) > odds", "test_trits.py -k right_on_average"
@@ -401,7 +401,7 @@ MUTANTS = [
     Mutant("machine.advance", "was_leap & starts_full", "was_leap | starts_full", "test_kernel_edges.py -k cycle"),
     Mutant("machine.advance", "state.nonfinite_count + ~is_finite", "state.nonfinite_count + is_finite", WALK),
     Mutant("machine._adapt", "last - first > schedule", "last + first > schedule", ADAPTIVE),
-    Mutant("machine._adapt", "first - last > 0.05", "first - last > -0.05", ADAPTIVE),
+    Mutant("machine._adapt", "first - last > _BETTER", "first - last > -_BETTER", ADAPTIVE),
     Mutant("machine.advance", "jnp.where(is_known, loss, last_value)", "jnp.where(is_known, last_value, loss)", LOSS),
     Mutant("machine._learn", "(error - state.errors.mean)", "(error + state.errors.mean)", TWIN),
     Mutant("line.LinePredictor._compare_with", "[decay, 1 - decay, decay - 1]", "[decay, 1 - decay, 1 - decay]", TWIN),

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from vsa_optax.core import checks
-from vsa_optax.kernels import packing
+from vsa_optax.kernels import lloyd_max, packing
 
 _Rule: TypeAlias = Literal["mean", "lloyd_max"]
 
-_LLOYD_MAX_CUT = 0.612003  # Halfway from 0 to the outer one of a unit Gaussian's three best levels.
+# Halfway from 0 to the outer one of a unit Gaussian's three best levels.
+_LLOYD_MAX_CUT = float(lloyd_max.levels(1)[-1]) / 2
 
 
 class Trits(NamedTuple):

@@ -26,10 +26,15 @@ import jax
 import jax.numpy as jnp
 
 DEFAULT_TOLERANCE = 0.02  # τ, of the squared error: 14 % of the norm.
+# Growth and safety factor as in the step-size control of ODE solvers: Hairer, Nørsett and Wanner, "Solving ordinary
+# differential equations I" (1993), section II.4, has 1.5 to 5 and 0.8 to 0.9. All others are chosen by hand.
+# benchmarks/constants.log has each of them moved.
 _GROWTH, _SAFETY = 1.6, 0.9
 _FORGET = 0.75  # Of κ, a true step.
 _MOST_ERROR = 100.0  # So that κ is forgotten in time.
-_SHORTEST_LEAP = 0.75
+_SHORTEST_LEAP = 0.75  # So that a length rounds to one prediction at least.
+_START = 0.25  # Of τ: how small κ must be for the first leap.
+# Twice the default window of 16 changes; then looking costs a third of the true steps, at the longest sleep 3 %.
 _HOPELESS_ERROR, _HOPELESS_STEPS = 0.5, 32
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 64, 1024
 
@@ -121,7 +126,7 @@ class Guard:
         length = jnp.minimum(reach, _GROWTH * distance) - 1
         length = jnp.where(length < _SHORTEST_LEAP, 0, jnp.minimum(length, self.predict_steps))
         ends_leap = state.leap > 0
-        length = jnp.where(ends_leap, length, jnp.where(constant < self.tolerance / 4, 1.0, 0.0))
+        length = jnp.where(ends_leap, length, jnp.where(constant < _START * self.tolerance, 1.0, 0.0))
         hopeless = jnp.where(error > _HOPELESS_ERROR, state.hopeless + 1, 0)
         falls_asleep = hopeless >= _HOPELESS_STEPS
         sleep = jnp.where(ends_leap & (error < self.tolerance), _SHORTEST_SLEEP, state.sleep)

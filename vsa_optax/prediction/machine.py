@@ -26,8 +26,12 @@ from vsa_optax.kernels import numerics
 from vsa_optax.prediction.guard import Guard, GuardState, Plan
 from vsa_optax.prediction.predictors.base import Calibration, Comparison
 
+# The adaptive rule is that of the Rust crate vsa-optim-rs 0.1.1, its numbers included.
 _RECENT_LOSSES = 100
 _COMPARED_LOSSES = 10
+_BETTER = 0.05  # Relative fall of the loss.
+_SHORTEST_FULL, _LONGEST_FULL = 3, 30
+_SHORTEST_PREDICT, _LONGEST_PREDICT = 5, 50
 
 
 class Phase(enum.IntEnum):
@@ -303,15 +307,16 @@ def _adapt(schedule: PhaseSchedule, state: AdaptiveLengthsState, is_due: jax.Arr
     last = jnp.mean(state.losses[(state.num_losses - _COMPARED_LOSSES + offsets) % _RECENT_LOSSES])
     is_due &= known >= 2 * _COMPARED_LOSSES
     is_worse = is_due & (last - first > schedule.loss_threshold * jnp.abs(first))
-    is_better = is_due & ~is_worse & (first - last > 0.05 * jnp.abs(first))
+    is_better = is_due & ~is_worse & (first - last > _BETTER * jnp.abs(first))
 
     def moved(length: jax.Array, worse: int, better: int, low: int, high: int) -> jax.Array:
         step = jnp.where(is_worse, worse, jnp.where(is_better, better, 0))
         return jnp.clip(length + step, low, high).astype(jnp.int32)
 
+    full, predict = schedule.full_steps, schedule.predict_steps
     return state._replace(
-        full_length=moved(state.full_length, 2, -1, min(3, schedule.full_steps), max(30, schedule.full_steps)),
+        full_length=moved(state.full_length, 2, -1, min(_SHORTEST_FULL, full), max(_LONGEST_FULL, full)),
         predict_length=moved(
-            state.predict_length, -5, 3, min(5, schedule.predict_steps), max(50, schedule.predict_steps)
+            state.predict_length, -5, 3, min(_SHORTEST_PREDICT, predict), max(_LONGEST_PREDICT, predict)
         ),
     )

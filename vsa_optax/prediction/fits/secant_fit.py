@@ -28,8 +28,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))  # Products in f32 know an angle to about 1e-6.
-FORGET = 0.9
+# The smallest lies above the rounding of products in f32, which know the square of an angle to about 1e-6; steps of ten
+# are chosen by hand, as are the next two (benchmarks/constants.log has them moved).
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
+FORGET = 0.9  # Of the scores, a measurement: an average over about ten.
 _MOST_ERROR = 4.0  # Of one measurement in an average: a single step must not decide for long.
 
 
@@ -92,7 +94,7 @@ def errors(coefficients: jax.Array, gram: jax.Array, products: jax.Array, square
     return jnp.maximum(squared_norms - 2 * linear + quadratic, 0)
 
 
-def scored(scores: Scores, squared: jax.Array, squared_norms: jax.Array, forget: float = FORGET) -> Scores:
+def scored(scores: Scores, squared: jax.Array, squared_norms: jax.Array, forget: float) -> Scores:
     """The averages with one more measurement.
 
     Args:

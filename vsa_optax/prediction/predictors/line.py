@@ -178,7 +178,7 @@ class LinePredictor:
         reach = scalars.reach
         reached = gram * reach[:, None] * reach, products * reach
         theta = calibration.coefficients(state.sums)
-        sums, squared = calibration.measure(state.sums, theta, *reached, squared_norms)
+        sums, squared = calibration.measure(state.sums, theta, *reached, squared_norms, calibration.FORGET)
         # Nothing is recorded before the first.
         has_records = jnp.any(scalars.features != 0)
         sums = trees.tree_where(has_records, sums, state.sums)

@@ -220,7 +220,7 @@ class SecantPredictor:
         has_record = history.num_records > 0
         total = jnp.sum(squared_norms)
         is_measured = has_record & (total > 0) & jnp.isfinite(total) & jnp.all(jnp.isfinite(squared))
-        scores = secant_fit.scored(state.scores, squared, squared_norms)
+        scores = secant_fit.scored(state.scores, squared, squared_norms, secant_fit.FORGET)
         scores = trees.tree_where(is_measured, scores, state.scores)
         slot = history.num_records % self.history.length
         row = products.at[:, slot].set(missed)
