@@ -72,7 +72,7 @@ SECANT = "test_secant.py -k twin or products_kept or no_changes"
 
 MUTANTS = [
     Mutant("calibration.measure", "forget * sums.products + products", "sums.products + products", CALIBRATION),
-    Mutant("calibration._solve", "rest = rest - rows[i][j]", "rest = rest + rows[i][j]", CALIBRATION),
+    Mutant("calibration.solve", "rest = rest - rows[i][j]", "rest = rest + rows[i][j]", CALIBRATION),
     Mutant("calibration.coefficients", "+ RIDGE * scale * prior", "- RIDGE * scale * prior", CALIBRATION),
     Mutant(
         "window.WindowHistory.products",

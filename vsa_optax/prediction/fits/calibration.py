@@ -66,7 +66,7 @@ def coefficients(sums: Sums) -> jax.Array:
     matrix = sums.gram * inverse[:, :, None] * inverse[:, None, :] * (1 - unit) + (1 + RIDGE) * unit
     prior = jnp.zeros([num_features], jnp.float32).at[0].set(1)
     right = sums.products * inverse + RIDGE * scale * prior
-    solved = _solve(matrix, right) * inverse
+    solved = solve(matrix, right) * inverse
     is_measured = (sums.weight > 0)[:, None] & (scale[:, :1] > 0) & jnp.all(jnp.isfinite(solved), -1, keepdims=True)
     return jnp.where(is_measured, solved, prior)
 
@@ -117,7 +117,7 @@ def r_squared(error: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.where(weight > 0, 1 - error / jnp.where(weight > 0, weight, 1), 0)
 
 
-def _solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
+def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
     """``[L, K]``: elimination without pivots, for a matrix that is positive definite; a handful of fused scalars."""
     num = right.shape[-1]
     rows = [[matrix[:, i, j] for j in range(num)] + [right[:, i]] for i in range(num)]
