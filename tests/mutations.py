@@ -175,7 +175,7 @@ MUTANTS = [
         "kernels/test_lloyd_max.py -k twin or powers",
     ),
     Mutant(
-        "packing.digits_of", "quotients * 171 >> 9", "quotients * 170 >> 9", "kernels/test_packing.py -k every_byte"
+        "packing.digits_of", "quotients * 171 >> 9", "quotients * 170 >> 9", "kernels/test_packing.py -k every_number"
     ),
     Mutant(
         "packing.pack_digits", "[3 ** j for j in range(DIG", "[2 ** j for j in range(DIG", "test_trits.py -k inverts"
