@@ -42,33 +42,38 @@ class Mutant(NamedTuple):
     tests: str
 
 
-WLS = "test_wls.py test_predict.py -k fewer_than or vanishing or sum_to_one or variance or twin_over"
-NUMERICS = "test_wls.py -k finite or saturating or relative"
-TWIN = "test_predict.py -k twin_over"
-LINE = "test_predict.py -k move_on_a_line"
-WALK = "test_phases.py -k short_cycles or prolong or walk_equals"
-ADAPTIVE = "test_phases.py -k adaptive"
-LOSS = "test_phases.py -k adaptive or nonfinite_values"
-STEP = "test_predict.py -k leave_no_trace or own_nan or rate_of_step or inner_state_rests"
-BY_PHASE = "test_value_and_grad.py -k true_phases or predict or dtype or aux"
+WLS = (
+    "prediction/fits/test_line_fit.py prediction/predictors/test_line.py "
+    "-k fewer_than or vanishing or sum_to_one or variance or twin_over"
+)
+NUMERICS = "kernels/test_numerics.py -k finite or saturating or relative"
+TWIN = "prediction/predictors/test_line.py -k twin_over"
+LINE = "prediction/predictors/test_line.py -k move_on_a_line"
+WALK = "prediction/test_machine.py -k short_cycles or prolong or walk_equals"
+ADAPTIVE = "prediction/test_machine.py -k adaptive"
+LOSS = "prediction/test_machine.py -k adaptive or nonfinite_values"
+STEP = "prediction/test_update.py -k leave_no_trace or own_nan or rate_of_step or inner_state_rests"
+BY_PHASE = "prediction/test_value_and_grad.py -k true_phases or in_predict or predict_ or dtype or aux"
 VSA_BUNDLE = "test_vsa.py -k twin_in_any_order or weights or ties_are or nan_never"
 VSA_SIMILARITY = "test_vsa.py -k similarities or magnitude or with_nothing or precision or not_finite or exceeds"
-KERNEL_TWIN = "test_codec_kernels.py -k twin"
-TRIT_TWIN = "test_trit_codec.py -k twin"
-HYPERVECTOR_TWIN = "test_hypervector_codec.py -k twin"
-CODED = "test_coded_history.py -k decoded_records"
-SUM = "test_trit_sums.py -k twin or few_rows"
-ROUNDING = "test_trit_sums.py -k rounding"
-WINDOWS = "test_accumulate.py -k windows_are or left_out or leaves_out"
-OF_ERRORS = "test_errors.py"
-COLLECTIVE_TWIN = "test_collectives.py -k twin"
-COLLECTIVE_BUNDLES = "test_collectives.py -k summed"
-COLLECTIVE_NAN = "test_collectives.py -k nan"
+KERNEL_TWIN = "kernels/test_lloyd_max.py -k twin"
+TRIT_TWIN = "codecs/test_trit.py -k twin"
+HYPERVECTOR_TWIN = "codecs/test_hypervector.py -k twin"
+CODED = "prediction/predictors/test_window.py -k decoded_records"
+SUM = "accumulation/test_packed_rows.py -k twin or few_rows"
+ROUNDING = "kernels/test_uniform.py -k rounding"
+WINDOWS = "accumulation/test_multi_steps.py accumulation/test_microbatching.py -k windows_are or left_out or leaves_out"
+OF_ERRORS = "prediction/test_api.py"
+COLLECTIVE_TWIN = "compression/test_pmean.py -k twin"
+COLLECTIVE_BUNDLES = "compression/test_pmean.py -k summed"
+COLLECTIVE_NAN = "compression/test_pmean.py -k nan"
 COLLECTIVE_PHASES = "test_collective_phases.py -k any_phase or averaged_where"
 
-CALIBRATION = "test_calibration.py -k twin or products_kept or vanishes or ridge"
-GUARD = "test_guard.py -k twin or bounds"
-SECANT = "test_secant.py -k twin or products_kept or no_changes"
+CALIBRATION = "prediction/fits/test_calibration.py -k twin or products_kept or vanishes or ridge"
+GUARD = "prediction/test_guard.py -k twin or bounds"
+SECANT = (
+    "prediction/predictors/test_secant.py prediction/fits/test_secant_fit.py -k twin or products_kept or no_changes"
+)
 
 MUTANTS = [
     Mutant("calibration.measure", "forget * sums.products + products", "sums.products + products", CALIBRATION),
@@ -85,10 +90,14 @@ MUTANTS = [
     Mutant("guard.Guard._judged", "_FORGET * state.constant", "0 * state.constant", GUARD),
     Mutant("guard.Guard._judged", "jnp.minimum(reach, _GROWTH * distance)", "reach", GUARD),
     Mutant("guard.Guard._judged", "constant < _START * self.tolerance", "constant < self.tolerance", GUARD),
-    Mutant("guard.Guard.after", "jnp.where(is_measured, j, u)", "j", "test_guard.py -k not_finite"),
-    Mutant("guard.Guard._judged", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "test_guard.py -k sleeps"),
-    Mutant("guard.Guard.after", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "test_guard.py -k sleep"),
-    Mutant("update.switched", "is_recorded &= watches", "is_recorded |= watches", "test_guard.py -k asleep"),
+    Mutant("guard.Guard.after", "jnp.where(is_measured, j, u)", "j", "prediction/test_guard.py -k not_finite"),
+    Mutant(
+        "guard.Guard._judged", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "prediction/test_guard.py -k sleeps"
+    ),
+    Mutant(
+        "guard.Guard.after", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "prediction/test_guard.py -k sleep"
+    ),
+    Mutant("update.switched", "is_recorded &= watches", "is_recorded |= watches", "prediction/test_guard.py -k asleep"),
     Mutant("secant_fit.coefficients", "(1 + ridges) * unit", "(1 - ridges) * unit", SECANT),
     Mutant("secant_fit.errors", "- 2 * linear + quadratic", "- linear + quadratic", SECANT),
     Mutant("secant_fit.best", "jnp.argmin(scores", "jnp.argmax(scores", SECANT),
@@ -102,7 +111,10 @@ MUTANTS = [
     ),
     Mutant("secant.SecantHistory.record", "_difference(new, old), 0", "_difference(old, new), 0", SECANT),
     Mutant(
-        "secant.SecantPredictor.scalars", "jnp.where(is_known, products, 0)", "products", "test_secant.py -k far_from"
+        "secant.SecantPredictor.scalars",
+        "jnp.where(is_known, products, 0)",
+        "products",
+        "prediction/predictors/test_secant.py -k far_from",
     ),
     Mutant("secant.SecantPredictor.compare", "at[:, slot].set(missed)", "at[:, slot].set(-missed)", SECANT),
     Mutant("secant.SecantPredictor.compare", "tree.map(_difference, target", "tree.map(jnp.add, target", SECANT),
@@ -112,7 +124,7 @@ MUTANTS = [
     Mutant("numerics.relative_distance", "x * scale - y * scale", "x * scale + y * scale", NUMERICS),
     Mutant("numerics.relative_distance", "-power_of_two(largest)", "power_of_two(largest)", NUMERICS),
     Mutant("numerics.relative_distance", "is_defined = of_x > 0", "is_defined = of_x >= 0", NUMERICS),
-    Mutant("numerics.power_of_two", "maxexp - 8", "maxexp + 8", "test_kernel_edges.py -k relative"),
+    Mutant("numerics.power_of_two", "maxexp - 8", "maxexp + 8", "kernels/test_numerics.py -k relative"),
     Mutant("vsa.random_hypervectors", "-1, 2, jnp.int32", "-1, 1, jnp.int32", "test_vsa.py -k random"),
     Mutant("vsa._product", "    return x * y", "    return x + y", "test_vsa.py -k bind or broadcast"),
     Mutant("vsa.unbind", 'key=_inverse(_real("key", key))', 'key=_real("key", key)', "test_vsa.py -k inverse_of_any"),
@@ -129,37 +141,42 @@ MUTANTS = [
     Mutant("vsa._cosine", "jnp.clip(_dot(x, y) / norms, -1, 1)", "_dot(x, y) / norms", VSA_SIMILARITY),
     Mutant("vsa._scaled", "-numerics.power_of_two", "numerics.power_of_two", VSA_SIMILARITY),
     Mutant("vsa.cleanup", "jnp.argmax(similarity", "jnp.argmin(similarity", "test_vsa.py -k cleanup"),
-    Mutant("rotation.hadamard_matrix", "[matrix, -matrix]", "[matrix, matrix]", "test_codec_kernels.py -k hadamard"),
+    Mutant("rotation.hadamard_matrix", "[matrix, -matrix]", "[matrix, matrix]", "kernels/test_rotation.py -k hadamard"),
     Mutant(
         "rotation.walsh_hadamard",
         "np.float32(math.sqrt(factor))",
         "np.float32(factor)",
-        "test_codec_kernels.py -k hadamard",
+        "kernels/test_rotation.py -k hadamard",
     ),
-    Mutant("rotation.walsh_hadamard", "-1, 1)", "-1, -1)", "test_codec_kernels.py -k hadamard"),
+    Mutant("rotation.walsh_hadamard", "-1, 1)", "-1, -1)", "kernels/test_rotation.py -k hadamard"),
     Mutant(
-        "signs.sign_bits", "words[..., None] << jnp", "words[..., None] >> jnp", "test_codec_kernels.py -k neighbours"
+        "signs.sign_bits", "words[..., None] << jnp", "words[..., None] >> jnp", "kernels/test_signs.py -k neighbours"
     ),
-    Mutant("lloyd_max._POSITIVE_LEVELS", "0.443639", "0.443939", "test_codec_kernels.py -k lloyds"),
+    Mutant("lloyd_max._POSITIVE_LEVELS", "0.443639", "0.443939", "kernels/test_lloyd_max.py -k lloyds"),
     Mutant("lloyd_max.quantize", "alignment / jnp.mean(chosen ** 2, axis=-1)", "alignment", KERNEL_TWIN),
     Mutant("lloyd_max.quantize", "1.0 / alignment if", "1.0 / jnp.mean(chosen ** 2, axis=-1) if", KERNEL_TWIN),
     Mutant("lloyd_max.quantize", "(table[1:] + table[:-1]) / 2", "table[:-1]", KERNEL_TWIN),
     Mutant(
-        "lloyd_max.round_stochastically", "random_bits >> 16", "random_bits >> 17", "test_codec_kernels.py -k rounding"
+        "lloyd_max.round_stochastically",
+        "random_bits >> 16",
+        "random_bits >> 17",
+        "kernels/test_lloyd_max.py -k rounding",
     ),
     Mutant(
         "lloyd_max.quantize",
         "jnp.where(is_usable, scales, jnp.nan)",
         "jnp.where(is_usable, scales, 0.0)",
-        "test_codec_kernels.py -k not_finite",
+        "kernels/test_lloyd_max.py -k not_finite",
     ),
     Mutant(
         "lloyd_max.quantize",
         "numerics.power_of_two(peak)",
         "0 * numerics.power_of_two(peak)",
-        "test_codec_kernels.py -k twin or powers",
+        "kernels/test_lloyd_max.py -k twin or powers",
     ),
-    Mutant("packing.digits_of", "quotients * 171 >> 9", "quotients * 170 >> 9", "test_trits.py -k every_byte"),
+    Mutant(
+        "packing.digits_of", "quotients * 171 >> 9", "quotients * 170 >> 9", "kernels/test_packing.py -k every_number"
+    ),
     Mutant(
         "packing.pack_digits", "[3 ** j for j in range(DIG", "[2 ** j for j in range(DIG", "test_trits.py -k inverts"
     ),
@@ -167,24 +184,26 @@ MUTANTS = [
         "blocks.SMALLEST_BLOCK",
         "SMALLEST_BLOCK = 32",
         "SMALLEST_BLOCK = 16",
-        "test_codec_kernels.py -k are_cut or least_cost",
+        "kernels/test_blocks.py -k are_cut or least_cost",
     ),
-    Mutant("blocks._tail", "return min(whole,", "return max(whole,", "test_codec_kernels.py -k least_cost"),
-    Mutant("blocks._bits", "8 * width // 5 + 16", "8 * width // 5", "test_codec_kernels.py -k least_cost"),
-    Mutant("blocks.cut", "start += num * width", "start += width", "test_codec_kernels.py -k inverts_cut"),
+    Mutant("blocks._tail", "return min(whole,", "return max(whole,", "kernels/test_blocks.py -k least_cost"),
+    Mutant("blocks._bits", "8 * width // 5 + 16", "8 * width // 5", "kernels/test_blocks.py -k least_cost"),
+    Mutant("blocks.cut", "start += num * width", "start += width", "kernels/test_blocks.py -k inverts_cut"),
     Mutant(
         "rotation.rotate_back",
         "for of_round in reversed(words)",
         "for of_round in words[::1]",
-        "test_codec_kernels.py -k rotations",
+        "kernels/test_rotation.py -k rotations",
     ),
-    Mutant("trit_blocks.decode_sum", "total + shares[i]", "total - shares[i]", "test_trit_codec.py -k sum_of_payloads"),
+    Mutant(
+        "trit_blocks.decode_sum", "total + shares[i]", "total - shares[i]", "codecs/test_trit.py -k sum_of_payloads"
+    ),
     Mutant("trit_blocks.decode_sum", "return largest * rotation", "return rotation", TRIT_TWIN),
     Mutant(
         "trit_blocks.random_words",
         "fold_in(key, 2 * i + turn)",
         "fold_in(key, turn)",
-        "test_codec_kernels.py -k words_of_its_own",
+        "kernels/test_trit_blocks.py -k words_of_its_own",
     ),
     Mutant(
         "trit_blocks.encode",
@@ -203,14 +222,14 @@ MUTANTS = [
         "codec.as_reals",
         "jnp.stack([array.real, array.imag])",
         "jnp.stack([array.imag, array.real])",
-        "test_trit_codec.py -k structure",
+        "codecs/test_trit.py -k structure",
     ),
-    Mutant("codec.as_decoded", "jnp.clip(leaf, -largest, largest)", "leaf", "test_trit_codec.py -k range_of_a_half"),
+    Mutant("codec.as_decoded", "jnp.clip(leaf, -largest, largest)", "leaf", "codecs/test_trit.py -k range_of_a_half"),
     Mutant(
         "codec._on_every_device",
         "jax.lax.with_sharding_constraint(array, PartitionSpec())",
         "array",
-        "test_sharding.py -k steps-split",
+        "test_sharding.py -k coded_is_whole and steps-split",
     ),
     Mutant(
         "ternary_sum.TernarySum.takes",
@@ -226,67 +245,67 @@ MUTANTS = [
         "hypervector.HypervectorCodec._unbind",
         "jnp.maximum(num_met, 1)",
         "num_met",
-        "test_hypervector_codec.py -k without_coordinates",
+        "codecs/test_hypervector.py -k without_coordinates",
     ),
     Mutant(
         "hypervector.HypervectorCodec._dimension",
         "* size, 6)",
         "* size, 15)",
-        "test_hypervector_codec.py -k noise_in_its_digits",
+        "codecs/test_hypervector.py -k noise_in_its_digits",
     ),
     Mutant(
         "hypervector.HypervectorCodec._keys",
         "0, max(size, 1))",
         "0, 1)",
-        "test_hypervector_codec.py -k table or follow",
+        "codecs/test_hypervector.py -k table or follow",
     ),
     Mutant(
         "hypervector.HypervectorCodec._dimension",
         "math.ceil(share)",
         "math.floor(share)",
-        "test_hypervector_codec.py -k ratio_sets",
+        "codecs/test_hypervector.py -k ratio_sets",
     ),
     Mutant(
         "hypervector.HypervectorCodec._unbind",
         "jnp.where(jnp.all(jnp.isfinite(bundle)), bundle, jnp.nan)",
         "bundle",
-        "test_hypervector_codec.py -k everything",
+        "codecs/test_hypervector.py -k everything",
     ),
     Mutant(
         "hypervector.HypervectorPayload.__sub__",
         "self + -other",
         "self + other",
-        "test_hypervector_codec.py -k vectors",
+        "codecs/test_hypervector.py -k vectors",
     ),
     Mutant(
         "gradients.compress_gradients",
         "x - s.astype(x.dtype)",
         "x + s.astype(x.dtype)",
-        "test_compress.py -k stays_behind",
+        "compression/test_gradients.py -k stays_behind",
     ),
     Mutant(
         "gradients.compress_gradients",
         "jnp.asarray(g, e.dtype) + e",
         "jnp.asarray(g, e.dtype)",
-        "test_compress.py -k stays_behind",
+        "compression/test_gradients.py -k stays_behind",
     ),
     Mutant(
         "gradients.compress_gradients",
         "tree_where(is_finite, lost, state.residual)",
         "lost",
-        "test_compress.py -k not_finite",
+        "compression/test_gradients.py -k not_finite",
     ),
     Mutant(
         "gradients.compress_gradients",
         "encode(pending, state.step)",
         "encode(pending, 0)",
-        "test_compress.py -k without_feedback",
+        "compression/test_gradients.py -k without_feedback",
     ),
     Mutant(
         "gradients.compress_gradients",
         "jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32),",
         "*[jnp.zeros([], jnp.int32)] * 2,",
-        "test_compress.py -k donation",
+        "compression/test_gradients.py -k donation",
     ),
     Mutant("exchange._from_bytes", "start += size * width", "start += size", COLLECTIVE_TWIN),
     Mutant("exchange._ShardLayout.join", "start += self.sizes[i]", "start += 1", COLLECTIVE_TWIN),
@@ -319,7 +338,12 @@ MUTANTS = [
         "jax.tree.unflatten(treedef, lost)",
         COLLECTIVE_NAN,
     ),
-    Mutant("pmean._alike", "varying_axes(leaf) - set(axes)", "frozenset()", "test_collectives.py -k another_mesh_axis"),
+    Mutant(
+        "pmean._alike",
+        "varying_axes(leaf) - set(axes)",
+        "frozenset()",
+        "compression/test_pmean.py -k another_mesh_axis",
+    ),
     Mutant("pmean.state_specs", "PartitionSpec(axis_name), node", "PartitionSpec(), node", COLLECTIVE_TWIN),
     Mutant("mesh.all_devices_agree", "lax.pmin(flag", "lax.pmax(flag", COLLECTIVE_PHASES),
     Mutant("mesh.mean_over", "lax.pmean(x,", "lax.psum(x,", COLLECTIVE_PHASES),
@@ -339,7 +363,10 @@ MUTANTS = [
         CODED,
     ),
     Mutant(
-        "window.CodedWindowHistory.record", "numerics.saturating_cast(x, s.dtype)", "x", "test_coded_history.py -k half"
+        "window.CodedWindowHistory.record",
+        "numerics.saturating_cast(x, s.dtype)",
+        "x",
+        "prediction/predictors/test_window.py -k half",
     ),
     Mutant(
         "line.LinePredictor.predict",
@@ -351,7 +378,7 @@ MUTANTS = [
         "line.LinePredictor._compare_with",
         "lambda x: numerics.saturating_cast(x, x.dtype), coded",
         "lambda x: x, coded",
-        "test_coded_history.py -k stays_finite",
+        "prediction/predictors/test_window.py -k stays_finite",
     ),
     Mutant("trits._LLOYD_MAX_CUT", ") / 2", ") / 1.8", "test_trits.py -k twin"),
     Mutant("trits.quantize_deterministic", "mean * peak", "mean", "test_trits.py -k twin"),
@@ -364,7 +391,9 @@ MUTANTS = [
     Mutant("line_fit.line_weights", "share * (ages - mean) / jnp", "share * (mean - ages) / jnp", WLS),
     Mutant("line_fit.line_weights", "has_slope = spread > 0", "has_slope = spread >= 0", WLS),
     Mutant("line_fit.line_weights", "(jnp.arange(ages.size) == newest)", "(jnp.arange(ages.size) != newest)", WLS),
-    Mutant("line_fit.line_weights", "& (weights > 0)", "& (weights >= 0)", "test_kernel_edges.py -k no_records"),
+    Mutant(
+        "line_fit.line_weights", "& (weights > 0)", "& (weights >= 0)", "prediction/fits/test_line_fit.py -k no_records"
+    ),
     Mutant("numerics.linear_combination", "total + coefficient.astype", "total - coefficient.astype", WLS),
     Mutant("line_fit.forget_and_add", "kept + 1.0", "kept - 1.0", WLS),
     Mutant("line_fit.forget_and_add", "lag + elapsed", "lag - elapsed", WLS),
@@ -390,15 +419,19 @@ MUTANTS = [
         "recursive.RecursiveHistory._mean_first",
         "self.decay >= 0.5",
         "self.decay >= 0.0",
-        "test_wls.py -k vanishing or lstsq_at",
+        "prediction/fits/test_line_fit.py -k vanishing or lstsq_at",
     ),
     Mutant("machine.advance", "is_finite | (phase != Phase.WARMUP)", "is_finite | (phase == Phase.WARMUP)", WALK),
     Mutant("machine._following", "% schedule.correct_every == 0", "% schedule.correct_every != 0", WALK),
     Mutant("machine._following", "& (phase != Phase.CORRECT)", "& (phase == Phase.CORRECT)", WALK),
     Mutant("machine._following", "done >= predict_length", "done > predict_length", WALK),
     Mutant("machine._following", "done >= full_length", "done > full_length", WALK),
-    Mutant("machine.advance", "state.cycles + (was_leap", "state.cycles - (was_leap", "test_kernel_edges.py -k cycle"),
-    Mutant("machine.advance", "was_leap & starts_full", "was_leap | starts_full", "test_kernel_edges.py -k cycle"),
+    Mutant(
+        "machine.advance", "state.cycles + (was_leap", "state.cycles - (was_leap", "prediction/test_machine.py -k cycle"
+    ),
+    Mutant(
+        "machine.advance", "was_leap & starts_full", "was_leap | starts_full", "prediction/test_machine.py -k cycle"
+    ),
     Mutant("machine.advance", "state.nonfinite_count + ~is_finite", "state.nonfinite_count + is_finite", WALK),
     Mutant("machine._adapt", "last - first > schedule", "last + first > schedule", ADAPTIVE),
     Mutant("machine._adapt", "first - last > _BETTER", "first - last > -_BETTER", ADAPTIVE),
@@ -432,7 +465,10 @@ MUTANTS = [
     Mutant("stats.phase_stats", "total - machine.predict_steps", "total + machine.predict_steps", WALK),
     Mutant("stats.needs_backward", "opt_state).phase != Phase", "opt_state).phase == Phase", LINE),
     Mutant(
-        "stats.find_machine", "len(found) != 1", "len(found) > 1", "test_value_and_grad.py test_nesting.py -k machine"
+        "stats.find_machine",
+        "len(found) != 1",
+        "len(found) > 1",
+        "prediction/test_value_and_grad.py test_nesting.py -k machine",
     ),
     Mutant(
         "value_and_grad.value_and_grad_by_phase",

@@ -1,6 +1,7 @@
 """The mutants fit the source; run at length, every one of them is noticed."""
 
 import ast
+import functools
 import pathlib
 import subprocess
 import sys
@@ -9,14 +10,34 @@ import mutations
 import pytest
 
 
+@functools.cache
+def names_of_tests(file):
+    text = (mutations.ROOT / "tests" / file).read_text()
+    return [
+        node.name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+
+
 @pytest.mark.parametrize("mutant", mutations.MUTANTS, ids=range(len(mutations.MUTANTS)))
 def test_mutants_fit_the_source(mutant):
     text = mutations.mutated(mutant)
     file = mutations.PACKAGE / mutations.file_of(mutant.place)
     assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(file.read_text()))
     compile(text, str(file), "exec")
-    files, _, _ = mutant.tests.partition(" -k ")
-    assert all((mutations.ROOT / "tests" / name).is_file() for name in files.split())
+
+
+@pytest.mark.parametrize("tests", dict.fromkeys(mutant.tests for mutant in mutations.MUTANTS))
+def test_the_tests_beside_a_mutant_exist(tests):
+    """Each file has a test of such a name, and each alternative of ``-k`` is in the name of some test."""
+    files, _, chosen = tests.partition(" -k ")
+    names = {file: names_of_tests(file) for file in files.split()}
+    alternatives = [words.split(" and ") for words in chosen.split(" or ")]
+    for file, of_file in names.items():
+        assert any(word in name for words in alternatives for word in words for name in of_file), file
+    for words in alternatives:
+        assert any(word in name for word in words for of_file in names.values() for name in of_file), words
 
 
 def test_no_mutant_is_listed_twice():

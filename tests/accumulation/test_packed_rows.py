@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vsa_optax.accumulation import packed_rows
-from vsa_optax.kernels import lloyd_max, uniform
+from vsa_optax.kernels import lloyd_max
 
 CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
@@ -127,25 +127,6 @@ def test_rows_hold_every_coordinate_and_not_twice_as_many(size, block_size):
     assert whole.size <= size
     assert last.size < 2 * (size - whole.size) or last.width <= 32
     assert last.width <= block_size
-
-
-@pytest.mark.parametrize("trits", [1, 2, 3])
-def test_stochastic_rounding_is_right_on_average(trits):
-    y = jnp.concatenate([vectors(1, 48)[0], jnp.zeros(16)])
-    keys = jax.random.split(jax.random.key(2), 4000)
-    numbers, scales = jax.jit(jax.vmap(lambda key: uniform.quantize_stochastically(y, trits, key)), **CHEAP)(keys)
-    decoded = np.asarray(scales, np.float64)[:, None] * np.asarray(uniform.decode(numbers, trits), np.float64)
-    standard_error = decoded.std(axis=0) / np.sqrt(len(keys))
-    assert np.all(abs(decoded.mean(axis=0) - np.asarray(y)) <= 4.5 * standard_error + 1e-6)
-    assert np.all(decoded[:, 48:] == 0)
-    assert np.abs(decoded).max() >= float(jnp.abs(y).max())
-
-
-def test_stochastic_rounding_lies_between_neighbouring_levels():
-    y = vectors(1, 256)[0]
-    numbers, scale = uniform.quantize_stochastically(y, 2, jax.random.key(0))
-    decoded = np.float32(scale) * np.asarray(uniform.decode(numbers, 2))
-    assert np.abs(decoded - np.asarray(y)).max() <= float(scale) / 4
 
 
 @pytest.mark.parametrize("rounding_key", [None, 0], ids=["nearest", "stochastic"])

@@ -1,4 +1,4 @@
-"""Numbers at which code that is nearly right goes wrong."""
+"""Among others, numbers at which code that is nearly right goes wrong."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,45 @@ import numpy as np
 import pytest
 
 from vsa_optax.kernels import numerics
-from vsa_optax.prediction import machine
-from vsa_optax.prediction.fits import line_fit
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64])
+def test_is_finite(bad, dtype):
+    x = jnp.ones((3, 5), dtype)
+    assert numerics.is_finite(x)
+    assert not numerics.is_finite(x.at[1, 2].set(bad))
+    assert numerics.is_finite(jnp.zeros((0, 3), dtype))
+
+
+def test_saturating_cast():
+    x = jnp.array([1e30, -1e30, jnp.inf, -jnp.inf, jnp.nan, 1.5])
+    np.testing.assert_array_equal(
+        numerics.saturating_cast(x, jnp.float16), np.array([65504, -65504, 65504, -65504, 0, 1.5], np.float16)
+    )
+    z = numerics.saturating_cast(jax.lax.complex(jnp.float32(jnp.inf), jnp.float32(-2)), jnp.complex64)
+    assert z == np.complex64(complex(np.finfo(np.float32).max, -2))
+
+
+@pytest.mark.parametrize("scale", [1e-34, 1e-30, 1.0, 1e30, 1e38])
+def test_relative_distance_at_any_magnitude(scale):
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(2, 40)).astype(np.float32) * 0.3
+    expected = np.linalg.norm(x - y) / np.linalg.norm(x)
+    scaled = [jnp.asarray(v * np.float32(scale)) for v in (x, y)]
+    distance, is_defined = numerics.relative_distance([scaled[0][:7], scaled[0][7:]], [scaled[1][:7], scaled[1][7:]])
+    assert is_defined
+    np.testing.assert_allclose(distance, expected, rtol=2e-5)
+
+
+def test_relative_distance_from_zero_is_not_defined():
+    distance, is_defined = numerics.relative_distance([jnp.zeros(3)], [jnp.ones(3)])
+    assert not is_defined
+    assert distance == 0.0
+    assert not numerics.relative_distance([], [])[1]
+    distance, is_defined = numerics.relative_distance([jnp.float32(1e-30)], [jnp.float32(1e30)])
+    assert is_defined
+    assert np.isfinite(distance)
 
 
 @pytest.mark.parametrize("magnitude", [1.5e-38, 3e38])
@@ -45,20 +82,3 @@ def test_saturating_cast_between_any_two_dtypes(source, target):
     np.testing.assert_array_equal(np.sign(out[:4]), [1, -1, 1, -1])
     if largest >= top:
         np.testing.assert_array_equal(out[:4], [top, -top, top, -top])
-
-
-def test_no_records_have_no_coefficients():
-    for coefficients in line_fit.line_weights(jnp.zeros(4), jnp.zeros(4), jnp.int32(2))[:2]:
-        np.testing.assert_array_equal(coefficients, np.zeros(4))
-
-
-def test_a_cycle_is_counted_when_its_predict_phase_ends():
-    """WW, then FPPC over and over: nothing is counted for the warm-up, nor before the correction is done."""
-    schedule = machine.PhaseSchedule(2, 1, 2, 2, adaptive=False, loss_threshold=0.1)
-
-    def step(state, _):
-        state = machine.advance(schedule, None, state, is_finite=jnp.array(True), value=None)
-        return state, state.cycles
-
-    _, cycles = jax.lax.scan(step, machine.init(schedule), None, length=15)
-    assert cycles.tolist() == [0, 0, *[0, 0, 0, 1], *[1, 1, 1, 2], *[2, 2, 2, 3], 3]

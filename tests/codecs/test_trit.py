@@ -433,8 +433,8 @@ def test_numpy_settings_are_welcome_and_the_bounds_valid():
     codec = TritCodec(np.int64(2), block_size=np.int32(128), seed=np.uint8(1))
     assert codec == TritCodec(2, block_size=128, seed=1)
     assert codec.nbytes(jnp.ones(140)) == 4 + 2 * 32 + 2 * 2
-    TritCodec(1, block_size=2, seed=0)
-    TritCodec(3, block_size=65536, seed=2**31 - 1)
+    assert TritCodec(1, block_size=2, seed=0).nbytes(jnp.ones(4)) == 4 + 1 + 2 * 2
+    assert TritCodec(3, block_size=65536, seed=2**31 - 1).nbytes(jnp.ones(65536)) == 4 + 3 * 13108 + 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         codec.trits = 1
 

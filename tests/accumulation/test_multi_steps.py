@@ -1,7 +1,6 @@
 """Accumulation in trits: the windows of optax.MultiSteps, a mean within its documented error, and what it holds."""
 
 import functools
-import warnings
 
 import blind
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from samples import LARGE, noise, relative_error
 
 import vsa_optax
 from vsa_optax import accumulate_ternary, ternary_accumulator, ternary_multi_steps
@@ -20,19 +20,8 @@ except ImportError:  # JAX before 0.8.
 
 P = jax.sharding.PartitionSpec
 CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
-SIZE = 4096
-# Blocks of one width only, which compiles in half the time.
-LARGE = 12 * 5 * 1024
 # Relative squared error of the mean of 2, 8 and 32 gradients of pure noise, as documented.
 DOCUMENTED = {1: (0.095, 0.40, 0.70), 2: (0.014, 0.085, 0.29), 3: (0.00174, 0.0117, 0.049)}
-
-# The same where the last one is quantised too.
-DOCUMENTED_IN_A_CARRY = {1: (0.26, 0.48), 2: (0.041, 0.107), 3: (0.0052, 0.015)}
-MEAN = optax.microbatching.AccumulationType.MEAN
-
-
-def noise(num, shape=(SIZE,), seed=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), (num, *shape)).astype(dtype)
 
 
 @functools.cache
@@ -51,23 +40,6 @@ def emitted(opt, gradients, state=None):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *all_updates), state
 
 
-def through_a_carry(accumulator, gradients):
-    num = len(jax.tree.leaves(gradients)[0])
-    one = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape[1:], g.dtype), gradients)
-
-    def run(gradients):
-        def grow(i, carry):
-            return accumulator.update(carry, jax.tree.map(lambda g: g[i], gradients), i)
-
-        return accumulator.finalize(jax.lax.fori_loop(0, num, grow, accumulator.init(one)))
-
-    return jax.jit(run, **CHEAP)(gradients)
-
-
-def relative_error(x, y):
-    return float(jnp.sum((x - y) ** 2) / jnp.sum(y**2))
-
-
 @pytest.mark.parametrize("trits", [1, 2, 3])
 def test_the_mean_is_within_the_documented_error(trits):
     lengths = (2, 8, 32)
@@ -77,16 +49,6 @@ def test_the_mean_is_within_the_documented_error(trits):
     for k, end, documented in zip(lengths, ends, DOCUMENTED[trits], strict=True):
         error = relative_error(updates[end - 1], gradients[end - k : end].mean(axis=0))
         assert error == pytest.approx(documented, rel=0.04), k
-
-
-@pytest.mark.parametrize("trits", [1, 2, 3])
-@pytest.mark.parametrize("column", [0, 1])
-def test_the_accumulator_for_micro_batches_is_within_its_documented_error(trits, column):
-    k = (2, 8)[column]
-    gradients = noise(k, (LARGE,))
-    mean = through_a_carry(ternary_accumulator(k, trits=trits), gradients)
-    error = relative_error(mean, gradients.mean(axis=0))
-    assert error == pytest.approx(DOCUMENTED_IN_A_CARRY[trits][column], rel=0.05)
 
 
 def test_gradients_that_agree_lose_less():
@@ -272,34 +234,6 @@ def test_updates_leave_in_the_dtype_that_the_inner_optimizer_emits():
     np.testing.assert_allclose(updates, expected, rtol=0.05)
 
 
-def test_an_accumulator_in_optax_microbatching():
-    def loss(params, batch):
-        return jnp.mean((batch @ params["w"] + params["b"] - 1.0) ** 2)
-
-    batch = jax.random.normal(jax.random.key(0), (24, 2048))
-    params = {"w": jnp.zeros(2048), "b": jnp.zeros([])}
-    both = (MEAN, ternary_accumulator(6, trits=3))
-    in_pieces = optax.microbatching.microbatch(jax.value_and_grad(loss), 1, 4, both)
-    value, grads = jax.jit(in_pieces, **CHEAP)(params, batch)
-    expected_value, expected = jax.value_and_grad(loss)(params, batch)
-    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
-    np.testing.assert_allclose(grads["b"], expected["b"], rtol=1e-5)
-    assert relative_error(grads["w"], expected["w"]) < 0.02
-    total = optax.microbatching.microbatch(jax.grad(loss), 1, 4, ternary_accumulator(6, trits=3, use_grad_mean=False))
-    np.testing.assert_allclose(jax.jit(total, **CHEAP)(params, batch)["w"], 6 * grads["w"], rtol=1e-5)
-
-
-def test_an_accumulator_leaves_out_what_is_not_finite():
-    gradients = noise(4, (2048,))
-    spoiled = gradients.at[1, 5].set(jnp.nan)
-    accumulator = ternary_accumulator(4, trits=3)
-    mean = through_a_carry(accumulator, spoiled)
-    others = jnp.stack([gradients[0], gradients[2], gradients[3]]).mean(axis=0)
-    assert relative_error(mean, others) < 0.02
-    assert np.isnan(through_a_carry(accumulator, jnp.full((4, 2048), jnp.nan))).all()
-    np.testing.assert_allclose(accumulator.aggregate(gradients), gradients.mean(axis=0), rtol=1e-5, atol=1e-6)
-
-
 def test_the_middle_of_a_window_survives_a_checkpoint(tmp_path):
     checkpoint = pytest.importorskip("vsa_optax.checkpoint")
     gradients = noise(6)
@@ -387,14 +321,3 @@ def test_other_mistakes_are_named():
         opt.has_updated(())
     with pytest.raises(TypeError, match="int32"):
         accumulate_ternary(2).init(jnp.ones(3, jnp.int32))
-
-
-def test_many_micro_batches_in_one_trit_are_warned_of():
-    with pytest.warns(UserWarning, match="33 micro-batches in one trit"):
-        accumulate_ternary(33, trits=1)
-    with pytest.warns(UserWarning, match="40 micro-batches in one trit"):
-        ternary_accumulator(40, trits=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        accumulate_ternary(32, trits=1)
-        accumulate_ternary(100, trits=2)

@@ -160,3 +160,15 @@ def test_adaptive_needs_the_loss():
     opt = blind.predict_gradients(adaptive=True)
     with pytest.raises(ValueError, match=r"adaptive=True needs the loss.*value=None"):
         opt.update(jnp.ones(2), opt.init(jnp.zeros(2)))
+
+
+def test_a_cycle_is_counted_when_its_predict_phase_ends():
+    """WW, then FPPC over and over: nothing is counted for the warm-up, nor before the correction is done."""
+    schedule = machine.PhaseSchedule(2, 1, 2, 2, adaptive=False, loss_threshold=0.1)
+
+    def step(state, _):
+        state = machine.advance(schedule, None, state, is_finite=jnp.array(True), value=None)
+        return state, state.cycles
+
+    _, cycles = jax.lax.scan(step, machine.init(schedule), None, length=15)
+    assert cycles.tolist() == [0, 0, *[0, 0, 0, 1], *[1, 1, 1, 2], *[2, 2, 2, 3], 3]

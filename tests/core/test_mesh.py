@@ -1,0 +1,56 @@
+"""What devices are asked; how they decide together is in ``test_collective_phases.py``."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from vsa_optax.core import mesh
+
+if hasattr(jax, "shard_map"):
+    shard_map, CHECK = jax.shard_map, "check_vma"
+else:
+    from jax.experimental.shard_map import shard_map
+
+    CHECK = "check_rep"
+
+DATA = frozenset(["data"])
+
+
+def test_outside_shard_map_there_are_no_axes():
+    with pytest.raises(ValueError, match=r"axis_name must name axes of the jax\.shard_map .* got \('data',\)"):
+        mesh.axis_size(("data",))
+    assert not mesh.is_mapped(("data",))
+    assert not mesh.varying_axes({"a": jnp.ones(3), "b": 1.0})
+    x = jnp.array([1.0, np.nan])
+    assert mesh.as_varying(x, frozenset()) is x
+    assert mesh.mean_over(x, frozenset()) is x
+    assert not mesh.all_finite_over(frozenset())({"x": x})
+
+
+def test_axes_are_found_wherever_they_are_in_a_state():
+    assert mesh.axes_in({"count": jnp.int32(0)}) == frozenset()
+    state = (jnp.ones(2), {"a": mesh.MeshAxes(("data",)), "b": [mesh.MeshAxes(("x", "data")), None]})
+    assert mesh.axes_in(state) == {"data", "x"}
+    assert len(jax.tree.leaves(state)) == 1
+
+
+def test_devices_agree_on_a_flag_and_a_mean():
+    num = 4
+
+    def decide(flags, values):
+        assert mesh.is_mapped(("data",))
+        assert mesh.axis_size(("data",)) == num
+        finite = mesh.all_finite_over(DATA)({"x": values})
+        return mesh.all_devices_agree(flags[0], DATA), mesh.mean_over(values[0], DATA), finite
+
+    devices = Mesh(np.array(jax.devices()[:num]), ("data",))
+    run = jax.jit(shard_map(decide, mesh=devices, in_specs=(P("data"), P("data")), out_specs=P(), **{CHECK: True}))
+    values = np.float32([1.0, 2.0, 4.0, 9.0])
+    assert [float(x) for x in run(np.full(num, True), values)] == [1.0, 4.0, 1.0]
+    for device in range(num):
+        agreed, _, finite = run(np.arange(num) != device, np.where(np.arange(num) == device, np.nan, values))
+        assert not agreed
+        assert not finite

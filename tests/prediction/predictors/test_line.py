@@ -1,0 +1,116 @@
+import blind
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from samples import PARAMS, flat_of, gradient_stream, relative, tree_of
+
+import vsa_optax
+from vsa_optax.prediction.machine import Phase
+
+SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2)
+
+
+@pytest.mark.parametrize("history", ["window", "recursive"])
+@pytest.mark.parametrize("has_residual", [True, False])
+@pytest.mark.parametrize("skip_rate", [0.0, 0.3])
+def test_predictions_equal_the_twin_over_a_hundred_steps(history, has_residual, skip_rate):
+    opt = blind.predict_gradients(
+        history=history,
+        residual=has_residual,
+        history_window=5,
+        history_decay=0.9,
+        residual_decay=0.8,
+        **SHORT,
+    )
+    window = 5 if history == "window" else None
+    twin = reference.Predictor(window=window, decay=0.9, residual_decay=0.8, has_residual=has_residual)
+    update = jax.jit(opt.update)
+    state, predicted = opt.init(PARAMS), 0
+    for step, gradient in enumerate(gradient_stream(100, skip_rate=skip_rate)):
+        phase = Phase(int(state.machine.phase))
+        emitted, state = update(tree_of(gradient), state)
+        if phase == Phase.PREDICT:
+            predicted += 1
+            assert relative(flat_of(emitted), twin.predict(step)) < 1e-5
+        elif np.isfinite(gradient).all():
+            np.testing.assert_array_equal(flat_of(emitted), gradient)
+            if phase == Phase.CORRECT:
+                twin.correct(step, gradient)
+            twin.record(step, gradient)
+        else:
+            np.testing.assert_array_equal(flat_of(emitted), 0.0)
+    stats = vsa_optax.phase_stats(state)
+    assert predicted == stats.predict_steps > 30
+    np.testing.assert_allclose(stats.mean_prediction_error, np.mean(twin.errors), rtol=1e-4)
+    np.testing.assert_allclose(stats.last_prediction_error, twin.errors[-1], rtol=1e-4)
+    if has_residual:
+        assert relative(flat_of(state.residual), twin.residual) < 1e-4
+
+
+@pytest.mark.parametrize("history", ["window", "recursive"])
+def test_exact_on_gradients_that_move_on_a_line(history):
+    opt = blind.predict_gradients(history=history, **SHORT)
+    start, slope = gradient_stream(2, seed=3)
+    state = opt.init(PARAMS)
+    update = jax.jit(opt.update)
+    for step in range(60):
+        is_true = bool(vsa_optax.needs_backward(state))
+        gradient = start + slope * step
+        emitted, state = update(tree_of(gradient if is_true else np.full_like(gradient, np.nan)), state)
+        assert relative(flat_of(emitted), gradient) < 1e-5
+    assert vsa_optax.phase_stats(state).mean_prediction_error < 1e-5
+    assert vsa_optax.phase_stats(state).nonfinite_count == 0  # what enters in PREDICT is not looked at
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("history", ["window", "recursive"])
+def test_predictions_beyond_the_dtype_saturate(dtype, history):
+    top = float(jnp.finfo(dtype).max)
+    opt = blind.predict_gradients(history=history, warmup_steps=4, full_steps=1, predict_steps=9, correct_every=3)
+    state = opt.init(jnp.zeros(2, dtype))
+    for step in range(14):
+        gradient = jnp.asarray([(-1.0) ** step * top, top * step / 14], dtype)
+        emitted, state = opt.update(gradient, state)
+        assert emitted.dtype == dtype
+        assert np.isfinite(emitted.astype(jnp.float32)).all()
+        assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(state))
+
+
+def test_history_dtype_and_half_precision_parameters():
+    params = {"w": jnp.ones((4, 3), jnp.bfloat16), "b": jnp.ones(2)}
+    opt = blind.phase_switched(optax.adamw(1.0), learning_rate=1e-2, **SHORT)
+    state = opt.init(params)
+    assert state.history.records["w"].dtype == state.residual["w"].dtype == jnp.bfloat16
+    narrow = blind.phase_switched(optax.adamw(1.0), history_dtype="bfloat16", **SHORT).init(params)
+    assert narrow.history.records["b"].dtype == jnp.bfloat16
+    update = jax.jit(opt.update)
+    for _ in range(20):
+        emitted, new = update(params, state, params)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+        assert emitted["w"].dtype == jnp.bfloat16
+        state = new
+    assert vsa_optax.phase_stats(state).predict_steps > 0
+
+
+def test_complex_leaves_are_predicted():
+    opt = blind.predict_gradients(warmup_steps=2, full_steps=1, predict_steps=3)
+    state = opt.init(jnp.zeros(2, jnp.complex64))
+    for step in range(6):
+        gradient = jnp.array([1.0 + 2.0j, -1.0j]) * step
+        emitted, state = opt.update(gradient if step < 3 else jnp.zeros_like(gradient), state)
+        np.testing.assert_allclose(emitted, gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_double_precision_is_kept():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        opt = blind.predict_gradients(warmup_steps=2, full_steps=1, predict_steps=3)
+        state = opt.init(jnp.zeros(2, jnp.float64))
+        for step in range(6):
+            gradient = jnp.array([1.0, 1e-12], jnp.float64) + jnp.array([0.0, 1.0], jnp.float64) * step
+            emitted, state = opt.update(gradient if step < 3 else jnp.zeros_like(gradient), state)
+            assert emitted.dtype == jnp.float64
+            np.testing.assert_allclose(emitted, gradient, rtol=1e-6)
+        assert state.machine.phase.dtype == jnp.int32

@@ -1,0 +1,48 @@
+"""Random numbers, trees and streams of gradients that several test files draw, and distances between them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+SHAPES = {"b": (), "w": (3, 4), "empty": (0, 3), "deep": (1, 2, 1, 2, 1)}
+SIZES = [int(np.prod(SHAPES[k])) for k in sorted(SHAPES)]
+# A gradient of this size is summed in blocks of one width only, which compiles in half the time.
+LARGE = 12 * 5 * 1024
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def noise(num, shape=(4096,), seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), (num, *shape)).astype(dtype)
+
+
+def tree_of(flat):
+    pieces = np.split(np.asarray(flat, np.float32), np.cumsum(SIZES)[:-1])
+    return {k: jnp.asarray(p.reshape(SHAPES[k])) for k, p in zip(sorted(SHAPES), pieces, strict=True)}
+
+
+def flat_of(tree):
+    return np.concatenate([np.ravel(np.asarray(tree[k])) for k in sorted(SHAPES)])
+
+
+def gradient_stream(steps, seed=0, skip_rate=0.0):
+    """A drifting, noisy gradient; where ``skip_rate`` says so, not finite, which varies the spacing of the records."""
+    rng = np.random.default_rng(seed)
+    d = sum(SIZES)
+    drift = rng.normal(size=d) + 0.05 * np.arange(steps)[:, None] * rng.normal(size=d)
+    stream = (drift + 0.1 * rng.normal(size=(steps, d))).astype(np.float32)
+    stream[rng.random(steps) < skip_rate, 0] = np.nan
+    return stream
+
+
+def relative(actual, expected):
+    return np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected)
+
+
+def relative_error(x, y):
+    return float(jnp.sum((x - y) ** 2) / jnp.sum(y**2))
+
+
+PARAMS = tree_of(np.zeros(sum(SIZES)))
