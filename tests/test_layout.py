@@ -24,6 +24,7 @@ TESTED_IN = {
     "checkpoint_leaves.py": "test_checkpoint.py",
     "checkpoint_manifest.py": "test_checkpoint.py",
     "compression/exchange.py": "compression/test_pmean.py",
+    "core/types.py": "test_typing.py",
     "prediction/predictors/factory.py": "prediction/test_api.py",
     "prediction/step.py": "prediction/test_update.py",
 }
