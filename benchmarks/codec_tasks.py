@@ -50,7 +50,7 @@ def shuffled(seed, steps, size, batch_size):
 @functools.cache
 def digits(batch_size):
     """The demo's network; loss over its whole training set at the end. A batch is a list of images' numbers."""
-    task = demo._make_task(0)
+    task = demo.Task(*demo.load_digits(), *demo.make_network(0))
     images, labels = (jnp.asarray(x) for x in task.train)
     size = len(labels)
 
@@ -63,7 +63,7 @@ def digits(batch_size):
     return Task(
         f"digits MLP: {num:,} parameters, {size} images, batch {batch_size}; final loss over all of them",
         rates=(3e-3, 1e-2, 3e-2),
-        init=lambda seed: demo._make_task(seed).params,
+        init=lambda seed: demo.make_network(seed)[0],
         batches=batches,
         loss=lambda params, chosen: task.loss(params, images[chosen], labels[chosen]),
         final=lambda params: task.loss(params, images, labels),
