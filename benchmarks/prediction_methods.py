@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import vsa_optax
-from vsa_optax import presets
+from vsa_optax.prediction import presets
 
 WARMUP = 10
 
