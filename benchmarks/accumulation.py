@@ -301,7 +301,7 @@ MODES = {"fidelity": fidelity, "training": training}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modes", nargs="*", choices=MODES, help="default: both")
+    parser.add_argument("modes", nargs="*", choices=[*MODES, "all"], default="all")
     parser.add_argument("--seeds", type=int, help="instead of their own")
     parser.add_argument("--updates", type=int, help="in training, instead of its own")
     parser.add_argument("--case", default="", help='in training, only what contains this: "characters, K = 32"')

@@ -180,7 +180,7 @@ MODES = {"memory": memory, "speed": speed}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modes", nargs="*", choices=MODES, help="default: both")
+    parser.add_argument("modes", nargs="*", choices=[*MODES, "all"], default="all")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[4], help="in memory")
     parser.add_argument("--rounds", type=int, default=40, help="in speed")
     options = parser.parse_args()

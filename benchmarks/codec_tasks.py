@@ -134,9 +134,9 @@ def in_processes(function, jobs):
 
 
 def run_parts(parts, chosen, options):
-    """``part(options)`` for each part whose name is chosen, for all if none is, and how long it took."""
+    """``part(options)`` for each part whose name is in the list, for all with ``"all"``, and how long it took."""
     for name, part in parts.items():
-        if not chosen or name in chosen:
+        if "all" in chosen or name in chosen:
             began = time.perf_counter()
             part(options)
             print(f"\n{name}: {time.perf_counter() - began:.0f} s in all\n", flush=True)

@@ -308,10 +308,10 @@ TASKS = {"bytes": count_bytes, "nmse": errors, "links": links}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, help="default: all")
+    parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
     parser.add_argument("--seeds", type=int, help="in nmse, instead of 5")
     options = parser.parse_args()
-    tasks.run_parts(TASKS, options.task, options)
+    tasks.run_parts(TASKS, [options.task], options)
 
 
 if __name__ == "__main__":

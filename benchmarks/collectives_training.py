@@ -128,7 +128,7 @@ def main():
     parser.add_argument("--rates", nargs="+", type=float, default=(1e-3, 3e-3, 1e-2))
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="only these, and f32")
     options = parser.parse_args()
-    tasks.run_parts({"training": training}, None, options)
+    tasks.run_parts({"training": training}, "all", options)
 
 
 if __name__ == "__main__":
