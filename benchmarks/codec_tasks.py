@@ -6,6 +6,7 @@ import importlib.metadata
 import multiprocessing
 import os
 import platform
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import optax
 from vsa_optax import demo
 
 BLOCK = 1024  # Of the codecs; smaller leaves are not coded.
+TRITS = (1, 2, 3)
 
 
 class Task(NamedTuple):
@@ -50,7 +52,7 @@ def shuffled(seed, steps, size, batch_size):
 @functools.cache
 def digits(batch_size):
     """The demo's network; loss over its whole training set at the end. A batch is a list of images' numbers."""
-    task = demo._make_task(0)
+    task = demo.Task(*demo.load_digits(), *demo.make_network(0))
     images, labels = (jnp.asarray(x) for x in task.train)
     size = len(labels)
 
@@ -63,7 +65,7 @@ def digits(batch_size):
     return Task(
         f"digits MLP: {num:,} parameters, {size} images, batch {batch_size}; final loss over all of them",
         rates=(3e-3, 1e-2, 3e-2),
-        init=lambda seed: demo._make_task(seed).params,
+        init=lambda seed: demo.make_network(seed)[0],
         batches=batches,
         loss=lambda params, chosen: task.loss(params, images[chosen], labels[chosen]),
         final=lambda params: task.loss(params, images, labels),
@@ -112,6 +114,12 @@ def leaf_names(tree):
     return [path.removesuffix("/value") for path in paths]
 
 
+def bits(state, like):
+    """Of a state, for each parameter of the tree ``like``."""
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return 8 * nbytes / optax.tree.size(like)
+
+
 def in_processes(function, jobs):
     """``function(*job)`` for each job, in processes of one thread, one a core; yields results in the jobs' order.
 
@@ -123,6 +131,15 @@ def in_processes(function, jobs):
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         for future in [pool.submit(function, *job) for job in jobs]:
             yield future.result()
+
+
+def run_parts(parts, chosen, options):
+    """``part(options)`` for each part whose name is in the list, for all with ``"all"``, and how long it took."""
+    for name, part in parts.items():
+        if "all" in chosen or name in chosen:
+            began = time.perf_counter()
+            part(options)
+            print(f"\n{name}: {time.perf_counter() - began:.0f} s in all\n", flush=True)
 
 
 def print_header(*lines):
@@ -142,10 +159,21 @@ def print_row(widths, cells):
     print(text.rstrip(), flush=True)
 
 
+def in_trits(number):
+    """A name for a table."""
+    return f"{number} trit{'s' * (number > 1)}"
+
+
 def spread(values, form="{:.4g}"):
     """Mean [smallest, largest]."""
     mean, low, high = (form.format(x) for x in (np.mean(values), np.min(values), np.max(values)))
     return f"{mean} [{low}, {high}]"
+
+
+def quartiles(values):
+    """Median [quartiles]."""
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def verdict(is_met):

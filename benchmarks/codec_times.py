@@ -17,7 +17,7 @@ import time
 
 import jax
 import numpy as np
-from codec_tasks import print_header, print_row, verdict
+from codec_tasks import print_header, print_row, quartiles, verdict
 
 from vsa_optax import HypervectorCodec, TritCodec
 
@@ -37,11 +37,6 @@ def milliseconds(calls, rounds):
             if turn:
                 taken[name].append(1e3 * (time.perf_counter() - begin))
     return taken
-
-
-def quartiles(values):
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def calls_of(codec, x):

@@ -1,10 +1,7 @@
-"""Averaging gradients over eight devices: bytes sent, error of the mean, training, and when it pays.
+"""Averaging gradients over eight devices: bytes sent, error of the mean, and when it pays.
 
-Run `python benchmarks/collectives.py | tee benchmarks/collectives.log`; training takes most of the time, and can
-use as many cores as there are. `--task` runs one part.
-
-The devices are XLA's host devices, eight in a process, inside `jax.shard_map`. Replication is checked for all but
-top-k, whose all-gather is not known to give the same everywhere.
+Run `python benchmarks/collectives.py | tee benchmarks/collectives.log`, and for the rest of that log
+`collectives_training.py`. `--task` runs one part. How the devices are made is in `averaging_methods.py`.
 
 What a device sends is counted twice: by formula from shapes alone, and from the HLO of a step, by the results of its
 collectives. An all-reduce of S bytes takes 2 (n - 1) / n S; an all-to-all or all-gather whose result has S bytes takes
@@ -13,16 +10,9 @@ collectives. An all-reduce of S bytes takes 2 (n - 1) / n S; an all-to-all or al
 
 import argparse
 import collections
-import functools
 import math
-import os
 import pathlib
 import re
-import time
-
-# XLA reads the flag when JAX first looks for devices, here and in the processes to come.
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}".strip()
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import codec_tasks as tasks
 import collective_rivals as rivals
@@ -30,24 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from averaging_methods import BATCH, METHODS, NUM, ROWS, averaging, is_checked, on_devices
 from codec_tasks import print_row, spread, verdict
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import vsa_optax
-from vsa_optax import HypervectorCodec, TritCodec
+from vsa_optax import TritCodec
 
 HERE = pathlib.Path(__file__).parent
-NUM = 8
-BATCH = 16  # Of all devices together.
-ROWS = PartitionSpec("data")
-# Name: codec, and whether with error feedback.
-OURS = {
-    "two trits": (TritCodec(2), False),
-    "two trits, unbiased": (TritCodec(2, unbiased=True), False),
-    "one trit": (TritCodec(1), False),
-    "one trit, error feedback": (TritCodec(1), True),
-    "HypervectorCodec(0.1)": (HypervectorCodec(0.1), False),
-}
 # Whose mean's error is compared with what theory says.
 CODECS = {
     "two trits": TritCodec(2),
@@ -55,13 +35,6 @@ CODECS = {
     "one trit": TritCodec(1),
     "one trit, unbiased": TritCodec(1, unbiased=True),
 }
-RIVALS = {
-    "f32 pmean": lambda: rivals.pmean("data"),
-    "bf16 pmean": lambda: rivals.pmean("data", jnp.bfloat16),
-    "PowerSGD, rank 4, error feedback": lambda: rivals.power_sgd("data", rank=4),
-    "top 1 %, error feedback": lambda: rivals.top_k("data", share=0.01),
-}
-METHODS = [*RIVALS, *OURS]
 MOST_BYTES = {"two trits": 0.102, "one trit": 0.052}
 # Result bytes -> sent bytes, times (n - 1) / n.
 COLLECTIVES = {"all-reduce": 2, "all-to-all": 1, "all-gather": 1}
@@ -77,53 +50,7 @@ LINKS = {
 }
 
 
-def mesh():
-    return Mesh(np.array(jax.devices()), ("data",))
-
-
-def on_devices(function, in_specs, out_specs, checked=True):
-    return jax.jit(
-        jax.shard_map(function, mesh=mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=checked),
-    )
-
-
-@functools.cache
-def averaging(name):
-    """How to average, whoever wrote it: a `collective_rivals.Rival`, whose specs are a function of the parameters."""
-    if name in RIVALS:
-        rival = RIVALS[name]()
-        return rival._replace(specs=lambda params: rival.specs)
-    codec, error_feedback = OURS[name]
-    opt = vsa_optax.compressed_pmean("data", codec, error_feedback=error_feedback)
-    return rivals.Rival(
-        opt,
-        lambda params: vsa_optax.state_specs(jax.eval_shape(opt.init, params), "data"),
-        lambda shapes, num: sent_by_codec(codec, shapes, num),
-    )
-
-
-def is_checked(name):
-    return not name.startswith("top")
-
-
 # ---- bytes
-
-
-def sent_by_codec(codec, shapes, num):
-    """The rows of all leaves in bytes, with a flag each, cross in the all-to-all, and again in the all-gather."""
-    if isinstance(codec, HypervectorCodec):
-        return rivals.all_reduced(codec.nbytes(shapes) - 4, num)  # The step is known to all.
-    sizes = [leaf.size for leaf in jax.tree.leaves(shapes)]
-    alone = [size for size in sizes if size >= num * codec.block_size]
-    together = sum(sizes) - sum(alone)
-    widths = [-(-size // num) for size in (*alone, together) if size]
-
-    def row_bytes(width):
-        coded = codec.nbytes(jax.ShapeDtypeStruct((max(width, codec.block_size),), jnp.float32)) - 4
-        return coded if width >= codec.block_size else min(coded, 4 * width)
-
-    row = sum(row_bytes(width) for width in widths) + 4 + 1  # The step, and whether the row is finite.
-    return 2 * rivals.gathered(num * row, num)
 
 
 def sent_by_hlo(text):
@@ -314,114 +241,6 @@ def errors(options):
             print(flush=True)
 
 
-# ---- training
-
-
-@functools.cache
-def trainer(name, steps):
-    """``rate, params, batches -> final loss``, compiled once a process."""
-    task, method = tasks.characters(), averaging(name)
-    shapes = jax.eval_shape(lambda: task.init(0))
-
-    def adam(rate):
-        return optax.adam(optax.cosine_decay_schedule(rate, steps))
-
-    specs = (method.specs(shapes), PartitionSpec())
-
-    def train(rate, params, state, batches):
-        opt = optax.chain(method.opt, adam(rate))
-
-        def step(carry, batch):
-            params, state = carry
-            # The device's own gradient: of parameters that all devices share it would be the sum over them.
-            own = jax.lax.pcast(params, "data", to="varying") if is_checked(name) else params
-            updates, state = opt.update(jax.grad(task.loss)(own, batch), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, state), batches[0])[0][0]
-
-    everywhere = PartitionSpec()
-    init = on_devices(optax.chain(method.opt, adam(1.0)).init, everywhere, specs, is_checked(name))
-    train = on_devices(train, (everywhere, everywhere, specs, ROWS), everywhere, is_checked(name))
-    final = jax.jit(task.final)
-
-    def run(rate, seed):
-        params = task.init(seed)
-        windows = task.batches(seed, steps * BATCH // 8).reshape(steps, NUM, BATCH // NUM, -1)
-        return float(final(train(rate, params, init(params), np.swapaxes(windows, 0, 1))))
-
-    return run
-
-
-def final_loss(name, seed, rate, steps):
-    return trainer(name, steps)(rate, seed)
-
-
-def training(options):
-    seeds, steps, rates = options.seeds or 5, options.steps, options.rates
-    names = [name for name in METHODS if options.methods is None or name in options.methods or name == "f32 pmean"]
-    shapes = jax.eval_shape(lambda: tasks.characters().init(0))
-    tasks.print_header(
-        f"TRAINING: the final loss with Adam behind the averaged gradient, {NUM} devices",
-        tasks.characters(BATCH).description.replace("batch", f"{BATCH // NUM} windows a device, batch"),
-        f"{steps} steps, cosine schedule; processes of {NUM} host devices, one a core; n = {seeds} seeds",
-        "difference: to f32 with the same seed, mean [min, max]; sd: of f32 over the seeds; bytes: sent by each device",
-    )
-    # What takes longest first.
-    jobs = [(name, seed, rate, steps) for name in reversed(names) for rate in rates for seed in range(seeds)]
-    found = dict(zip(jobs, tasks.in_processes(final_loss, jobs), strict=True))
-    losses = {
-        name: np.array([[found[name, seed, rate, steps] for rate in rates] for seed in range(seeds)]) for name in names
-    }  # [seeds, rates]
-    sent = {name: averaging(name).sent(shapes, NUM) for name in names}
-    best = {name: int(np.argmin(values.mean(axis=0))) for name, values in losses.items()}
-    reference = best["f32 pmean"]
-
-    print_losses(
-        f"At the rate that is best for f32, {rates[reference]:g}", rates, losses, sent, dict.fromkeys(names, reference)
-    )
-    print_losses("Each at its own best rate", rates, losses, sent, best)
-    print("Mean final loss at each rate")
-    widths = [34, *[10] * len(rates)]
-    print_row(widths, ["", *(f"{rate:g}" for rate in rates)])
-    for name in names:
-        print_row(widths, [name, *(f"{value:.5f}" for value in losses[name].mean(axis=0))])
-    print()
-    print_against_peers(losses, sent, reference, best)
-
-
-def print_losses(title, rates, losses, sent, at):
-    """A row for each method, at the rate whose number ``at`` holds."""
-    plain = losses["f32 pmean"][:, at["f32 pmean"]]
-    print(title)
-    widths = [34, 12, 8, 20, 36, 8, 44]
-    print_row(widths, ["", "bytes", "rate", "final loss ± sd", "difference", "in sd", ""])
-    for name in losses:
-        values = losses[name][:, at[name]]
-        deviations = (values - plain).mean() / plain.std(ddof=1)
-        row = [name, f"{sent[name]:,.0f}", f"{rates[at[name]]:g}"]
-        row += [f"{values.mean():.5f} ± {values.std(ddof=1):.5f}"]
-        row += ["", ""] if name == "f32 pmean" else [spread(values - plain, "{:+.5f}"), f"{deviations:+.2f}"]
-        target = {"two trits": "target", "one trit, error feedback": "stretch"}.get(name)
-        row += [f"{target}: at most +1, {verdict(deviations <= 1)}" if target else ""]
-        print_row(widths, row)
-    print(flush=True)
-
-
-def print_against_peers(losses, sent, reference, best):
-    """Targets that compare with others than f32."""
-    if {"bf16 pmean", "two trits"} <= losses.keys():
-        plain, values = (losses[name][:, reference] for name in ("bf16 pmean", "two trits"))
-        deviations = (values - plain).mean() / plain.std(ddof=1)
-        print(
-            f"target, two trits against bf16, in bf16's sd: at most +1: {deviations:+.2f}, {verdict(deviations <= 1)}"
-        )
-    mean = {name: values[:, best[name]].mean() for name, values in losses.items()}
-    for peer in [name for name in losses if name in RIVALS and name != "f32 pmean"]:
-        better = [n for n in losses if n in OURS and mean[n] < mean[peer] and sent[n] < sent[peer]]
-        print(f"stretch, lower loss at fewer bytes than {peer}: {', '.join(better) or 'none'}: {verdict(bool(better))}")
-
-
 # ---- when it pays
 
 
@@ -484,22 +303,15 @@ def links(options):
         print(flush=True)
 
 
-TASKS = {"bytes": count_bytes, "nmse": errors, "links": links, "training": training}
+TASKS = {"bytes": count_bytes, "nmse": errors, "links": links}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=TASKS, help="default: all")
-    parser.add_argument("--seeds", type=int, help="in nmse and training, instead of 5")
-    parser.add_argument("--steps", type=int, default=200, help="in training")
-    parser.add_argument("--rates", nargs="+", type=float, default=(1e-3, 3e-3, 1e-2), help="in training")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="in training, only these, and f32")
+    parser.add_argument("--task", choices=[*TASKS, "all"], default="all")
+    parser.add_argument("--seeds", type=int, help="in nmse, instead of 5")
     options = parser.parse_args()
-    for name, task in TASKS.items():
-        if options.task in (None, name):
-            began = time.perf_counter()
-            task(options)
-            print(f"\n{name}: {time.perf_counter() - began:.0f} s in all\n", flush=True)
+    tasks.run_parts(TASKS, [options.task], options)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,8 @@ STEPS = 300
 SEEDS = 5
 
 
-def trainer(make, steps, *, by_phase):
+def trainer(loss, make, steps, *, by_phase):
     """``rate, params, images, labels -> loss over the whole set after so many full-batch steps, backward passes``."""
-    loss = demo._make_task(0).loss
 
     @jax.jit
     def train(rate, params, images, labels):
@@ -64,7 +63,9 @@ def main():
     print(f"machine: {platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}; {versions}")
     print(f"digits, full batch, cosine schedule over each run's steps; n = {SEEDS} seeds; rates {RATES}")
     print("final training loss: geometric mean over seeds [smallest, largest]; best: smallest mean over the rates\n")
-    tasks = [demo._make_task(seed) for seed in range(SEEDS)]
+    task = demo.Task(*demo.load_digits(), *demo.make_network(0))
+    images, labels = map(jnp.asarray, task.train)
+    weights = [demo.make_network(seed)[0] for seed in range(SEEDS)]
     blind = dict(calibrate=False, guard=False)
     methods = {
         "plain AdamW": (plain(STEPS), STEPS, False),
@@ -78,9 +79,9 @@ def main():
     }
     print(f"{'':30s} backward  at 1e-3                         backward  at its best rate")
     for name, (make, steps, by_phase) in methods.items():
-        losses, passes, train = {}, {}, trainer(make, steps, by_phase=by_phase)
+        losses, passes, train = {}, {}, trainer(task.loss, make, steps, by_phase=by_phase)
         for rate in RATES:
-            runs = np.array([train(rate, task.params, *map(jnp.asarray, task.train)) for task in tasks], np.float64)
+            runs = np.array([train(rate, params, images, labels) for params in weights], np.float64)
             losses[rate], passes[rate] = runs[:, 0], runs[:, 1].mean()
         means = {rate: np.exp(np.log(values).mean()) for rate, values in losses.items()}
         best = min(means, key=means.get)

@@ -47,7 +47,7 @@ class Network(nn.Module):
 def digits_cnn(batch_size=64):
     """Images and batches are those of `codec_tasks.digits`, and so is what its final loss is of."""
     network, mlp = Network(), codec_tasks.digits(batch_size)
-    images, labels = (jnp.asarray(x) for x in demo._make_task(0).train)
+    images, labels = (jnp.asarray(x) for x in demo.load_digits()[0])
 
     def init(seed):
         return network.init(jax.random.key(seed), images[:1])["params"]

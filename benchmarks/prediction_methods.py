@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 import vsa_optax
-from vsa_optax import presets
+from vsa_optax.prediction import presets
 
 WARMUP = 10
+RECIPE = 0.25  # Of the rate that is best for plain Adam: where recipes usually are.
 
 
 class Method(NamedTuple):

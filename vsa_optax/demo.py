@@ -96,6 +96,31 @@ class Run(NamedTuple):
     state_bytes: int
 
 
+def load_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """``Task.train`` and ``Task.test``, the same split at every call."""
+    from sklearn import datasets
+    from sklearn.model_selection import train_test_split
+
+    images, labels = datasets.load_digits(return_X_y=True)
+    split: Any = train_test_split(images, labels, train_size=_TRAIN_SIZE, random_state=0, stratify=labels)
+    mean, deviation = split[0].mean(axis=0), split[0].std(axis=0) + 1e-3
+    images = [((x - mean) / deviation).astype(np.float32) for x in split[:2]]
+    train, test = zip(images, [y.astype(np.int32) for y in split[2:]], strict=True)
+    return train, test
+
+
+def make_network(seed: int) -> tuple[Any, Callable[[Any, Any], jax.Array]]:
+    """``Task.params``, by the seed, and ``Task.logits``: two hidden layers of 128."""
+    from flax import nnx
+
+    rngs = nnx.Rngs(seed)
+    layers: list[Any] = [nnx.Linear(64, 128, rngs=rngs), nnx.relu, nnx.Linear(128, 128, rngs=rngs), nnx.relu]
+    layers.append(nnx.Linear(128, 10, rngs=rngs))
+    parts: Any = nnx.split(nnx.Sequential(*layers), nnx.Param, ...)
+    graphdef, params, rest = parts
+    return params, lambda params, images: nnx.merge(graphdef, params, rest)(images)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo.
 
@@ -203,21 +228,7 @@ def _repeat(
 
 def _make_task(seed: int) -> Task:
     """The same split of the digits for every seed; initial weights by the seed."""
-    from flax import nnx
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    split: Any = train_test_split(images, labels, train_size=_TRAIN_SIZE, random_state=0, stratify=labels)
-    mean, deviation = split[0].mean(axis=0), split[0].std(axis=0) + 1e-3
-    images = [((x - mean) / deviation).astype(np.float32) for x in split[:2]]
-    train, test = zip(images, [y.astype(np.int32) for y in split[2:]], strict=True)
-    rngs = nnx.Rngs(seed)
-    layers: list[Any] = [nnx.Linear(64, 128, rngs=rngs), nnx.relu, nnx.Linear(128, 128, rngs=rngs), nnx.relu]
-    layers.append(nnx.Linear(128, 10, rngs=rngs))
-    parts: Any = nnx.split(nnx.Sequential(*layers), nnx.Param, ...)
-    graphdef, params, rest = parts
-    return Task(train, test, params, lambda params, images: nnx.merge(graphdef, params, rest)(images))
+    return Task(*load_digits(), *make_network(seed))
 
 
 def _batches(task: Task, options: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
