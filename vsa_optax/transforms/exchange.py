@@ -12,7 +12,6 @@ a step of its own, hence random keys of its own: the errors of n devices average
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,12 +21,11 @@ from jax import lax
 
 from vsa_optax.codecs.codec import Codec, LeafSpec, as_decoded, as_reals, from_reals
 from vsa_optax.codecs.hypervector import HypervectorCodec
+from vsa_optax.core import versions
 from vsa_optax.kernels import byte_rows
 from vsa_optax.kernels.shard_rows import RowLayout
 from vsa_optax.transforms.finite import all_finite
 from vsa_optax.transforms.replicated import axis_size, varying_axes
-
-_CAN_GATHER_REPLICATED = "to" in inspect.signature(lax.all_gather).parameters
 
 Vectors = list[jax.Array]
 
@@ -147,16 +145,8 @@ def _layout_for(codec: Codec, sizes: Sequence[int], num: int) -> RowLayout:
 
 
 def _all_gather(row: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """``[n, m]``: the rows ``[m] uint8`` of all devices, known as the same on all of them if ``shard_map`` checks that.
-
-    A JAX whose gather cannot promise that adds up rows that are zero but for one, which takes twice the bytes.
-    """
-    if not varying_axes(row):
-        return lax.all_gather(row, axes)
-    if _CAN_GATHER_REPLICATED:
-        return lax.all_gather(row, axes, to="invarying")
-    rows = jnp.zeros((axis_size(axes), row.size), row.dtype)
-    return lax.psum(_put(rows, lax.axis_index(axes), row), axes)
+    """``[n, m]``: the rows ``[m] uint8`` of all devices, known as the same on all if ``shard_map`` checks that."""
+    return versions.all_gather_invarying(row, axes) if varying_axes(row) else lax.all_gather(row, axes)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
