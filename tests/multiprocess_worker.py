@@ -5,7 +5,6 @@ and what the devices of this process hold when it saves and in the end.
 """
 
 import hashlib
-import inspect
 import os
 import sys
 import traceback
@@ -20,11 +19,6 @@ from jax.sharding import PartitionSpec as P
 import vsa_optax
 from vsa_optax import checkpoint
 
-try:
-    from jax import shard_map
-except ImportError:  # The oldest JAX.
-    from jax.experimental.shard_map import shard_map
-
 SETTINGS = dict(
     learning_rate=0.02, warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, guard=False, calibrate=False
 )
@@ -37,10 +31,7 @@ def connect(process, port):
     """Joins the run; nobody listens but on the loopback interface."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     address = f"127.0.0.1:{port}"
-    # The oldest JAX knows neither of the last two.
     limits = dict(initialization_timeout=60, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=20)
-    known = inspect.signature(jax.distributed.initialize).parameters
-    limits = {name: seconds for name, seconds in limits.items() if name in known}
     jax.distributed.initialize(address, 2, process, coordinator_bind_address=address, **limits)
 
 
@@ -52,13 +43,6 @@ def loss(params, x):
 def make_params():
     rng = np.random.default_rng(0)
     return {name: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
-
-
-def vary(tree):
-    """As different on each device: else JAX would sum up the gradients itself."""
-    if hasattr(jax.lax, "pcast"):
-        return jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), tree)
-    return jax.tree.map(lambda x: jax.lax.pvary(x, "data"), tree)
 
 
 def make_optimizer():
@@ -73,7 +57,7 @@ def specs_of_state():
 
 def first_state(mesh):
     params = jax.jit(make_params, out_shardings=NamedSharding(mesh, P()))()
-    init = shard_map(make_optimizer().init, mesh=mesh, in_specs=P(), out_specs=specs_of_state())
+    init = jax.shard_map(make_optimizer().init, mesh=mesh, in_specs=P(), out_specs=specs_of_state())
     return params, jax.jit(init)(params)
 
 
@@ -81,15 +65,12 @@ def make_step(mesh):
     opt, specs = make_optimizer(), specs_of_state()
 
     def step(params, opt_state, x):
-        def total(own_params):
-            # Its gradient on a device is that of its own loss, which JAX 0.6.0 cannot differentiate by itself.
-            return jax.lax.psum(loss(own_params, x), "data")
-
-        value, grads = vsa_optax.value_and_grad_by_phase(total)(vary(params), state=opt_state)
+        own = jax.lax.pcast(params, "data", to="varying")  # Else JAX would sum up the gradients itself.
+        value, grads = vsa_optax.value_and_grad_by_phase(loss)(own, x, state=opt_state)
         updates, opt_state = opt.update(grads, opt_state, params, value=value)
         return optax.apply_updates(params, updates), opt_state
 
-    return jax.jit(shard_map(step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs)), **CHEAP)
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs)), **CHEAP)
 
 
 def train(folder, steps, save_at):

@@ -25,27 +25,18 @@ from vsa_optax import (
 )
 from vsa_optax.core.mesh import as_varying
 
-if hasattr(jax, "shard_map"):
-    shard_map, CHECK = jax.shard_map, "check_vma"
-else:
-    from jax.experimental.shard_map import shard_map
-
-    CHECK = "check_rep"
-
 CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
 NUM = 4
 MESH = Mesh(np.array(jax.devices()[:NUM]), ("data",))
 DATA = frozenset(["data"])
 LENGTHS = dict(warmup_steps=3, full_steps=2, predict_steps=5, correct_every=3)
 FIXED = dict(history="window", predict_in="update", guard=False, **LENGTHS)
-# JAX 0.6.0 cannot differentiate a loss that varies over devices while it checks replication.
-checks = [True, False] if CHECK == "check_vma" else [False]
-every_check = pytest.mark.parametrize("is_checked", checks, ids=["checked", "unchecked"][-len(checks) :])
+every_check = pytest.mark.parametrize("is_checked", [True, False], ids=["checked", "unchecked"])
 
 
 def mapped(function, in_specs, out_specs, is_checked=True):
     return jax.jit(
-        shard_map(function, mesh=MESH, in_specs=in_specs, out_specs=out_specs, **{CHECK: is_checked}), **CHEAP
+        jax.shard_map(function, mesh=MESH, in_specs=in_specs, out_specs=out_specs, check_vma=is_checked), **CHEAP
     )
 
 
@@ -144,7 +135,7 @@ def test_one_devices_loss_does_not_split_the_phases(is_checked):
 
 
 def test_the_guard_decides_for_all():
-    _, state, phases = run(checks[0], batches(40), history="window", predict_in="update", **LENGTHS)
+    _, state, phases = run(True, batches(40), history="window", predict_in="update", **LENGTHS)
     assert phases[:4] == "WWWF"
     assert phase_stats(state).guard.constant > 0
     assert state.inner_state[0].step == 40 - phases.count("P")
@@ -182,7 +173,7 @@ def test_the_loss_is_averaged_where_it_differs(is_checked):
 
 
 def test_without_predictions_a_nan_is_counted_on_all():
-    state, step = program(checks[0], predict_steps=0, history="window")
+    state, step = program(True, predict_steps=0, history="window")
     data = batches(3)
     data[1, 2, 40] = np.nan
     params = jnp.zeros(40)

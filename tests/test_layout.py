@@ -25,6 +25,7 @@ TESTED_IN = {
     "checkpoint_manifest.py": "test_checkpoint.py",
     "compression/exchange.py": "compression/test_pmean.py",
     "core/types.py": "test_typing.py",
+    "core/versions.py": "core/test_mesh.py",
     "prediction/predictors/factory.py": "prediction/test_api.py",
     "prediction/step.py": "prediction/test_update.py",
 }

@@ -211,7 +211,7 @@ def test_anything_finite_or_not_at_length(number, stream):
 @settings(max_examples=40)
 @given(number=st.integers(1000, 1007), stream=streams())
 def test_anything_in_double_precision(number, stream):
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with jax.enable_x64(True):
         check_trial(number, stream, is_double=True)
 
 

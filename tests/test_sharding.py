@@ -21,11 +21,6 @@ from jax.sharding import PartitionSpec as P
 import vsa_optax
 from vsa_optax.accumulation.ternary_sum import make_ternary_sum
 
-try:
-    from jax import shard_map
-except ImportError:  # The oldest JAX.
-    from jax.experimental.shard_map import shard_map
-
 STEPS = 20
 SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, history_window=5, guard=False)
 SHAPES = {"w": (24, 120), "b": (120,), "v": (120, 32)}
@@ -35,7 +30,6 @@ CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
 CODEC = vsa_optax.TritCodec()
 CODED = [SHAPES["w"], SHAPES["v"]]  # The leaves of at least a block.
 SENT = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
-use_mesh = getattr(jax, "set_mesh", None) or jax.sharding.use_mesh
 
 
 def phase_switched(**kwargs):
@@ -106,7 +100,7 @@ def run(opt, layout, *, has_phases, in_context):
     """Parameters and state after `STEPS` steps, the first state, and the compiled program that made all of them."""
     mesh = mesh_of_all()
     step = make_step(optax.with_extra_args_support(opt), has_phases)
-    with use_mesh(mesh) if in_context else contextlib.nullcontext():
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
         params = place(make_params(), mesh, LAYOUTS[layout])
         batch = place(make_batch(), mesh, P("data"))
         first = opt.init(params)
@@ -217,7 +211,7 @@ def test_what_is_coded_is_whole_on_every_device(case, layout, plain):
 def test_a_gradient_is_looked_at_for_nans_where_it_lies():
     """At every micro-batch, before it is known whether anything has to be gathered."""
     mesh, total = mesh_of_all(), make_ternary_sum(2, trits=None, rounding="nearest", block_size=1024, seed=0)
-    with use_mesh(mesh):
+    with jax.set_mesh(mesh):
         gradients = place(make_params(), mesh, SPLIT)
         takes = jax.jit(total.takes).lower(total.zeros(gradients), gradients).compile()
         assert not any(collectives(takes, kind) for kind in SENT)
@@ -240,8 +234,8 @@ def test_inside_shard_map_an_accumulator_is_local():
         return mean, jax.tree.map(lambda x: x[None], state)
 
     by_rows = P("data")
-    state = jax.jit(shard_map(init, mesh=mesh, in_specs=by_rows, out_specs=by_rows))(gradients[0])
-    step = jax.jit(shard_map(update, mesh=mesh, in_specs=(by_rows, by_rows), out_specs=(by_rows, by_rows)))
+    state = jax.jit(jax.shard_map(init, mesh=mesh, in_specs=by_rows, out_specs=by_rows))(gradients[0])
+    step = jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(by_rows, by_rows), out_specs=(by_rows, by_rows)))
     compiled = step.lower(place(gradients[0], mesh, by_rows), state).compile(**CHEAP)
     assert not any(collectives(compiled, kind) for kind in (*SENT, "all-reduce"))
     for gradient in gradients:

@@ -367,7 +367,7 @@ def test_every_real_dtype_is_computed_and_leaves_in_f32(dtype):
 
 
 def test_f64_stays_f64():
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with jax.enable_x64(True):
         x = jnp.asarray(np.float64(draw(0, 3, 8)) * (1 + 2.0**-40))
         expected = [twin_cosine(row, x[0]) for row in x]
         np.testing.assert_allclose(jitted.cosine_similarity(x * 1e200, x[0] * 1e-200), expected, atol=1e-15)

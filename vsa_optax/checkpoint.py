@@ -142,7 +142,7 @@ def save(
     _in_process_0(lambda: checkpoint_files.begin(root, unfinished))
     try:
         if data:
-            with ocp.Checkpointer(_writer(ocp)) as checkpointer:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 checkpointer.save(unfinished / _ARRAYS, args=ocp.args.PyTreeSave(data))
         _in_process_0(finish)
     except BaseException:
@@ -261,18 +261,6 @@ def latest_step(directory: str | os.PathLike[str]) -> int | None:
         True
     """
     return max(checkpoint_files.whole(_local_folder(directory)), default=None)
-
-
-def _writer(ocp: Any) -> Any:
-    """What writes a tree of arrays: each process what it has to."""
-    if jax.process_count() == 1 or hasattr(jax, "set_mesh"):
-        return ocp.PyTreeCheckpointHandler()
-    # With the oldest JAX, Orbax cannot divide among the processes what all of them hold: one writes it.
-    kinds = ocp.type_handlers
-    registry = kinds.create_type_handler_registry(
-        (jax.Array, kinds.ArrayHandler(use_replica_parallel=False)), (np.ndarray, kinds.NumpyHandler())
-    )
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def _in_process_0(fun: Callable[[], None]) -> None:

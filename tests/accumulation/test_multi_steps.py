@@ -13,11 +13,6 @@ from samples import LARGE, noise, relative_error
 import vsa_optax
 from vsa_optax import accumulate_ternary, ternary_accumulator, ternary_multi_steps
 
-try:
-    from jax import shard_map
-except ImportError:  # JAX before 0.8.
-    from jax.experimental.shard_map import shard_map
-
 P = jax.sharding.PartitionSpec
 CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
 # Relative squared error of the mean of 2, 8 and 32 gradients of pure noise, as documented.
@@ -212,7 +207,7 @@ def test_state_types_do_not_change(dtype):
 
 
 def test_float64_is_summed_in_float64_where_it_is_not_coded():
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with jax.enable_x64(True):
         gradients = {"small": noise(3, (5,)).astype(jnp.float64) / 3, "large": noise(3, (2048,)).astype(jnp.float64)}
         opt = ternary_multi_steps(optax.sgd(1.0), 3)
         updates, state = emitted(opt, gradients)
@@ -260,7 +255,7 @@ def test_under_shard_map_with_replication_checked(averaged):
         out = opt.update(mine, state, mine)
         return out if averaged else jax.tree.map(lambda x: x[None], out)
 
-    run = jax.jit(shard_map(step, mesh=mesh, in_specs=(layout, P("data")), out_specs=(layout, layout)), **CHEAP)
+    run = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(layout, P("data")), out_specs=(layout, layout)), **CHEAP)
     alone = [gradients.mean(axis=0)] if averaged else list(gradients)
     theirs = [opt.init(gradient) for gradient in alone]
     state = theirs[0] if averaged else jax.tree.map(lambda *x: jnp.stack(x), *theirs)

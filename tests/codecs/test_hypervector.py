@@ -13,11 +13,6 @@ from jax.sharding import PartitionSpec as P
 from vsa_optax import HypervectorCodec, TritCodec, checkpoint
 from vsa_optax.codecs.trit import CodedLeaf
 
-try:
-    from jax import shard_map
-except ImportError:
-    from jax.experimental.shard_map import shard_map
-
 CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
 
 
@@ -167,7 +162,7 @@ def test_bundles_are_reduced_over_devices():
         return codec.decode(dataclasses.replace(payload, bundle=jax.lax.pmean(payload.bundle, "d")))[None]
 
     mesh = Mesh(np.array(jax.devices()), ("d",))
-    reduced = jax.jit(shard_map(mean_of_all, mesh=mesh, in_specs=P("d"), out_specs=P("d")), **CHEAP)(x)
+    reduced = jax.jit(jax.shard_map(mean_of_all, mesh=mesh, in_specs=P("d"), out_specs=P("d")), **CHEAP)(x)
     expected = codec.decode(codec.encode(x.mean(axis=0), 1))
     np.testing.assert_allclose(reduced, np.broadcast_to(expected, x.shape), atol=1e-6)
 

@@ -17,11 +17,6 @@ from vsa_optax import HypervectorCodec, TritCodec, checkpoint
 from vsa_optax.codecs.trit import CodedLeaf, RawLeaf
 from vsa_optax.kernels import blocks, lloyd_max, rotation, signs, trit_blocks
 
-try:
-    from jax import shard_map
-except ImportError:
-    from jax.experimental.shard_map import shard_map
-
 ERRORS = {False: {1: 0.1902, 2: 0.02785, 3: 0.00348}, True: {1: 0.2348, 2: 0.02865, 3: 0.00349}}
 SCALES = {"mmse": False, "unbiased": True}
 CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
@@ -289,7 +284,7 @@ def test_beyond_the_range_of_a_half_its_largest_number(dtype):
 
 
 def test_double_precision():
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with jax.enable_x64(True):
         x = np.random.default_rng(0).normal(size=128)
         x[70] = 1e300
         codec = CODECS["mmse"]
@@ -391,7 +386,7 @@ def test_payloads_are_gathered_and_averaged_over_devices():
         return codec.decode_sum(gathered, jnp.full(8, 1 / 8))[None]
 
     mesh = Mesh(np.array(jax.devices()), ("d",))
-    averaged = jax.jit(shard_map(average, mesh=mesh, in_specs=P("d"), out_specs=P("d")), **CHEAP)(x)
+    averaged = jax.jit(jax.shard_map(average, mesh=mesh, in_specs=P("d"), out_specs=P("d")), **CHEAP)(x)
     expected = np.mean([round_trip(codec, row, 1) for row in x], axis=0)
     assert averaged.shape == x.shape
     np.testing.assert_allclose(averaged, np.broadcast_to(expected, x.shape), atol=1e-6)

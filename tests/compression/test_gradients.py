@@ -145,7 +145,7 @@ def test_state_bytes_are_those_documented():
     with_feedback = compress_gradients(TritCodec(), error_feedback=True).init(tree)
     sizes.append(sum(leaf.nbytes for leaf in jax.tree.leaves(with_feedback)))
     assert sizes == [8, 8 + 4 * (3 * 128 + 3 + 1) + 8 * 64]
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with jax.enable_x64(True):
         double = {"w": np.zeros(10, np.float64), "z": np.zeros(10, np.complex128)}
         state = jax.eval_shape(compress_gradients(TritCodec(), error_feedback=True).init, double)
         assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) == 8 + 80 + 160

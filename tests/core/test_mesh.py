@@ -9,13 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 from vsa_optax.core import mesh
 
-if hasattr(jax, "shard_map"):
-    shard_map, CHECK = jax.shard_map, "check_vma"
-else:
-    from jax.experimental.shard_map import shard_map
-
-    CHECK = "check_rep"
-
 DATA = frozenset(["data"])
 
 
@@ -47,7 +40,9 @@ def test_devices_agree_on_a_flag_and_a_mean():
         return mesh.all_devices_agree(flags[0], DATA), mesh.mean_over(values[0], DATA), finite
 
     devices = Mesh(np.array(jax.devices()[:num]), ("data",))
-    run = jax.jit(shard_map(decide, mesh=devices, in_specs=(P("data"), P("data")), out_specs=P(), **{CHECK: True}))
+    run = jax.jit(
+        jax.shard_map(decide, mesh=devices, in_specs=(P("data"), P("data")), out_specs=P(), **{"check_vma": True})
+    )
     values = np.float32([1.0, 2.0, 4.0, 9.0])
     assert [float(x) for x in run(np.full(num, True), values)] == [1.0, 4.0, 1.0]
     for device in range(num):

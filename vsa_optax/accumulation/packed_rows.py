@@ -232,7 +232,9 @@ def _in_turns(
 
         def put(array: jax.Array, new: jax.Array, old: jax.Array, in_all: int) -> jax.Array:
             per_row = in_all // rows.num
-            return _put(array, jnp.where(jnp.repeat(is_new, per_row), new, old), first * per_row)
+            # `jnp.repeat` does the same, but not on a mesh with explicit axes before JAX 0.10.
+            where = jnp.broadcast_to(is_new[:, None], (few.num, per_row)).reshape(-1)
+            return _put(array, jnp.where(where, new, old), first * per_row)
 
         old = Coded(take(coded.codes, rows.num_bytes), take(coded.scales, rows.num_blocks))
         piece = Piece(few, first, take(x, rows.size), take(words, rows.num_words), old)

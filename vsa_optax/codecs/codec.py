@@ -63,7 +63,9 @@ jax.tree_util.register_dataclass(LeafSpec, data_fields=[], meta_fields=["shape",
 
 def spec_of(leaf: ArrayLike) -> LeafSpec:
     """The leaf's shape and dtype."""
-    layout = jax.typeof(leaf).sharding.spec if isinstance(leaf, jax.Array) else PartitionSpec()
+    # A shape that was made of an array knows the layout, too.
+    is_typed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    layout = jax.typeof(leaf).sharding.spec if is_typed else PartitionSpec()
     sharding = layout if any(axis is not None for axis in layout) else None
     return LeafSpec(tuple(jnp.shape(leaf)), np.dtype(jnp.result_type(leaf)), sharding)
 
@@ -150,7 +152,8 @@ def zero_payload(codec: Codec, tree: Tree, num: int | None = None) -> Payload:
     """A payload of zeros for arrays like the leaves of ``tree``; ``num`` of them, stacked, unless that is None."""
     batch = () if num is None else (num,)
     payload = jax.eval_shape(codec.encode, tree)
-    return jax.tree.map(lambda x: jnp.zeros((*batch, *x.shape), x.dtype), payload)
+    # What a codec leaves as it is keeps its layout over a mesh's explicit axes, which the shapes know.
+    return jax.tree.map(lambda x: jnp.broadcast_to(jnp.zeros_like(x), (*batch, *x.shape)), payload)
 
 
 def nbytes_of(encode: Callable[[Tree], Payload], tree: Tree) -> int:

@@ -14,7 +14,6 @@ Axes: n shards, one a device; w coordinates; m bytes.
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -25,10 +24,9 @@ from jax import lax
 
 from vsa_optax.codecs.codec import Codec, LeafSpec, as_decoded, as_reals, from_reals
 from vsa_optax.codecs.hypervector import HypervectorCodec
+from vsa_optax.core import versions
 from vsa_optax.core.mesh import axis_size, varying_axes
 from vsa_optax.core.trees import all_finite
-
-_CAN_GATHER_REPLICATED = "to" in inspect.signature(lax.all_gather).parameters
 
 Vectors = list[jax.Array]
 
@@ -141,16 +139,8 @@ def _mean_of_bundles(
 
 
 def _all_gather(own: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """``[n, m]``: the bytes ``[m]`` of all devices, known as the same on all of them if ``shard_map`` checks that.
-
-    A JAX whose gather cannot promise that adds up arrays that are zero but for one, which takes twice the bytes.
-    """
-    if not varying_axes(own):
-        return lax.all_gather(own, axes)
-    if _CAN_GATHER_REPLICATED:
-        return lax.all_gather(own, axes, to="invarying")
-    every = jnp.zeros((axis_size(axes), own.size), own.dtype)
-    return lax.psum(_put(every, lax.axis_index(axes), own), axes)
+    """``[n, m]``: the bytes ``[m]`` of all devices, known as the same on all if ``shard_map`` checks that."""
+    return versions.all_gather_invarying(own, axes) if varying_axes(own) else lax.all_gather(own, axes)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:

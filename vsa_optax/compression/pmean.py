@@ -89,8 +89,8 @@ def compressed_pmean(
     **State on many devices.** Residuals differ by device. Let `state_specs` say how ``shard_map`` lays out a state, and
     make it by ``jax.shard_map(opt.init, mesh=mesh, in_specs=P(), out_specs=specs)``.
 
-    **Older versions of JAX**, whose ``all_gather`` has no argument ``to``: the second stage takes twice the bytes
-    unless ``shard_map`` is told not to check replication. 0.6.0 cannot differentiate a loss that varies if it checks.
+    **Before JAX 0.10.0**, whose ``all_gather`` cannot promise that its result is the same everywhere, the second stage
+    takes twice the bytes unless ``shard_map`` is told not to check replication.
 
     Arithmetic is f32. One device sends nothing, so it encodes nothing, and gradients leave as they came, to f32.
 
@@ -117,7 +117,7 @@ def compressed_pmean(
         In a training step, ``shard_map`` with ``in_specs=(P(), specs, P("data"))`` and ``out_specs=(P(), specs)``::
 
             def train_step(params, opt_state, batch):
-                own = jax.lax.pcast(params, "data", to="varying")  # jax.lax.pvary(params, "data") in older versions.
+                own = jax.lax.pcast(params, "data", to="varying")
                 updates, opt_state = opt.update(jax.grad(loss)(own, batch), opt_state, params)
                 return optax.apply_updates(params, updates), opt_state
 
@@ -272,5 +272,5 @@ def _check_variable(leaves: Sequence[jax.Array], axes: tuple[str, ...]) -> None:
         raise ValueError(
             f"gradients must be those of each device, got some that are the same along {sorted(summed)}. JAX sums up "
             "the gradients of parameters that are: make those vary before differentiating, with jax.lax.pcast(params, "
-            "axis_name, to='varying'), or jax.lax.pvary(params, axis_name) in older versions"
+            "axis_name, to='varying')"
         )

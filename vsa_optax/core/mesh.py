@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vsa_optax.core import versions
 from vsa_optax.core.trees import all_finite
 from vsa_optax.core.types import Tree
 
@@ -35,12 +36,7 @@ def axes_in(state: Tree) -> frozenset[str]:
 
 def varying_axes(tree: Tree) -> frozenset[str]:
     """The axes over which some leaf of ``tree`` varies, as far as JAX knows; none outside ``shard_map``."""
-    found: frozenset[str] = frozenset()
-    for leaf in jax.tree.leaves(tree):
-        aval = jax.typeof(leaf)
-        kind = getattr(aval, "manual_axis_type", None)  # In older versions the array's type has the axes itself.
-        found |= aval.vma if kind is None else kind.varying
-    return found
+    return frozenset[str]().union(*map(versions.varying_axes, jax.tree.leaves(tree)))
 
 
 def axis_size(axes: tuple[str, ...]) -> int:
@@ -69,11 +65,7 @@ def is_mapped(axes: tuple[str, ...]) -> bool:
 def as_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """``x``, taken to vary over ``axes``, too."""
     more = tuple(sorted(axes - varying_axes(x)))
-    if not more:
-        return x
-    if hasattr(lax, "pcast"):
-        return lax.pcast(x, more, to="varying")
-    return lax.pvary(x, more)  # type: ignore[attr-defined] # Its name in older versions.
+    return lax.pcast(x, more, to="varying") if more else x
 
 
 def all_devices_agree(flag: jax.Array, axes: frozenset[str]) -> jax.Array:

@@ -3,8 +3,6 @@
 Axes: W records; ``*shape`` of one leaf.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -26,14 +24,17 @@ def inner_of_records(records: jax.Array, x: jax.Array) -> jax.Array:
     x = numerics.saturating_cast(x, records.dtype)
     wide = jnp.promote_types(records.dtype, jnp.float32)
     products = jnp.tensordot(
-        records.conj(), x, axes=x.ndim, precision="highest", preferred_element_type=wide, **_where_it_goes(x)
+        records.conj(),
+        x,
+        axes=x.ndim,
+        precision="highest",
+        preferred_element_type=wide,
+        out_sharding=_whole_on_every_device(x),
     )
     return products.real.astype(jnp.float32)
 
 
-def _where_it_goes(x: jax.Array) -> dict[str, NamedSharding]:
-    """On a mesh with explicit axes a contraction must be told how its result is laid out: whole, on every device."""
-    mesh: Any = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None) if hasattr(jax, "typeof") else None
-    if not getattr(mesh, "explicit_axes", ()):
-        return {}
-    return {"out_sharding": NamedSharding(mesh, PartitionSpec(None))}
+def _whole_on_every_device(x: jax.Array) -> NamedSharding | None:
+    """How a contraction's result is laid out, which a mesh with explicit axes has to be told; None without one."""
+    mesh = jax.typeof(x).sharding.mesh
+    return NamedSharding(mesh, PartitionSpec(None)) if mesh.explicit_axes else None

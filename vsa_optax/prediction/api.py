@@ -177,7 +177,7 @@ def phase_switched(
 
     With ``predict_steps=0`` this is ``opt`` and a few counters: parameters equal those of ``opt`` alone bit for bit,
     and a NaN is counted but treated as ``opt`` treats it. Any select that kept it out made XLA contract multiply-adds
-    of Adam, momentum or norm clipping differently, on JAX 0.6 and on 0.10; ``optax.apply_if_finite`` keeps it out.
+    of Adam, momentum or norm clipping differently, on every release tried; ``optax.apply_if_finite`` keeps it out.
 
     Leaves that ``optax.masked`` keeps *from* this wrapper receive the zero gradients of a skipped step: put the mask
     inside, ``phase_switched(optax.masked(...))``. Under ``jax.vmap`` a conditional becomes a select, and both sides

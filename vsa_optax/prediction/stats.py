@@ -144,10 +144,8 @@ def _machines(state: Tree) -> list[PhaseMachineState]:
 
 def _is_wrapped(leaf: object) -> bool:
     """Whether ``leaf`` is a Variable of Flax nnx, told by what it can do so that Flax need not be imported."""
-    return hasattr(leaf, "get_value") or hasattr(leaf, "raw_value")
+    return hasattr(leaf, "get_value")
 
 
 def _unwrapped(leaf: Tree) -> Tree:
-    if not _is_wrapped(leaf):
-        return leaf
-    return leaf.get_value() if hasattr(leaf, "get_value") else leaf.raw_value  # Flax before 0.12 has only the latter.
+    return leaf.get_value() if _is_wrapped(leaf) else leaf

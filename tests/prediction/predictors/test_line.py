@@ -105,7 +105,7 @@ def test_complex_leaves_are_predicted():
 
 
 def test_double_precision_is_kept():
-    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    with jax.enable_x64(True):
         opt = blind.predict_gradients(warmup_steps=2, full_steps=1, predict_steps=3)
         state = opt.init(jnp.zeros(2, jnp.float64))
         for step in range(6):
