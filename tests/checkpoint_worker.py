@@ -3,7 +3,6 @@
 Arguments: folder, number of steps, steps between two checkpoints (0 for none). The last line is the final state's hash.
 """
 
-import functools
 import hashlib
 import sys
 
@@ -15,7 +14,6 @@ import vsa_optax
 from vsa_optax import checkpoint
 
 SETTINGS = dict(learning_rate=0.02, warmup_steps=2, predict_steps=4, history_window=5)
-CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
 X = jax.random.normal(jax.random.key(1), (16, 4))
 
 
@@ -26,7 +24,7 @@ def loss(params):
 def train(folder, steps, save_every):
     opt = vsa_optax.phase_switched(optax.adamw(1.0), **SETTINGS)
 
-    @functools.partial(jax.jit, **CHEAP)
+    @jax.jit
     def step(params, opt_state):
         value, grads = vsa_optax.value_and_grad_by_phase(loss)(params, state=opt_state)
         updates, opt_state = opt.update(grads, opt_state, params, value=value)

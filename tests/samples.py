@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# For jax.jit: XLA's own defaults, whatever XLA_FLAGS says.
+AS_USERS_DO = {"xla_backend_optimization_level": 3}
 SHAPES = {"b": (), "w": (3, 4), "empty": (0, 3), "deep": (1, 2, 1, 2, 1)}
 SIZES = [int(np.prod(SHAPES[k])) for k in sorted(SHAPES)]
 # A gradient of this size is summed in blocks of one width only, which compiles in half the time.

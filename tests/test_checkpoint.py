@@ -1,6 +1,5 @@
 """Checkpoints: the same bits, wherever a run was interrupted, or an error that says what differs."""
 
-import functools
 import importlib
 import json
 import math
@@ -29,7 +28,6 @@ from jax.sharding import PartitionSpec as P
 import vsa_optax
 from vsa_optax import Phase, checkpoint, checkpoint_manifest
 
-CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
 SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, history_window=5)
 STEPS = 20
 SAVED_AT = (1, 3, 4, 6, 13)
@@ -77,7 +75,7 @@ def loss(params):
 
 
 def make_step(opt):
-    @functools.partial(jax.jit, **CHEAP)
+    @jax.jit
     def step(params, opt_state):
         value, grads = vsa_optax.value_and_grad_by_phase(loss)(params, state=opt_state)
         updates, opt_state = opt.update(grads, opt_state, params, value=value)
@@ -213,7 +211,7 @@ def test_linen(tmp_path):
         state = LinenState.create(apply_fn=apply, tx=CASES["window"], **variables)
         return state.replace(step=jnp.zeros([], jnp.int32))
 
-    @functools.partial(jax.jit, **CHEAP)
+    @jax.jit
     def step(state):
         def loss(params):
             variables = {"params": params, "batch_stats": state.batch_stats}

@@ -33,7 +33,8 @@ class Process:
         self._out, self._err = (folder / f"{number}.{kind}" for kind in ("out", "err"))
         # One device each. With more, Gloo may wait for the process's own other device when the other process is lost,
         # until JAX gives that up, which with the oldest release takes 100 s.
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         command = [sys.executable, str(WORKER), str(number), str(port), *map(str, arguments)]
         with self._out.open("w") as out, self._err.open("w") as err:
             self.popen = subprocess.Popen(command, stdout=out, stderr=err, env=environment)

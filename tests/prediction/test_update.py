@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from samples import PARAMS, SIZES, flat_of, gradient_stream, tree_of
+from samples import AS_USERS_DO, PARAMS, SIZES, flat_of, gradient_stream, tree_of
 
 import vsa_optax
 from vsa_optax.prediction import stats
@@ -67,9 +67,10 @@ def train(opt, steps, *, by_scan=False, loss=quadratic):
     params = {"w": jnp.linspace(-1, 1, 50).reshape(5, 10), "b": jnp.linspace(0, 2, 7)}
     carry = params, opt.init(params)
     if by_scan:
-        (params, state), updates = jax.jit(lambda c: jax.lax.scan(step, c, None, length=steps))(carry)
+        scan = jax.jit(lambda c: jax.lax.scan(step, c, None, length=steps), compiler_options=AS_USERS_DO)
+        (params, state), updates = scan(carry)
         return params, state, updates
-    compiled, history = jax.jit(step), []
+    compiled, history = jax.jit(step, compiler_options=AS_USERS_DO), []
     for _ in range(steps):
         carry, updates = compiled(carry, None)
         history.append(updates)

@@ -77,7 +77,7 @@ class _WindowStep(NamedTuple):
 class _Window:
     """Takes one micro-batch after the other, and gives back their mean.
 
-    Outside jit, JAX compiles a loop anew for each new function object: they are made once.
+    Outside jit, JAX compiles a loop anew for each new function object (`in_place_if`): they are made once.
     """
 
     def __init__(self, total: TernarySum, every_k: EveryK, use_mean: bool) -> None:

@@ -142,7 +142,7 @@ def switched(
 class _Look:
     """What a step is to the history; zeros where the guard does not watch, so that nothing is read.
 
-    One function object for a predictor: outside jit, JAX compiles a conditional anew for each new one.
+    One function object for a predictor: outside jit, JAX compiles a conditional anew for each new one (`in_place_if`).
     """
 
     def __init__(self, predictor: Predictor) -> None:
