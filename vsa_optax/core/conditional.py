@@ -19,8 +19,8 @@ def in_place_if(fun: Callable[[Carry, *Operands], Carry]) -> Callable[[jax.Array
     two moments and a residual cost 12 transfers of the parameters' size a PREDICT step, as many as the step needs
     altogether. A loop's carry keeps its buffer. The price: no reverse-mode differentiation through an update.
 
-    ``run`` is one function object for ``fun``: outside jit JAX compiles a loop or a conditional anew for each new one. So
-    callers make theirs once. An eager update of `vsa_optax.phase_switched` then takes 14 ms instead of 2 s, one of
+    ``run`` is one function object for ``fun``: outside jit JAX compiles a loop or a conditional anew for each new one,
+    so callers make theirs once. An eager update of `vsa_optax.phase_switched` then takes 14 ms instead of 2 s, one of
     `vsa_optax.ternary_multi_steps` 9 ms instead of 2 s (benchmarks/eager_step.log).
     """
 
