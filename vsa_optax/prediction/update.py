@@ -16,7 +16,14 @@ from vsa_optax.prediction import machine as machines
 from vsa_optax.prediction import stats
 from vsa_optax.prediction.guard import Guard
 from vsa_optax.prediction.machine import Phase, PhaseMachineState, PhaseSchedule
-from vsa_optax.prediction.predictors.base import Experience, HistoryState, Predictor, Scalars, check_setting, kind_of
+from vsa_optax.prediction.predictors.base import (
+    Experience,
+    HistoryState,
+    Predictor,
+    Scalars,
+    check_history,
+    check_settings,
+)
 from vsa_optax.prediction.step import PhaseStep, StepResult
 
 
@@ -239,12 +246,14 @@ def _check_state(state: optax.OptState, schedule: PhaseSchedule, predictor: Pred
     """``ValueError`` if the state was made by a transformation with other settings."""
     if not isinstance(state, PhaseSwitchedState):
         raise ValueError(f"state must be what init returned, a PhaseSwitchedState, got {type(state).__name__}")
-    if schedule.ever_predicts:
+    machine, ever_predicts = state.machine, schedule.ever_predicts
+    settings: dict[str, tuple[object, object]] = {"adaptive": (machine.adaptive is not None, schedule.adaptive)}
+    if ever_predicts:
         predictor.history.check_state(state.history)
-        check_setting("guard", state.machine.guard is not None, has_guard)
-        check_setting("calibrate", state.machine.calibration is not None, predictor.calibrates)
+        settings["guard"] = machine.guard is not None, has_guard
+        settings["calibrate"] = machine.calibration is not None, predictor.calibrates
         if predictor.history.example(state.history)[0] is not None:  # A tree may be None itself.
-            check_setting("residual", state.residual is not None, predictor.has_residual)
+            settings["residual"] = state.residual is not None, predictor.has_residual
     else:
-        check_setting("history", kind_of(state.history), None)
-    check_setting("adaptive", state.machine.adaptive is not None, schedule.adaptive)
+        check_history(state.history, None)
+    check_settings(**settings)

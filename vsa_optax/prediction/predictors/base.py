@@ -153,15 +153,22 @@ class Predictor(Protocol):
         """Compares ``target``, which is to be recorded, with its prediction, which ``predicted`` forms if needed."""
 
 
-def check_setting(name: str, given: object, wanted: object) -> None:
-    """``ValueError`` unless a state was made with the setting of the transformation that it is given to."""
-    if given != wanted:
-        raise ValueError(f"state was made with other settings: {name} is {given!r}, here {wanted!r}")
+def check_settings(**settings: tuple[object, object]) -> None:
+    """``ValueError`` unless each setting that a state was made with, given first, is that of the transformation."""
+    for name, (given, wanted) in settings.items():
+        if given != wanted:
+            raise ValueError(f"state was made with other settings: {name} is {given!r}, here {wanted!r}")
 
 
-def kind_of(state: object) -> str | None:
-    """The name of the state's type; None if there is no state."""
-    return None if state is None else type(state).__name__
+def check_history(state: HistoryState, kind: type | None, **windows: int) -> None:
+    """``ValueError`` unless a history's state is of that kind, and each field named has a window of that length.
+
+    With None for a kind there must be no history.
+    """
+    given = None if state is None else type(state).__name__
+    check_settings(history=(given, None if kind is None else kind.__name__))
+    for field, length in windows.items():
+        check_settings(history_window=(getattr(state, field).shape[0], length))
 
 
 def num_measured_leaves(params: optax.Params) -> int:

@@ -67,7 +67,7 @@ class RecursiveHistory:
 
     def check_state(self, state: base.HistoryState) -> None:
         """The kind of history."""
-        base.check_setting("history", base.kind_of(state), RecursiveHistoryState.__name__)
+        base.check_history(state, RecursiveHistoryState)
 
     def example(self, state: RecursiveHistoryState) -> tuple[optax.Updates, int]:
         """The mean."""

@@ -88,8 +88,7 @@ class SecantHistory:
 
     def check_state(self, state: base.HistoryState) -> None:
         """The kind of history, and W."""
-        base.check_setting("history", base.kind_of(state), SecantHistoryState.__name__)
-        base.check_setting("history_window", state.gram.shape[0], self.length)
+        base.check_history(state, SecantHistoryState, gram=self.length)
 
     def example(self, state: SecantHistoryState) -> tuple[optax.Updates, int]:
         """The newest gradient."""

@@ -62,8 +62,7 @@ class WindowHistory:
 
     def check_state(self, state: HistoryState) -> None:
         """The kind of history, and W."""
-        base.check_setting("history", base.kind_of(state), WindowHistoryState.__name__)
-        base.check_setting("history_window", state.steps.shape[0], self.length)
+        base.check_history(state, WindowHistoryState, steps=self.length)
 
     def example(self, state: HistoryState) -> tuple[optax.Updates, int]:
         """The records."""
@@ -174,8 +173,7 @@ class CodedWindowHistory(WindowHistory):
 
     def check_state(self, state: HistoryState) -> None:
         """The kind of history, and W; the codec itself compares its settings with those of the records."""
-        base.check_setting("history", base.kind_of(state), CodedWindowHistoryState.__name__)
-        base.check_setting("history_window", state.steps.shape[0], self.length)
+        base.check_history(state, CodedWindowHistoryState, steps=self.length)
 
     def example(self, state: CodedWindowHistoryState) -> tuple[optax.Updates, int]:
         """Shapes and dtypes of the records."""
