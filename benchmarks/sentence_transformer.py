@@ -79,7 +79,7 @@ class SentenceTransformer(nn.Module):
         hidden += nn.Embed(POSITIONS, WIDTH, name="positions")(jnp.arange(tokens.shape[1]))
         hidden += nn.Embed(2, WIDTH, name="types")(jnp.zeros([], jnp.int32))
         hidden = _norm(name="norm")(hidden)
-        layer = Layer(parent=None)  # Under jax.lax.scan, as Flax 0.11.0 has a scan that JAX 0.6.0 cannot jit.
+        layer = Layer(parent=None)  # Under jax.lax.scan, not Flax's own.
 
         def init(key):
             return jax.vmap(lambda key: layer.init(key, hidden, is_token)["params"])(jax.random.split(key, LAYERS))

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from samples import CHEAP
 
 import vsa_optax
 from vsa_optax import TritCodec, checkpoint
@@ -108,7 +109,6 @@ def by_device(compressed, opt, width):
 
 SMALL_BLOCKS = TritCodec(2, block_size=32)
 BLIND = dict(guard=False, calibrate=False)
-CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
 LARGE = 1280  # More than the 1024 coordinates of a block.
 
 CASES = {

@@ -3,12 +3,14 @@
 Arguments: folder, number of steps, steps between two checkpoints (0 for none). The last line is the final state's hash.
 """
 
+import functools
 import hashlib
 import sys
 
 import jax
 import jax.numpy as jnp
 import optax
+from samples import CHEAP
 
 import vsa_optax
 from vsa_optax import checkpoint
@@ -24,7 +26,7 @@ def loss(params):
 def train(folder, steps, save_every):
     opt = vsa_optax.phase_switched(optax.adamw(1.0), **SETTINGS)
 
-    @jax.jit
+    @functools.partial(jax.jit, **CHEAP)
     def step(params, opt_state):
         value, grads = vsa_optax.value_and_grad_by_phase(loss)(params, state=opt_state)
         updates, opt_state = opt.update(grads, opt_state, params, value=value)

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from samples import CHEAP
 
 import vsa_optax
 from vsa_optax import checkpoint
@@ -24,7 +25,6 @@ SETTINGS = dict(
 )
 
 SHAPES = {"w": (8, 128), "b": (128,), "v": (128, 4)}
-CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
 
 def connect(process, port):

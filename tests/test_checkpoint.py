@@ -1,5 +1,6 @@
 """Checkpoints: the same bits, wherever a run was interrupted, or an error that says what differs."""
 
+import functools
 import importlib
 import json
 import math
@@ -24,6 +25,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from samples import CHEAP
 
 import vsa_optax
 from vsa_optax import Phase, checkpoint, checkpoint_manifest
@@ -75,7 +77,7 @@ def loss(params):
 
 
 def make_step(opt):
-    @jax.jit
+    @functools.partial(jax.jit, **CHEAP)
     def step(params, opt_state):
         value, grads = vsa_optax.value_and_grad_by_phase(loss)(params, state=opt_state)
         updates, opt_state = opt.update(grads, opt_state, params, value=value)
@@ -211,7 +213,7 @@ def test_linen(tmp_path):
         state = LinenState.create(apply_fn=apply, tx=CASES["window"], **variables)
         return state.replace(step=jnp.zeros([], jnp.int32))
 
-    @jax.jit
+    @functools.partial(jax.jit, **CHEAP)
     def step(state):
         def loss(params):
             variables = {"params": params, "batch_stats": state.batch_stats}

@@ -12,6 +12,7 @@ import reference
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from samples import CHEAP
 
 from vsa_optax import (
     Phase,
@@ -25,7 +26,6 @@ from vsa_optax import (
 )
 from vsa_optax.core.mesh import as_varying
 
-CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
 NUM = 4
 MESH = Mesh(np.array(jax.devices()[:NUM]), ("data",))
 DATA = frozenset(["data"])

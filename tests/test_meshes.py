@@ -15,6 +15,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from samples import CHEAP
 
 import vsa_optax
 
@@ -102,7 +103,7 @@ def train(opt, kind, value_and_grad, steps=STEPS):
         if kind != "alone":  # To compile once, what XLA lays out as it sees fit goes back to where it was.
             state = jax.tree.map(functools.partial(on_the_mesh, params["w"].sharding.mesh), state)
             layouts = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
-        step = jax.jit(step, out_shardings=layouts)
+        step = jax.jit(step, out_shardings=layouts, **CHEAP)
         for _ in range(steps):
             params, state = step(params, state, x)
     if kind == "explicit":
@@ -167,8 +168,8 @@ def normalized_error(found, wanted):
 def test_a_codec(codec, kind):
     """Jitted apart, as payloads are that are kept; codes are whole on every device, and come back as they went."""
     with laid_out(kind) as (params, _):
-        payload = jax.jit(codec.encode)(params, 3)
-        decoded = jax.jit(codec.decode)(payload)
+        payload = jax.jit(codec.encode, **CHEAP)(params, 3)
+        decoded = jax.jit(codec.decode, **CHEAP)(payload)
         if kind == "explicit":
             assert_like_the_parameters(decoded)
         decoded = jax.device_get(decoded)
@@ -190,7 +191,7 @@ def test_value_and_grad_by_phase(kind):
         return loss(params, x), {"bias": params["b"] + 1.0}
 
     opt = vsa_optax.predict_gradients(history="recursive", guard=False)
-    differentiate = jax.jit(vsa_optax.value_and_grad_by_phase(loss_and_aux, has_aux=True))
+    differentiate = jax.jit(vsa_optax.value_and_grad_by_phase(loss_and_aux, has_aux=True), **CHEAP)
     wanted = jax.value_and_grad(loss_and_aux, has_aux=True)(make_params(), make_batch())
     with laid_out(kind) as (params, x):
         state = opt.init(params)
@@ -210,9 +211,9 @@ def test_value_and_grad_by_phase(kind):
 @every_kind
 def test_an_accumulator_in_optax_microbatching(kind):
     in_pieces = optax.microbatching.microbatch(jax.grad(loss), 1, 2, vsa_optax.ternary_accumulator(4))
-    wanted = jax.device_get(jax.jit(in_pieces)(make_params(), make_batch()))
+    wanted = jax.device_get(jax.jit(in_pieces, **CHEAP)(make_params(), make_batch()))
     with laid_out(kind) as (params, x):
-        found = jax.jit(in_pieces)(params, x)
+        found = jax.jit(in_pieces, **CHEAP)(params, x)
         if kind == "explicit":
             assert_like_the_parameters(found)
         found = jax.device_get(found)
@@ -239,16 +240,16 @@ def train_by_compressed_means(kind, steps=10):
     if kind == "alone":
         params, x = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), params), x[:, None]
         state = jax.vmap(opt.init)(params)
-        step = jax.jit(jax.vmap(step, axis_name="data"))
+        step = jax.jit(jax.vmap(step, axis_name="data"), **CHEAP)
         for _ in range(steps):
             params, state = step(params, state, x)
         return jax.device_get(jax.tree.map(lambda leaf: leaf[0], params))
     mesh = mesh_of(kind)
     with in_context(kind, mesh):
         params, x = place(params, mesh, P()), place(x, mesh, P("data"))
-        state = jax.jit(jax.shard_map(opt.init, mesh=mesh, in_specs=P(), out_specs=specs))(params)
+        state = jax.jit(jax.shard_map(opt.init, mesh=mesh, in_specs=P(), out_specs=specs), **CHEAP)(params)
         in_specs, out_specs = (P(), specs, P("data")), (P(), specs)
-        step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
+        step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs), **CHEAP)
         for _ in range(steps):
             params, state = step(params, state, x)
     return jax.device_get(params)

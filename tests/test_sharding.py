@@ -17,6 +17,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from samples import CHEAP
 
 import vsa_optax
 from vsa_optax.accumulation.ternary_sum import make_ternary_sum
@@ -26,7 +27,6 @@ SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, his
 SHAPES = {"w": (24, 120), "b": (120,), "v": (120, 32)}
 SPLIT = {"w": P("data", None), "b": P("data"), "v": P(None, "data")}
 LAYOUTS = {"replicated": dict.fromkeys(SHAPES, P()), "split": SPLIT}
-CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
 CODEC = vsa_optax.TritCodec()
 CODED = [SHAPES["w"], SHAPES["v"]]  # The leaves of at least a block.
 SENT = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")

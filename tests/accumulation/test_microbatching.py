@@ -5,11 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from samples import LARGE, noise, relative_error
+from samples import CHEAP, LARGE, noise, relative_error
 
 from vsa_optax import ternary_accumulator
-
-CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
 # Relative squared error of the mean of 2 and 8 gradients of pure noise, as documented: the last one is quantised, too.
 DOCUMENTED_IN_A_CARRY = {1: (0.26, 0.48), 2: (0.041, 0.107), 3: (0.0052, 0.015)}

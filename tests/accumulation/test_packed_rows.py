@@ -7,11 +7,10 @@ import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import CHEAP
 
 from vsa_optax.accumulation import packed_rows
 from vsa_optax.kernels import lloyd_max
-
-CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
 
 def vectors(num, size, seed=0):

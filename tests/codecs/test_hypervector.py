@@ -9,11 +9,10 @@ import pytest
 import reference
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from samples import CHEAP
 
 from vsa_optax import HypervectorCodec, TritCodec, checkpoint
 from vsa_optax.codecs.trit import CodedLeaf
-
-CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
 
 
 def draw(seed, *shape):

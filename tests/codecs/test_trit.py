@@ -12,6 +12,7 @@ import pytest
 import reference
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from samples import CHEAP
 
 from vsa_optax import HypervectorCodec, TritCodec, checkpoint
 from vsa_optax.codecs.trit import CodedLeaf, RawLeaf
@@ -19,7 +20,6 @@ from vsa_optax.kernels import blocks, lloyd_max, rotation, signs, trit_blocks
 
 ERRORS = {False: {1: 0.1902, 2: 0.02785, 3: 0.00348}, True: {1: 0.2348, 2: 0.02865, 3: 0.00349}}
 SCALES = {"mmse": False, "unbiased": True}
-CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
 # Compiling a leaf takes a second, whence few sizes: 224 is three blocks of 64 and one of 32.
 CODECS = {name: TritCodec(2, block_size=64, unbiased=unbiased) for name, unbiased in SCALES.items()}
 both_codecs = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from samples import CHEAP
 
 import vsa_optax
 from vsa_optax import HypervectorCodec, TritCodec, compress_gradients
@@ -13,7 +14,6 @@ from vsa_optax import HypervectorCodec, TritCodec, compress_gradients
 # Leaves of 128 reals, for which the codec is compiled once, and smaller ones, which it leaves alone.
 CODECS = {"trits": TritCodec(1, block_size=64), "hypervector": HypervectorCodec(0.5)}
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
-CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
 feedback = pytest.mark.parametrize("error_feedback", [False, True], ids=["plain", "feedback"])
 
 

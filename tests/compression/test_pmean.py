@@ -13,11 +13,11 @@ import reference
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from samples import CHEAP
 
 from vsa_optax import HypervectorCodec, TritCodec, compressed_pmean, state_specs
 from vsa_optax.core.mesh import as_varying
 
-CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
 ONE, TWO = TritCodec(1, block_size=32), TritCodec(2, block_size=32, unbiased=True)
 TERNARY = HypervectorCodec(0.5, use_ternary=True)
 DENSE = HypervectorCodec(0.5)

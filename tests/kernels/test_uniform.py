@@ -2,10 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from samples import CHEAP
 
 from vsa_optax.kernels import uniform
-
-CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
 
 def vectors(num, size, seed=0):

@@ -67,10 +67,10 @@ def train(opt, steps, *, by_scan=False, loss=quadratic):
     params = {"w": jnp.linspace(-1, 1, 50).reshape(5, 10), "b": jnp.linspace(0, 2, 7)}
     carry = params, opt.init(params)
     if by_scan:
-        scan = jax.jit(lambda c: jax.lax.scan(step, c, None, length=steps), compiler_options=AS_USERS_DO)
+        scan = jax.jit(lambda c: jax.lax.scan(step, c, None, length=steps), **AS_USERS_DO)
         (params, state), updates = scan(carry)
         return params, state, updates
-    compiled, history = jax.jit(step, compiler_options=AS_USERS_DO), []
+    compiled, history = jax.jit(step, **AS_USERS_DO), []
     for _ in range(steps):
         carry, updates = compiled(carry, None)
         history.append(updates)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from samples import CHEAP
 
 import vsa_optax
 from vsa_optax import HypervectorCodec, Phase, TritCodec, checkpoint
@@ -19,7 +20,6 @@ from vsa_optax.prediction.predictors.window import CodedWindowHistory, WindowHis
 CODECS = {"trits": TritCodec(3, block_size=64), "hypervector": HypervectorCodec(0.5)}
 every_codec = pytest.mark.parametrize("name", CODECS)
 SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, history_window=5, residual_decay=0.3)
-CHEAP = dict(compiler_options=dict(xla_backend_optimization_level="0"))
 PARAMS = {"w": jnp.zeros(128), "b": jnp.zeros(3)}
 STEPS = 30
 
