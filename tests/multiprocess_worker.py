@@ -15,7 +15,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from samples import CHEAP
 
 import vsa_optax
 from vsa_optax import checkpoint
@@ -70,7 +69,7 @@ def make_step(mesh):
         updates, opt_state = opt.update(grads, opt_state, params, value=value)
         return optax.apply_updates(params, updates), opt_state
 
-    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs)), **CHEAP)
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs)))
 
 
 def train(folder, steps, save_at):

@@ -7,7 +7,13 @@ import numpy as np
 # For jax.jit, whatever XLA_FLAGS says. Programs that take long to compile, whose optimization is not what is tested:
 CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
 # Programs as users compile them:
-AS_USERS_DO = {"compiler_options": {"xla_backend_optimization_level": 3}}
+AS_USERS_DO = {
+    "compiler_options": {
+        "xla_backend_optimization_level": 3,
+        "xla_llvm_disable_expensive_passes": False,
+        "xla_cpu_use_fusion_emitters": True,
+    }
+}
 SHAPES = {"b": (), "w": (3, 4), "empty": (0, 3), "deep": (1, 2, 1, 2, 1)}
 SIZES = [int(np.prod(SHAPES[k])) for k in sorted(SHAPES)]
 # A gradient of this size is summed in blocks of one width only, which compiles in half the time.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from samples import AS_USERS_DO
 
 import vsa_optax
 
@@ -64,10 +65,10 @@ def test_the_history_is_not_copied(case):
         return optax.apply_updates(params, updates), state
 
     x = jnp.ones((8, 40))
-    baseline = jax.jit(plain_step, donate_argnums=(0, 1)).lower(PARAMS, plain.init(PARAMS), x).compile()
+    baseline = jax.jit(plain_step, donate_argnums=(0, 1)).lower(PARAMS, plain.init(PARAMS), x).compile(**AS_USERS_DO)
     opt = blind.phase_switched(optax.adamw(1.0), learning_rate=1e-3, **case)
     state = opt.init(PARAMS)
-    compiled = make_step(opt).lower(PARAMS, state, x).compile()
+    compiled = make_step(opt).lower(PARAMS, state, x).compile(**AS_USERS_DO)
     temporary = compiled.memory_analysis().temp_size_in_bytes - baseline.memory_analysis().temp_size_in_bytes
     # Gradient, prediction and the optimizer's answer, all alive in a CORRECT step; for secants, the way and the change
     # since the newest record too. Far from W records.

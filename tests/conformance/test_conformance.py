@@ -16,35 +16,13 @@ from conformance.run_theirs import MODULES
 import vsa_optax
 from vsa_optax import Phase
 
-# The tests compile some 500 small programs, which takes five times as long with all of XLA's optimizations.
-_QUICK_TO_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-
-
-def _known(options):
-    """Those of the options that this XLA has: it ends a process that is given another."""
-    known = {}
-    for name, value in options.items():
-        try:
-            jax.jit(lambda: 0).lower().compile(compiler_options={name: value})
-        except jax.errors.JaxRuntimeError:
-            continue
-        known[name] = value
-    return known
-
 
 class _Child:
     """A process that runs one of the modules, and its output."""
 
-    def __init__(self, suite, options, output):
-        flags = ["--xla_force_host_platform_device_count=8", *(f"--{k}={v}".lower() for k, v in options.items())]
+    def __init__(self, suite, output):
         env = os.environ | {
             "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-            "XLA_FLAGS": " ".join(flags),
             "JAX_PLATFORMS": "cpu",
             "PYTEST_ADDOPTS": "",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
@@ -67,8 +45,7 @@ def children(request, tmp_path_factory):
     """The processes of all modules that were asked for; they run while this module's other tests do."""
     folder = tmp_path_factory.mktemp("conformance")
     wanted = {item.callspec.params.get("suite") for item in request.session.items if hasattr(item, "callspec")}
-    options = _known(_QUICK_TO_COMPILE)
-    started = {suite: _Child(suite, options, folder / f"{suite}.txt") for suite in MODULES if suite in wanted}
+    started = {suite: _Child(suite, folder / f"{suite}.txt") for suite in MODULES if suite in wanted}
     yield started
     for child in started.values():
         child.process.kill()
