@@ -1,17 +1,14 @@
 """What every test shares: eight host devices, programs compiled quickly, and Hypothesis without surprises.
 
 Most of a run's time would be compilation, of some thousand programs that are small and run a few times. So XLA leaves
-out what makes them fast, which takes a fifth of the time; and what one worker, notebook or other process has compiled,
-the others read from a folder that lives as long as the run. Tests of what an optimized program does have it compiled as
-a user's (`samples.AS_USERS_DO`). With ``XLA_FLAGS`` set, as in the run on the oldest versions (``.ci/run``), all
-programs but those that are `samples.CHEAP` are compiled as it says.
+out what makes them fast, which takes a fifth of the time. Tests of what an optimized program does have it compiled as a
+user's (`samples.AS_USERS_DO`). With ``XLA_FLAGS`` set, all programs but those that are `samples.CHEAP` are compiled as
+it says: with ``XLA_FLAGS=--xla_force_host_platform_device_count=8`` as a user's are, which takes twice as long.
 """
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 
 _DEVICES = "--xla_force_host_platform_device_count=8"
 _QUICK_TO_COMPILE = {
@@ -37,29 +34,14 @@ def _quick_flags():
     return " ".join([_DEVICES, *done.stdout.split()])
 
 
-# Workers and other processes inherit both.
-if "XLA_FLAGS" not in os.environ:
+if "XLA_FLAGS" not in os.environ:  # Workers and other processes inherit it.
     os.environ["XLA_FLAGS"] = _quick_flags()
-_compiled = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _compiled = tempfile.mkdtemp(prefix="vsa_optax_tests_")
-    os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": _compiled,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
 
 import pytest  # noqa: E402 # JAX, which some plugins import, reads the variables once.
 from hypothesis import settings  # noqa: E402
 
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("fixed")
-
-
-def pytest_unconfigure():
-    """The process that made the folder removes it."""
-    if _compiled is not None:
-        shutil.rmtree(_compiled, ignore_errors=True)
 
 
 @pytest.hookimpl(hookwrapper=True)
