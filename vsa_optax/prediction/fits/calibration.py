@@ -120,8 +120,8 @@ def r_squared(error: jax.Array, weight: jax.Array) -> jax.Array:
 def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
     """``[L, K]``: elimination without pivots, for a matrix that is positive definite; a handful of fused scalars.
 
-    ``jnp.linalg.solve`` and Cholesky's method are as exact. They take two to four times as long on a GPU, and up to four
-    times on a CPU (benchmarks/small_solves_gpu.log, small_solves.log).
+    ``jnp.linalg.solve`` and Cholesky's method are as exact. They take two to four times as long on a GPU, and up to
+    four times on a CPU (benchmarks/small_solves_gpu.log, small_solves.log).
     """
     num = right.shape[-1]
     rows = [[matrix[:, i, j] for j in range(num)] + [right[:, i]] for i in range(num)]
