@@ -20,8 +20,8 @@ def in_place_if(fun: Callable[[Carry, *Operands], Carry]) -> Callable[[jax.Array
     altogether. A loop's carry keeps its buffer. The price: no reverse-mode differentiation through an update.
 
     ``run`` is one function object for ``fun``: outside jit JAX compiles a loop or a conditional anew for each new one,
-    so callers make theirs once. An eager update of `vsa_optax.phase_switched` then takes 14 ms instead of 2 s, one of
-    `vsa_optax.ternary_multi_steps` 9 ms instead of 2 s (benchmarks/eager_step.log).
+    so callers make theirs once. An eager update of `vsa_optax.phase_switched` on a small model then takes 14 ms instead
+    of 2 s, one of `vsa_optax.ternary_multi_steps` 9 ms instead of 2 s (on a CPU, benchmarks/eager_step.log).
     """
 
     def more(loop: tuple[jax.Array, Carry, tuple[*Operands]]) -> jax.Array:

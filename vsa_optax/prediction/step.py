@@ -40,8 +40,8 @@ class StepResult(NamedTuple):
 class PhaseStep:
     """One step of ``recorded``, or its prediction if the phase is PREDICT.
 
-    Outside jit, JAX compiles a loop or a conditional anew for each new function object, which takes seventy times as
-    long as the update (benchmarks/eager_step.log): `_functions` makes them once.
+    Outside jit, JAX compiles a loop or a conditional anew for each new function object, which for a small model
+    takes seventy times as long as the update (benchmarks/eager_step.log): `_functions` makes them once.
     """
 
     def __init__(self, recorded: optax.GradientTransformationExtraArgs, predictor: Predictor) -> None:
