@@ -72,7 +72,8 @@ def train(opt, steps, *, runs=1, by_scan=False, options=types.MappingProxyType({
     params = {"w": jnp.linspace(-1, 1, 50).reshape(5, 10), "b": jnp.linspace(0, 2, 7)}
     start = params, opt.init(params)
     if by_scan:
-        run = compiled_once(jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=steps)).lower(start), **options)
+        scan = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=steps))
+        run = compiled_once(scan.lower(start), **options)
     else:
         one_step = compiled_once(jax.jit(step).lower(start, None), **options)
 
