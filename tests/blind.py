@@ -5,7 +5,7 @@ import inspect
 import optax
 
 import vsa_optax
-from vsa_optax import AdaptiveCycle, Cycle, Guarded, Recursive, Secants, Window
+from vsa_optax import Cycle, Secants, Window
 
 
 def settings(*, line=Window, when=Cycle, **flat):
@@ -29,8 +29,9 @@ def phase_switched(opt, *, learning_rate=None, **flat):
     return vsa_optax.phase_switched(opt, learning_rate=learning_rate, **settings(**flat))
 
 
-def predict_gradients(**flat):
-    return vsa_optax.predict_gradients(**settings(**{"predicts": "gradient"} | flat))
+def predict_gradients(*, line=Window, **flat):
+    domain = {} if line is Secants else {"predicts": "gradient"}
+    return vsa_optax.predict_gradients(**settings(line=line, **domain, **flat))
 
 
 # Both transformations by name, as functions of settings alone.

@@ -45,27 +45,29 @@ def check_learning_rate(learning_rate: optax.ScalarOrSchedule | None) -> None:
     checks.check_real("learning_rate", learning_rate, low=0.0, high=float(np.finfo(np.float32).max))
 
 
-def check_one_rate(inner_state: optax.OptState, *, is_given: bool, rests: bool) -> None:
+def check_one_rate(
+    inner_state: optax.OptState, learning_rate: optax.ScalarOrSchedule | None, *, rests: bool
+) -> None:
     """``ValueError`` if rates would multiply, or if the optimizer's own schedule would not count all steps.
 
     Args:
         inner_state: the optimizer's. A plain number, as in ``optax.adamw(0.1)``, leaves no trace in it.
-        is_given: whether there is a ``learning_rate`` beside the optimizer.
+        learning_rate: the one beside the optimizer, or None.
         rests: whether the optimizer does not run in PREDICT.
     """
     for own in _own_factors(inner_state):
-        if is_given and own.is_rate:
+        if learning_rate is not None and own.is_rate:
             raise ValueError(
                 f"learning_rate must be None where opt scales by a rate of its own, here {own.name}: the two would "
                 "multiply. Keep one of them: leave out learning_rate=, or build opt at rate 1, such as "
-                "optax.adamw(1.0)"
+                f"optax.adamw(1.0); got {learning_rate!r}"
             )
-        if rests and not is_given and own.is_schedule:
+        if rests and learning_rate is None and own.is_schedule:
             raise ValueError(
                 f"learning_rate must be given where updates are predicted and opt has a schedule, here {own.name}: "
                 "opt does not run in PREDICT, so that its schedule counts true steps only and falls behind. Build opt "
                 "at rate 1, such as optax.adamw(1.0), and give the schedule as learning_rate=; or let gradients be "
-                "predicted, predictor=Secants() or predicts='gradient', where opt runs at every step"
+                "predicted, predictor=Secants() or predicts='gradient', where opt runs at every step; got None"
             )
 
 

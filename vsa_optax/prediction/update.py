@@ -76,7 +76,7 @@ def switched(
         _check_inner_state(inner_state)
         _check_domain(inner_state, predicts_updates)
         rests = predicts_updates and ever_predicts
-        check_one_rate(inner_state, is_given=learning_rate is not None, rests=rests)
+        check_one_rate(inner_state, learning_rate, rests=rests)
         if not ever_predicts:
             return PhaseSwitchedState(machines.init(phases), None, None, inner_state)
         experience = predictor.init_experience(params)
