@@ -20,7 +20,9 @@ import vsa_optax
 from vsa_optax import checkpoint
 
 SETTINGS = dict(
-    learning_rate=0.02, warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, guard=False, calibrate=False
+    learning_rate=0.02,
+    predictor=vsa_optax.Window(calibrate=False, residual_decay=0.95),
+    phases=vsa_optax.Cycle(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2),
 )
 
 SHAPES = {"w": (8, 128), "b": (128,), "v": (128, 4)}

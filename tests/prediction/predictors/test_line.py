@@ -18,10 +18,9 @@ SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2)
 @pytest.mark.parametrize("has_residual", [True, False])
 @pytest.mark.parametrize("skip_rate", [0.0, 0.3])
 def test_predictions_equal_the_twin_over_a_hundred_steps(line, has_residual, skip_rate):
-    length = {"length": 5} if line is Window else {}
     residual_decay = 0.8 if has_residual else None
-    opt = blind.predict_gradients(line=line, decay=0.9, residual_decay=residual_decay, **length, **SHORT)
-    window = length.get("length")
+    opt = blind.predict_gradients(line=line, length=5, decay=0.9, residual_decay=residual_decay, **SHORT)
+    window = 5 if line is Window else None
     twin = reference.Predictor(window=window, decay=0.9, residual_decay=0.8, has_residual=has_residual)
     update = jax.jit(opt.update)
     state, predicted = opt.init(PARAMS), 0
