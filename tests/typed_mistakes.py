@@ -68,7 +68,7 @@ def codecs() -> None:
     compressed_pmean(["data"], HypervectorCodec())  # type: ignore[arg-type]
     Window(codec=2)  # type: ignore[arg-type]
     Recursive(codec=TritCodec())  # type: ignore[call-arg]
-    Secants(16, "float32")  # type: ignore[misc]
+    Secants(16, "float32")  # type: ignore[call-arg]
     TritCodec().decode(HypervectorCodec().encode(jnp.ones(4)))  # type: ignore[arg-type]
 
 
