@@ -45,9 +45,7 @@ def check_learning_rate(learning_rate: optax.ScalarOrSchedule | None) -> None:
     checks.check_real("learning_rate", learning_rate, low=0.0, high=float(np.finfo(np.float32).max))
 
 
-def check_one_rate(
-    inner_state: optax.OptState, learning_rate: optax.ScalarOrSchedule | None, *, rests: bool
-) -> None:
+def check_one_rate(inner_state: optax.OptState, learning_rate: optax.ScalarOrSchedule | None, *, rests: bool) -> None:
     """``ValueError`` if rates would multiply, or if the optimizer's own schedule would not count all steps.
 
     Args:
