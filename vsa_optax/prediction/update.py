@@ -74,7 +74,7 @@ def switched(
         checks.check_inexact_leaves(params)
         inner_state = opt.init(params)
         _check_inner_state(inner_state)
-        _check_domain(inner_state, predicts_updates)
+        _check_domain(inner_state, predicts_updates, predictor)
         rests = predicts_updates and ever_predicts
         check_one_rate(inner_state, learning_rate, rests=rests)
         if not ever_predicts:
@@ -198,13 +198,13 @@ def _agreed_value(value: jax.Array, state: PhaseSwitchedState, *, in_all_phases:
     )
 
 
-def _check_domain(inner_state: optax.OptState, predicts_updates: bool) -> None:
+def _check_domain(inner_state: optax.OptState, predicts_updates: bool, predictor: Predictor) -> None:
     axes = axes_in(inner_state)
     if axes and not predicts_updates:
+        which = "secants predict gradients" if predictor.reads_params else "predicts='gradient' predicts gradients"
         raise ValueError(
-            f"predictor must predict updates where opt averages gradients over devices, here along {sorted(axes)}: "
-            "secants predict gradients, which differ between devices here: use predictor=Window(...), whose updates "
-            "are the same on all"
+            f"predictor must predict updates where opt averages gradients over devices, along {sorted(axes)}: {which}, "
+            "which differ between devices here: use predictor=Window(...), whose updates are the same on all"
         )
 
 
