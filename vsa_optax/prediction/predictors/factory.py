@@ -31,7 +31,8 @@ class Secants:
             in complex64 or complex128, and the newest parameters in their own dtype.
 
     State cost:
-        for parameters of P bytes in the dtype of the changes, ``(2 * W + 2) * P``, and ``4 * (W**2 + 1)`` a leaf.
+        for parameters of P bytes in the dtype of the changes, ``(2 * W + 2) * P`` bytes, ``4 * (W**2 + 1)`` a leaf, and
+        ``4 * W**2``.
 
     Raises:
         ValueError: an attribute outside its range; at ``update``, no ``params``.
