@@ -26,7 +26,7 @@ from vsa_optax.accumulation.ternary_sum import make_ternary_sum
 
 STEPS = 20
 SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, length=5)
-SHAPES = {"w": (24, 120), "b": (120,), "v": (120, 32)}
+SHAPES = {"w": (24, 64), "b": (64,), "v": (64, 16)}
 SPLIT = {"w": P("data", None), "b": P("data"), "v": P(None, "data")}
 LAYOUTS = {"replicated": dict.fromkeys(SHAPES, P()), "split": SPLIT}
 CODEC = vsa_optax.TritCodec()

@@ -1,4 +1,5 @@
 import functools
+import types
 
 import blind
 import jax
@@ -6,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from samples import AS_USERS_DO, PARAMS, SIZES, flat_of, gradient_stream, tree_of
+from samples import AS_USERS_DO, PARAMS, SIZES, compiled_once, flat_of, gradient_stream, tree_of
 
 import vsa_optax
 from vsa_optax import AdaptiveCycle, Recursive, Window
@@ -56,7 +57,9 @@ def quadratic(params):
     return jnp.sum((params["w"] - 3.0) ** 2) + 0.5 * jnp.sum((params["b"] + 1.0) ** 4)
 
 
-def train(opt, steps, *, by_scan=False, loss=quadratic):
+def train(opt, steps, *, runs=1, by_scan=False, options=types.MappingProxyType({}), loss=quadratic):
+    """Parameters and state after these steps, and the updates of each; of several runs of one program, a list."""
+
     def step(carry, _):
         params, state = carry
         if stats.contains_machine(state):
@@ -68,16 +71,21 @@ def train(opt, steps, *, by_scan=False, loss=quadratic):
         return (optax.apply_updates(params, updates), state), updates
 
     params = {"w": jnp.linspace(-1, 1, 50).reshape(5, 10), "b": jnp.linspace(0, 2, 7)}
-    carry = params, opt.init(params)
+    start = params, opt.init(params)
     if by_scan:
-        scan = jax.jit(lambda c: jax.lax.scan(step, c, None, length=steps), **AS_USERS_DO)
-        (params, state), updates = scan(carry)
-        return params, state, updates
-    compiled, history = jax.jit(step, **AS_USERS_DO), []
-    for _ in range(steps):
-        carry, updates = compiled(carry, None)
-        history.append(updates)
-    return *carry, jax.tree.map(lambda *x: jnp.stack(x), *history)
+        run = compiled_once(jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=steps)).lower(start), **options)
+    else:
+        one_step = compiled_once(jax.jit(step).lower(start, None), **options)
+
+        def run(carry):
+            history = []
+            for _ in range(steps):
+                carry, updates = one_step(carry, None)
+                history.append(updates)
+            return carry, jax.tree.map(lambda *x: jnp.stack(x), *history)
+
+    trained = [(*carry, updates) for carry, updates in (run(start) for _ in range(runs))]
+    return trained if runs > 1 else trained[0]
 
 
 OPTIMIZERS = {
@@ -98,7 +106,7 @@ RATE = optax.cosine_decay_schedule(0.05, 30)
 
 @functools.cache
 def trained_plainly(name, by_scan):
-    return train(OPTIMIZERS[name](RATE), 30, by_scan=by_scan)[0]
+    return train(OPTIMIZERS[name](RATE), 30, by_scan=by_scan, options=AS_USERS_DO)[0]
 
 
 @pytest.mark.parametrize("predicts", ["update", "gradient"])
@@ -106,7 +114,7 @@ def trained_plainly(name, by_scan):
 @pytest.mark.parametrize("by_scan", [False, True], ids=["jit", "scan"])
 def test_without_predictions_the_bits_are_plain_optax(name, predicts, by_scan):
     opt = blind.phase_switched(OPTIMIZERS[name](RATE), predict_steps=0, predicts=predicts)
-    ours, state, _ = train(opt, 30, by_scan=by_scan)
+    ours, state, _ = train(opt, 30, by_scan=by_scan, options=AS_USERS_DO)
     jax.tree.map(np.testing.assert_array_equal, ours, trained_plainly(name, by_scan))
     assert state.history is None
     assert state.residual is None
@@ -157,7 +165,8 @@ def test_same_bits_twice_and_in_scan(line, predicts):
     opt = blind.phase_switched(
         optax.adamw(1.0), learning_rate=0.05, line=line, predicts=predicts, when=AdaptiveCycle, **SHORT
     )
-    once, twice, scanned = train(opt, 60), train(opt, 60), train(opt, 60, by_scan=True)
+    once, twice = train(opt, 60, runs=2, options=AS_USERS_DO)
+    scanned = train(opt, 60, by_scan=True, options=AS_USERS_DO)
     jax.tree.map(np.testing.assert_array_equal, once, twice)
     jax.tree.map(np.testing.assert_array_equal, once, scanned)
 
