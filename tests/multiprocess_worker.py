@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 import vsa_optax
 from vsa_optax import checkpoint
 
-SETTINGS = dict(
-    learning_rate=0.02, warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, guard=False, calibrate=False
-)
+PREDICTOR = vsa_optax.Window(calibrate=False, residual_decay=0.95)
+PHASES = vsa_optax.Cycle(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2)
+SETTINGS = dict(learning_rate=0.02, predictor=repr(PREDICTOR), phases=repr(PHASES))
 
 SHAPES = {"w": (8, 128), "b": (128,), "v": (128, 4)}
 
@@ -46,7 +46,8 @@ def make_params():
 
 def make_optimizer():
     pmean = vsa_optax.compressed_pmean("data", vsa_optax.TritCodec(), error_feedback=True)
-    return vsa_optax.phase_switched(optax.chain(pmean, optax.adamw(1.0)), **SETTINGS)
+    opt = optax.chain(pmean, optax.adamw(1.0))
+    return vsa_optax.phase_switched(opt, learning_rate=0.02, predictor=PREDICTOR, phases=PHASES)
 
 
 def specs_of_state():

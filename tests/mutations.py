@@ -63,7 +63,8 @@ CODED = "prediction/predictors/test_window.py -k decoded_records"
 SUM = "accumulation/test_packed_rows.py -k twin or few_rows"
 ROUNDING = "kernels/test_uniform.py -k rounding"
 WINDOWS = "accumulation/test_multi_steps.py accumulation/test_microbatching.py -k windows_are or left_out or leaves_out"
-OF_ERRORS = "prediction/test_api.py"
+OF_ERRORS = "prediction/test_phases.py prediction/predictors/test_factory.py"
+RATES = "prediction/test_learning_rate.py -k refused or welcome or no_rate"
 COLLECTIVE_TWIN = "compression/test_pmean.py -k twin"
 COLLECTIVE_BUNDLES = "compression/test_pmean.py -k summed"
 COLLECTIVE_NAN = "compression/test_pmean.py -k nan"
@@ -86,17 +87,14 @@ MUTANTS = [
         CALIBRATION,
     ),
     Mutant("window.WindowHistory.scalars", "set(horizon - age)", "set(horizon)", CALIBRATION),
-    Mutant("guard.Guard._judged", "_MOST_ERROR) / distance ** 4", "_MOST_ERROR) / distance ** 2", GUARD),
-    Mutant("guard.Guard._judged", "_FORGET * state.constant", "0 * state.constant", GUARD),
-    Mutant("guard.Guard._judged", "jnp.minimum(reach, _GROWTH * distance)", "reach", GUARD),
-    Mutant("guard.Guard._judged", "constant < _START * self.tolerance", "constant < self.tolerance", GUARD),
-    Mutant("guard.Guard.after", "jnp.where(is_measured, j, u)", "j", "prediction/test_guard.py -k not_finite"),
-    Mutant(
-        "guard.Guard._judged", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "prediction/test_guard.py -k sleeps"
-    ),
-    Mutant(
-        "guard.Guard.after", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "prediction/test_guard.py -k sleep"
-    ),
+    Mutant("guard._judged", "_MOST_ERROR) / distance ** 4", "_MOST_ERROR) / distance ** 2", GUARD),
+    Mutant("guard._judged", "settings.tolerance ** 2", "settings.tolerance", GUARD),
+    Mutant("guard._judged", "_FORGET * state.constant", "0 * state.constant", GUARD),
+    Mutant("guard._judged", "jnp.minimum(reach, _GROWTH * distance)", "reach", GUARD),
+    Mutant("guard._judged", "constant < _START * tolerated", "constant < tolerated", GUARD),
+    Mutant("guard.after", "jnp.where(is_measured, j, u)", "j", "prediction/test_guard.py -k not_finite"),
+    Mutant("guard._judged", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "prediction/test_guard.py -k sleeps"),
+    Mutant("guard.after", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "prediction/test_guard.py -k sleep"),
     Mutant("update.switched", "is_recorded &= watches", "is_recorded |= watches", "prediction/test_guard.py -k asleep"),
     Mutant("secant_fit.coefficients", "(1 + ridges) * unit", "(1 - ridges) * unit", SECANT),
     Mutant("secant_fit.errors", "- 2 * linear + quadratic", "- linear + quadratic", SECANT),
@@ -348,6 +346,9 @@ MUTANTS = [
     Mutant("mesh.all_devices_agree", "lax.pmin(flag", "lax.pmax(flag", COLLECTIVE_PHASES),
     Mutant("mesh.mean_over", "lax.pmean(x,", "lax.psum(x,", COLLECTIVE_PHASES),
     Mutant("update._agreed_value", "lambda value, last: last,", "lambda value, last: 0 * last,", COLLECTIVE_PHASES),
+    Mutant("learning_rate.check_one_rate", "not None and own.is_rate", "not None", RATES),
+    Mutant("learning_rate.check_one_rate", "if rests and learning_rate", "if learning_rate", RATES),
+    Mutant("learning_rate._own_factors", "yield from _own_factors(node.inner_state)", "yield from ()", RATES),
     Mutant("update._check_domain", "axes and (not predicts_updates)", "axes and predicts_updates", COLLECTIVE_PHASES),
     Mutant(
         "step._check_same_everywhere",
@@ -422,7 +423,7 @@ MUTANTS = [
         "prediction/fits/test_line_fit.py -k vanishing or lstsq_at",
     ),
     Mutant("machine.advance", "is_finite | (phase != Phase.WARMUP)", "is_finite | (phase == Phase.WARMUP)", WALK),
-    Mutant("machine._following", "% schedule.correct_every == 0", "% schedule.correct_every != 0", WALK),
+    Mutant("machine._following", "% phases.correct_every == 0", "% phases.correct_every != 0", WALK),
     Mutant("machine._following", "& (phase != Phase.CORRECT)", "& (phase == Phase.CORRECT)", WALK),
     Mutant("machine._following", "done >= predict_length", "done > predict_length", WALK),
     Mutant("machine._following", "done >= full_length", "done > full_length", WALK),
@@ -433,7 +434,7 @@ MUTANTS = [
         "machine.advance", "was_leap & starts_full", "was_leap | starts_full", "prediction/test_machine.py -k cycle"
     ),
     Mutant("machine.advance", "state.nonfinite_count + ~is_finite", "state.nonfinite_count + is_finite", WALK),
-    Mutant("machine._adapt", "last - first > schedule", "last + first > schedule", ADAPTIVE),
+    Mutant("machine._adapt", "last - first > phases", "last + first > phases", ADAPTIVE),
     Mutant("machine._adapt", "first - last > _BETTER", "first - last > -_BETTER", ADAPTIVE),
     Mutant("machine.advance", "jnp.where(is_known, loss, last_value)", "jnp.where(is_known, last_value, loss)", LOSS),
     Mutant("machine._learn", "(error - state.errors.mean)", "(error + state.errors.mean)", TWIN),
@@ -484,7 +485,7 @@ MUTANTS = [
         BY_PHASE,
     ),
     Mutant("checks.check_real", "number > low if low_open", "number >= low if low_open", OF_ERRORS),
-    Mutant("checks.check_integer", "not minimum <= number", "not minimum < number", OF_ERRORS + " -k bounds"),
+    Mutant("checks.check_integer", "not minimum <= number", "not minimum < number", "prediction/test_api.py -k bounds"),
 ]
 
 

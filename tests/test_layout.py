@@ -26,7 +26,6 @@ TESTED_IN = {
     "compression/exchange.py": "compression/test_pmean.py",
     "core/types.py": "test_typing.py",
     "core/versions.py": "core/test_mesh.py",
-    "prediction/predictors/factory.py": "prediction/test_api.py",
     "prediction/step.py": "prediction/test_update.py",
 }
 # What each folder imports besides itself.

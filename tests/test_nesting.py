@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import vsa_optax
+from vsa_optax import Recursive, Window
 
 SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2)
 PARAMS = {"phase": jnp.arange(1.0, 4.0), "w": jnp.ones((2, 2))}
@@ -94,11 +95,10 @@ def test_multi_steps_around_counts_emissions():
 
 
 def test_map_params_sees_every_parameter_sized_leaf():
-    for history in ("window", "recursive"):
-        opt = blind.phase_switched(optax.adam(1.0), history=history, **SHORT)
+    for line, trees in ((Window, 4), (Recursive, 5)):  # History, residual and two moments.
+        opt = blind.phase_switched(optax.adam(1.0), line=line, **SHORT)
         marked = optax.tree.map_params(opt, lambda x: "param", opt.init(PARAMS), transform_non_params=lambda x: "other")
         leaves = jax.tree.leaves(marked)
-        trees = {"window": 4, "recursive": 5}[history]  # history, residual and two moments
         assert leaves.count("param") == trees * len(PARAMS)
         assert leaves.count("other") > 10
 

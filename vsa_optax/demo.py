@@ -21,7 +21,6 @@ import optax
 
 import vsa_optax
 from vsa_optax import GuardAction, Phase
-from vsa_optax.prediction.guard import DEFAULT_TOLERANCE
 
 _TRAIN_SIZE = 1437  # Of 1797 images; the other 360 are the test set.
 _DESCRIPTION = """Trains a small network on scikit-learn's handwritten digits twice, from the same weights and
@@ -160,7 +159,7 @@ def _train(task: Task, options: argparse.Namespace, *, by_phase: bool) -> Run:
     schedule = optax.cosine_decay_schedule(options.learning_rate, options.steps)
     if by_phase:
         method = "phase-switched AdamW"
-        opt = vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=schedule)
+        opt = vsa_optax.phase_switched(optax.adamw(schedule))
     else:
         method = "plain AdamW"
         opt = optax.with_extra_args_support(optax.adamw(schedule))
@@ -273,7 +272,7 @@ def _draw(plain: Run, switched: Run, path: Path) -> None:
 
     error = steps.last_prediction_error
     errors.plot(landings, error[landings], **_BLUE_DOTS)
-    tolerance = DEFAULT_TOLERANCE**0.5  # The guard's is of the squared error.
+    tolerance = vsa_optax.Guarded().tolerance
     errors.axhline(tolerance, color="#333333", linestyle="--", linewidth=1, label="tolerance of the guard")
     gave_up = {"color": _RED, "marker": "X", "linestyle": "", "zorder": 3, "label": f"gave up: {len(refusals)}"}
     errors.plot(refusals, error[refusals], **gave_up)

@@ -172,7 +172,7 @@ def test_extra_arguments_reach_the_inner_optimizer():
 
 def test_phases_inside_skip_all_micro_batches_of_a_predicted_step():
     phases = blind.phase_switched(
-        optax.sgd(0.1), warmup_steps=2, full_steps=1, predict_steps=2, correct_every=2, history_window=2
+        optax.sgd(0.1), warmup_steps=2, full_steps=1, predict_steps=2, correct_every=2, length=2
     )
     opt = ternary_multi_steps(phases, 2)
     params = jnp.full(2048, 1.0)

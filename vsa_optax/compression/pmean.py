@@ -83,8 +83,8 @@ def compressed_pmean(
     **Gradients of each device.** Inside ``shard_map`` JAX sums up, in full, gradients of parameters that are the same
     on all devices. Make the parameters vary first (see the example); gradients that do not vary are refused.
 
-    **With phases**, ``phase_switched(optax.chain(compressed_pmean(...), optax.adamw(1.0)), predict_in="update")``
-    communicates in true steps only.
+    **With phases**, ``phase_switched(optax.chain(compressed_pmean(...), optax.adamw(1.0)), learning_rate=...,
+    predictor=Window())`` communicates in true steps only.
 
     **State on many devices.** Residuals differ by device. Let `state_specs` say how ``shard_map`` lays out a state, and
     make it by ``jax.shard_map(opt.init, mesh=mesh, in_specs=P(), out_specs=specs)``.

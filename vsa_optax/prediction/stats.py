@@ -45,8 +45,8 @@ class PhaseStats(NamedTuple):
             gradient or an update; 0 before the first. With the guard, or calibrated, over all true steps that follow a
             prediction.
         last_prediction_error: float32, the same at the latest such step.
-        quality: `PredictionQuality`, or None with ``calibrate=False``.
-        guard: `GuardStats`, or None with ``guard=False``.
+        quality: `PredictionQuality`, or None where nothing is calibrated.
+        guard: `GuardStats` with `vsa_optax.Guarded`, else None.
     """
 
     phase: jax.Array
@@ -107,7 +107,7 @@ def phase_stats(opt_state: Tree) -> PhaseStats:
 
     Example:
         >>> import jax.numpy as jnp, optax, vsa_optax
-        >>> opt = vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=1e-3)
+        >>> opt = vsa_optax.phase_switched(optax.adamw(1e-3))
         >>> stats = vsa_optax.phase_stats(opt.init({"w": jnp.ones(3)}))
         >>> vsa_optax.Phase(int(stats.phase)).name, float(stats.speedup)
         ('WARMUP', 1.0)

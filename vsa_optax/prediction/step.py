@@ -168,6 +168,6 @@ def _check_same_everywhere(target: optax.Updates, axes: frozenset[str]) -> None:
     if differing:
         raise ValueError(
             f"gradients differ between the devices along {sorted(differing)}, and so would what is recorded of them: "
-            "average them before (jax.lax.pmean), or inside opt (compressed_pmean) with predict_in='update'; if the "
-            "parameters themselves are sharded, leave that to jax.jit"
+            "average them before (jax.lax.pmean), or inside opt (compressed_pmean) with predictor=Window(...), which "
+            "predicts updates; if the parameters themselves are sharded, leave that to jax.jit"
         )

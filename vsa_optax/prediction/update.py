@@ -14,8 +14,9 @@ from vsa_optax.core.trees import all_finite, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.prediction import machine as machines
 from vsa_optax.prediction import stats
-from vsa_optax.prediction.guard import Guard
-from vsa_optax.prediction.machine import Phase, PhaseMachineState, PhaseSchedule
+from vsa_optax.prediction.learning_rate import check_one_rate
+from vsa_optax.prediction.machine import Phase, PhaseMachineState
+from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
 from vsa_optax.prediction.predictors.base import (
     Experience,
     HistoryState,
@@ -33,7 +34,7 @@ class PhaseSwitchedState(NamedTuple):
     Attributes:
         machine: `PhaseMachineState`, scalars.
         history: `SecantHistoryState`, `WindowHistoryState`, `CodedWindowHistoryState` or `RecursiveHistoryState`; None
-            with ``predict_steps=0``.
+            if no step is ever predicted.
         residual: tree of ``[*shape]`` in the history's dtype, the averaged prediction error, or a codec's payload of
             it; None if switched off.
         inner_state: the wrapped optimizer's state.
@@ -47,10 +48,9 @@ class PhaseSwitchedState(NamedTuple):
 
 def switched(
     opt: optax.GradientTransformationExtraArgs,
-    schedule: PhaseSchedule,
+    phases: Guarded | Cycle,
     predictor: Predictor,
     *,
-    guard: Guard | None,
     predicts_updates: bool,
     learning_rate: optax.ScalarOrSchedule | None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -58,13 +58,13 @@ def switched(
 
     Args:
         opt: the optimizer.
-        schedule: of the phases.
+        phases: when to predict.
         predictor: of what is recorded.
-        guard: by which the phases follow the errors of the predictions, or None.
         predicts_updates: whether what ``opt`` emits is recorded and predicted; else the gradients are.
         learning_rate: multiplies what leaves, in every phase; a number, a schedule over all steps, or None.
     """
-    ever_predicts = schedule.ever_predicts
+    ever_predicts = machines.ever_predicts(phases)
+    is_adaptive = isinstance(phases, AdaptiveCycle)
     recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
     run = PhaseStep(recorded, predictor)
     look = _Look(predictor)
@@ -74,12 +74,14 @@ def switched(
         checks.check_inexact_leaves(params)
         inner_state = opt.init(params)
         _check_inner_state(inner_state)
-        _check_domain(inner_state, predicts_updates)
+        _check_domain(inner_state, predicts_updates, predictor)
+        rests = predicts_updates and ever_predicts
+        check_one_rate(inner_state, learning_rate, rests=rests)
         if not ever_predicts:
-            return PhaseSwitchedState(machines.init(schedule), None, None, inner_state)
+            return PhaseSwitchedState(machines.init(phases), None, None, inner_state)
         experience = predictor.init_experience(params)
         return PhaseSwitchedState(
-            machine=machines.init(schedule, guard, experience.calibration),
+            machine=machines.init(phases, experience.calibration),
             history=predictor.history.init(params),
             residual=experience.residual,
             inner_state=inner_state,
@@ -94,15 +96,15 @@ def switched(
         value = None
         if extra_args.get("value") is not None:
             value = extra_args["value"] = checks.check_scalar("value", extra_args["value"])
-        elif schedule.adaptive:
-            raise ValueError("adaptive=True needs the loss at every step: update(..., value=loss), got value=None")
-        _check_state(state, schedule, predictor, has_guard=guard is not None)
+        elif is_adaptive:
+            raise ValueError("AdaptiveCycle needs the loss at every step: update(..., value=loss), got value=None")
+        _check_state(state, phases, predictor)
         _check_trees(updates, params, state, predictor)
 
         machine, history, residual = state.machine, state.history, state.residual
         axes = _axes_to_agree_over(updates, state)
         if value is not None:
-            value = extra_args["value"] = _agreed_value(value, state, in_all_phases=schedule.adaptive)
+            value = extra_args["value"] = _agreed_value(value, state, in_all_phases=is_adaptive)
         count = machines.total_steps(machine)
         recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
         horizon = None
@@ -139,7 +141,7 @@ def switched(
             rate = learning_rate(count) if callable(learning_rate) else learning_rate
             new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
         machine = machines.advance(
-            schedule, guard, machine, is_finite=is_finite, value=value, horizon=horizon, comparison=result.comparison
+            phases, machine, is_finite=is_finite, value=value, horizon=horizon, comparison=result.comparison
         )
         return new_updates, PhaseSwitchedState(machine, history, residual, inner_state)
 
@@ -196,13 +198,13 @@ def _agreed_value(value: jax.Array, state: PhaseSwitchedState, *, in_all_phases:
     )
 
 
-def _check_domain(inner_state: optax.OptState, predicts_updates: bool) -> None:
+def _check_domain(inner_state: optax.OptState, predicts_updates: bool, predictor: Predictor) -> None:
     axes = axes_in(inner_state)
     if axes and not predicts_updates:
+        which = "secants predict gradients" if predictor.reads_params else "predicts='gradient' predicts gradients"
         raise ValueError(
-            f"predict_in must be 'update' where opt averages gradients over devices, here along {sorted(axes)}: those "
-            "that enter differ, and so would what is recorded of them. Secants, the default, predict gradients; a line "
-            "(history='window' or 'recursive') can predict updates"
+            f"predictor must predict updates where opt averages gradients over devices, along {sorted(axes)}: {which}, "
+            "which differ between devices here: use predictor=Window(...), whose updates are the same on all"
         )
 
 
@@ -236,24 +238,32 @@ def _check_trees(
     if predictor.reads_params:
         if params is None and tree is not None:
             raise ValueError(
-                "params must be given with history='secant', which is what guard=True takes: update(updates, state, "
-                "params); got None. history='window' needs none"
+                "params must be given with predictor=Secants(), the default: update(updates, state, params); got None. "
+                "A Window or Recursive needs none"
             )
         checks.check_same_tree(tree, params, what="params", leading_axes=leading)
 
 
-def _check_state(state: optax.OptState, schedule: PhaseSchedule, predictor: Predictor, *, has_guard: bool) -> None:
+def _check_state(state: optax.OptState, phases: Guarded | Cycle, predictor: Predictor) -> None:
     """``ValueError`` if the state was made by a transformation with other settings."""
     if not isinstance(state, PhaseSwitchedState):
         raise ValueError(f"state must be what init returned, a PhaseSwitchedState, got {type(state).__name__}")
-    machine, ever_predicts = state.machine, schedule.ever_predicts
-    settings: dict[str, tuple[object, object]] = {"adaptive": (machine.adaptive is not None, schedule.adaptive)}
-    if ever_predicts:
-        predictor.history.check_state(state.history)
-        settings["guard"] = machine.guard is not None, has_guard
-        settings["calibrate"] = machine.calibration is not None, predictor.calibrates
-        if predictor.history.example(state.history)[0] is not None:  # A tree may be None itself.
-            settings["residual"] = state.residual is not None, predictor.has_residual
-    else:
+    machine, ever_predicts = state.machine, machines.ever_predicts(phases)
+    check_settings(phases=(_phases_of(machine), type(phases).__name__ if ever_predicts else None))
+    if not ever_predicts:
         check_history(state.history, None)
-    check_settings(**settings)
+        return
+    predictor.history.check_state(state.history)
+    check_settings(calibrate=(machine.calibration is not None, predictor.calibrates))
+    if predictor.history.example(state.history)[0] is not None:  # A tree may be None itself.
+        had = None if state.residual is None else "a number"
+        check_settings(residual_decay=(had, "a number" if predictor.has_residual else None))
+
+
+def _phases_of(machine: PhaseMachineState) -> str | None:
+    """The class of the settings that the machine was made with; None if it never predicts."""
+    if machine.errors is None:
+        return None
+    if machine.guard is not None:
+        return Guarded.__name__
+    return Cycle.__name__ if machine.adaptive is None else AdaptiveCycle.__name__

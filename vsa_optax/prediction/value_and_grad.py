@@ -84,7 +84,7 @@ def value_and_grad_by_phase(
             )
         _refuse_modules(fun, args, kwargs)
         machine = find_machine(state)
-        if machine.errors is None:  # predict_steps=0: no step is ever predicted.
+        if machine.errors is None:  # No step is ever predicted.
             return differentiated(*args, **kwargs)
 
         # Arrays enter the conditional as operands, so that containers which know where they were made (Flax's
