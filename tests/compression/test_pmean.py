@@ -192,7 +192,7 @@ def test_a_codec_that_hides_a_nan():
     opt = compressed_pmean("data", Halves(), error_feedback=True)
     grads = draw(0, 3, 50)
     state = opt.init(grads[0])
-    specs = state_specs(state, "data")
+    specs = state_specs(jax.eval_shape(opt.init, grads[0]), "data")
     step = mapped(lambda g, s: opt.update(g[0], s), mesh_of(3), (P("data"), specs), (P(), specs))
     state = mapped(opt.init, mesh_of(3), P(), specs)(grads[0])
     sent, state = step(grads, state)

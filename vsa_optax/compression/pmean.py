@@ -9,15 +9,26 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.compression import exchange
 from vsa_optax.compression.gradients import check_feedback
 from vsa_optax.core import checks
-from vsa_optax.core.mesh import MeshAxes, all_devices_agree, as_varying, is_checked, is_mapped, varying_axes
+from vsa_optax.core.mesh import (
+    MeshAxes,
+    OfEachDevice,
+    all_devices_agree,
+    as_varying,
+    axes_in,
+    is_checked,
+    is_mapped,
+    of_this_device,
+    varying_axes,
+)
 from vsa_optax.core.trees import tree_where
 from vsa_optax.core.types import Tree
 
@@ -39,6 +50,10 @@ class CompressedPmeanState(NamedTuple):
     nonfinite_count: jax.Array
     residual: Tree
     axes: MeshAxes
+
+    def fields_of_each_device(self) -> tuple[str, ...]:
+        """As `core.mesh.OfEachDevice` asks for."""
+        return ("residual",)
 
 
 def compressed_pmean(
@@ -161,7 +176,7 @@ def compressed_pmean(
         specs = [codecs.spec_of(leaf) for leaf in leaves]
         pending = [codecs.as_reals(leaf) for leaf in leaves]
         if error_feedback:
-            kept = [codecs.as_reals(e) for e in jax.tree.leaves(state.residual)]
+            kept = [codecs.as_reals(e) for e in jax.tree.leaves(of_this_device("residual", state.residual))]
             pending = [x + e for x, e in zip(pending, kept, strict=True)]
 
         groups = _alike(leaves, axes)
@@ -224,19 +239,50 @@ def state_specs(opt_state: Tree, axis_name: str | tuple[str, ...]) -> Tree:
     axes = _check_axis_name(axis_name)
 
     def specs_of(node: Tree) -> Tree:
-        specs = jax.tree.map(lambda _: PartitionSpec(), node)
-        if not _is_state(node):
-            return specs
-        if node.axes.names != axes:
+        if not _is_of_each_device(node):
+            return PartitionSpec()
+        if isinstance(node, CompressedPmeanState) and node.axes.names != axes:
             made_with = ", ".join(map(repr, node.axes.names))
             raise ValueError(f"axis_name must be {made_with}, with which the state was made, got {axis_name!r}")
-        return specs._replace(residual=jax.tree.map(lambda _: PartitionSpec(axis_name), node.residual))
+        own = node.fields_of_each_device()
+        specs = {
+            name: jax.tree.map(specs_of, part, is_leaf=_is_of_each_device)
+            for name, part in node._asdict().items()
+            if name not in own
+        }
+        for name in own:
+            _check_made_inside(name, getattr(node, name), axes)
+            specs[name] = jax.tree.map(lambda _: PartitionSpec(axis_name), getattr(node, name))
+        return node._replace(**specs)
 
-    return jax.tree.map(specs_of, opt_state, is_leaf=_is_state)
+    return jax.tree.map(specs_of, opt_state, is_leaf=_is_of_each_device)
 
 
-def _is_state(node: object) -> bool:
-    return isinstance(node, CompressedPmeanState)
+def _is_of_each_device(node: object) -> bool:
+    return isinstance(node, OfEachDevice)
+
+
+def _check_made_inside(name: str, part: Tree, axes: tuple[str, ...]) -> None:
+    """``ValueError`` if there is one device's array where each of several devices has to have one.
+
+    Shapes, as ``jax.eval_shape`` gives them, do not tell; nor is there a difference if there is but one device.
+    """
+    for leaf in jax.tree.leaves(part):
+        is_known = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
+        if is_known and leaf.shape[0] == 1 and not _is_laid_out_on_one(leaf, axes) and jax.device_count() > 1:
+            name_or_names = repr(axes[0] if len(axes) == 1 else axes)
+            raise ValueError(
+                f"opt_state must be made inside jax.shard_map, where each device gets {name} of its own; here there is "
+                "that of one device. Write specs = state_specs(jax.eval_shape(opt.init, params), "
+                f"{name_or_names}) and opt_state = jax.jit(jax.shard_map(opt.init, mesh=mesh, in_specs=PartitionSpec(), "
+                "out_specs=specs))(params)"
+            )
+
+
+def _is_laid_out_on_one(leaf: ArrayLike, axes: tuple[str, ...]) -> bool:
+    """Whether the array lies on a mesh that has one device along ``axes``."""
+    sharding = getattr(leaf, "sharding", None)
+    return isinstance(sharding, NamedSharding) and all(sharding.mesh.shape.get(name) == 1 for name in axes)
 
 
 def _no_residual(leaf: ArrayLike) -> jax.Array:
@@ -272,5 +318,5 @@ def _check_variable(leaves: Sequence[jax.Array], axes: tuple[str, ...]) -> None:
         raise ValueError(
             f"gradients must be those of each device, got some that are the same along {sorted(summed)}. JAX sums up "
             "the gradients of parameters that are: make those vary before differentiating, with jax.lax.pcast(params, "
-            "axis_name, to='varying')"
+            "axis_name, to='varying'); or remove the jax.lax.pmean before update, if there is one"
         )

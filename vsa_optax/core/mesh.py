@@ -8,10 +8,12 @@ over which axes a transformation in it averages.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import Jaxpr
 
 from vsa_optax.core import versions
 from vsa_optax.core.trees import all_finite
@@ -28,6 +30,14 @@ class MeshAxes:
 jax.tree_util.register_dataclass(MeshAxes, data_fields=[], meta_fields=["names"])
 
 
+@runtime_checkable
+class OfEachDevice(Protocol):
+    """A state of which each device has some fields for itself: their arrays have in front an axis of the devices."""
+
+    def fields_of_each_device(self) -> tuple[str, ...]:
+        """Names of these fields; the others are the same on all devices, or say so themselves."""
+
+
 def axes_in(state: Tree) -> frozenset[str]:
     """The axes over which a transformation averages whose state is somewhere in ``state``."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MeshAxes))
@@ -36,7 +46,26 @@ def axes_in(state: Tree) -> frozenset[str]:
 
 def varying_axes(tree: Tree) -> frozenset[str]:
     """The axes over which some leaf of ``tree`` varies, as far as JAX knows; none outside ``shard_map``."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return frozenset()
     return frozenset[str]().union(*map(versions.varying_axes, jax.tree.leaves(tree)))
+
+
+def with_axis_in_front(tree: Tree) -> Tree:
+    """What this device has for itself, as `OfEachDevice` lays it out."""
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
+
+
+def of_this_device(name: str, tree: Tree) -> Tree:
+    """The inverse of `with_axis_in_front`; ``ValueError`` if the arrays are those of more devices than this one."""
+    for leaf in jax.tree.leaves(tree):
+        if jnp.shape(leaf)[:1] != (1,):
+            raise ValueError(
+                f"{name} in the state must be that of this device alone, with shape (1, ...), got {jnp.shape(leaf)}: "
+                "the state was made for another number of devices, or is laid out otherwise than state_specs says. The "
+                "docstring of compressed_pmean has the lines that bring a state to another number of devices"
+            )
+    return jax.tree.map(lambda x: jnp.reshape(x, jnp.shape(x)[1:]), tree)
 
 
 def axis_size(axes: tuple[str, ...]) -> int:
@@ -68,6 +97,13 @@ def as_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return lax.pcast(x, more, to="varying") if more else x
 
 
+def varying_like(tree: Tree, like: Tree) -> Tree:
+    """``tree``, each leaf taken to vary over the axes over which that of ``like`` does, too."""
+    if not varying_axes(like):
+        return tree
+    return jax.tree.map(lambda x, other: as_varying(x, varying_axes(other)), tree, like)
+
+
 def all_devices_agree(flag: jax.Array, axes: frozenset[str]) -> jax.Array:
     """``[] bool``: whether ``flag`` is true on all devices along ``axes``."""
     return lax.pmin(flag.astype(jnp.int32), tuple(sorted(axes))) > 0 if axes else flag
@@ -82,3 +118,31 @@ def mean_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 def all_finite_over(axes: frozenset[str]) -> Callable[[Tree], jax.Array]:
     """`all_finite`, of the trees of all devices along ``axes`` together; one function object for the same axes."""
     return lambda tree: all_devices_agree(all_finite(tree), axes)
+
+
+_SILENT = frozenset(["axis_index", "pcast", "pvary"])
+
+
+def axes_communicated_over(jaxpr: Jaxpr) -> frozenset[str]:
+    """The axes of the ``shard_map`` or ``pmap`` around us over which a program communicates, in whatever it calls.
+
+    A device that runs such a program while another does not waits for ever.
+    """
+    names = {name for name in _axes_named_in(jaxpr) if is_mapped((name,))}
+    return frozenset(names)
+
+
+def _axes_named_in(jaxpr: Jaxpr) -> set[str]:
+    found: set[str] = set()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name not in _SILENT:
+            axes = eqn.params.get("axes", ()), eqn.params.get("axis_name", ())
+            found |= {name for name in jax.tree.leaves(axes) if isinstance(name, str)}
+        for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
+            if _is_program(part):
+                found |= _axes_named_in(getattr(part, "jaxpr", part))
+    return found
+
+
+def _is_program(part: object) -> bool:
+    return hasattr(part, "eqns")
