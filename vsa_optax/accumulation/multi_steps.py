@@ -49,8 +49,8 @@ class TernaryMultiStepsState(NamedTuple):
         skip_state: what ``should_skip_update_fn`` said last.
         nonfinite_count: ``[] int32``, micro-batches left out for a NaN or an infinity.
 
-    With `vsa_optax.compressed_pmean` inside, each device has its own ``acc_grads`` and ``skip_state``, whose arrays have
-    an axis of one device in front; the other fields are the same on all devices.
+    With `vsa_optax.compressed_pmean` inside, each device has its own ``acc_grads`` and ``skip_state``, whose arrays
+    have an axis of one device in front; the other fields are the same on all devices.
     """
 
     mini_step: jax.Array
@@ -168,7 +168,7 @@ class _RunInner:
         program, (emitted, new_state) = jax.make_jaxpr(lambda g, s, p, e: update(g, s, p, **e), return_shape=True)(
             updates, inner_state, params, traced_args
         )
-        return _Outcome(emitted, new_state, mesh.axes_in(inner_state) | mesh.axes_communicated_over(program.jaxpr))
+        return _Outcome(emitted, new_state, mesh.axes_in(inner_state) | mesh.axes_communicated_over(program))
 
     def __call__(
         self,
@@ -329,7 +329,8 @@ def accumulate_ternary(
 
     def init_fn(params: optax.Params) -> AccumulateTernaryState:
         checks.check_inexact_leaves(params)
-        return AccumulateTernaryState(_zero(), _zero(), _empty(total, params), _zero())
+        # Of parameters that are shards, each device has its own sum.
+        return AccumulateTernaryState(_zero(), _zero(), mesh.varying_like(total.zeros(params), params), _zero())
 
     def update_fn(
         updates: optax.Updates, state: AccumulateTernaryState, params: optax.Params | None = None, **extra_args: object
@@ -338,6 +339,7 @@ def accumulate_ternary(
         _check_state(state, AccumulateTernaryState)
         is_finite = total.takes(state.acc_grads, updates)
         updates, acc_grads = _on_each_device(updates, state.acc_grads, state.mini_step)
+        mesh.note_window(updates)
         is_finite = mesh.all_devices_agree(is_finite, _axes_to_agree_over(updates, state.mini_step))
         step = window(updates, state._replace(acc_grads=acc_grads), is_finite)
         nonfinite_count = _count_if(~is_finite, state.nonfinite_count)
@@ -413,7 +415,7 @@ def ternary_multi_steps(
         zeros = optax.tree.zeros_like(params)
         skip_state = _ask(should_skip_update_fn, zeros, jnp.zeros([], jnp.int32), params)[1]
         inner_opt_state = opt.init(params)
-        own = _empty(total, params), skip_state
+        own = mesh.varying_like(total.zeros(params), params), skip_state
         if axes := mesh.axes_in(inner_opt_state):
             own = mesh.with_axis_in_front(own)
             # Else a loop inside shard_map could not carry it.
@@ -435,6 +437,8 @@ def ternary_multi_steps(
         is_accepted = is_finite & ~should_skip
         if axes := _axes_to_agree_over((updates, is_accepted), state.mini_step, outcome.axes):
             is_finite, is_accepted = mesh.all_devices_agree(jnp.stack([is_finite, is_accepted]), axes)
+        else:
+            mesh.note_window(updates)
         step = window(updates, state._replace(acc_grads=acc_grads), is_accepted)
         new_updates, inner_opt_state = run_inner(
             step.emits, step.mean, state.inner_opt_state, params, extra_args, outcome
@@ -457,12 +461,6 @@ def _check_state(state: object, kind: type) -> None:
     raise ValueError(f"state must be a {kind.__name__}, got {found}: start from opt.init(params)")
 
 
-def _empty(total: TernarySum, params: optax.Params) -> Tree:
-    """The empty sum; where parameters are shards, that of each device."""
-    zeros = total.zeros(params)
-    return jax.tree.map(_part_varying_like, params, zeros) if varying_axes(params) else zeros
-
-
 def _on_each_device(updates: optax.Updates, acc_grads: Tree, mini_step: jax.Array) -> tuple[optax.Updates, Tree]:
     """Both, varying over the same axes; ``ValueError`` if gradients vary over more than the sum."""
 
@@ -479,17 +477,10 @@ def _on_each_device(updates: optax.Updates, acc_grads: Tree, mini_step: jax.Arra
     if not varying_axes((updates, acc_grads)):
         return updates, acc_grads
     updates = jax.tree.map(varying, updates, acc_grads)
-    return updates, jax.tree.map(_part_varying_like, updates, acc_grads)
+    return updates, mesh.varying_like(acc_grads, updates)
 
 
-def _part_varying_like(gradient: ArrayLike, part: Tree) -> Tree:
-    axes = varying_axes(gradient)
-    return jax.tree.map(lambda x: as_varying(x, axes), part)
-
-
-def _axes_to_agree_over(
-    tree: Tree, mini_step: jax.Array, communicated: frozenset[str] = frozenset()
-) -> frozenset[str]:
+def _axes_to_agree_over(tree: Tree, mini_step: jax.Array, communicated: frozenset[str] = frozenset()) -> frozenset[str]:
     """The mesh axes along which a window has to be one, but ``tree`` may differ.
 
     These are the axes along which devices share the window, and those along which they communicate when it is complete:

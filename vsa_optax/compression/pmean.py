@@ -23,7 +23,7 @@ from vsa_optax.core.mesh import (
     OfEachDevice,
     all_devices_agree,
     as_varying,
-    axes_in,
+    follows_window,
     is_checked,
     is_mapped,
     of_this_device,
@@ -172,7 +172,7 @@ def compressed_pmean(
         if error_feedback:
             checks.check_same_tree(state.residual, updates, what="gradients", leading_axes=1)
         leaves, treedef = jax.tree.flatten(updates)
-        _check_variable(leaves, axes)
+        _check_of_each_device(updates, axes)
         specs = [codecs.spec_of(leaf) for leaf in leaves]
         pending = [codecs.as_reals(leaf) for leaf in leaves]
         if error_feedback:
@@ -270,12 +270,12 @@ def _check_made_inside(name: str, part: Tree, axes: tuple[str, ...]) -> None:
     for leaf in jax.tree.leaves(part):
         is_known = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
         if is_known and leaf.shape[0] == 1 and not _is_laid_out_on_one(leaf, axes) and jax.device_count() > 1:
-            name_or_names = repr(axes[0] if len(axes) == 1 else axes)
             raise ValueError(
-                f"opt_state must be made inside jax.shard_map, where each device gets {name} of its own; here there is "
-                "that of one device. Write specs = state_specs(jax.eval_shape(opt.init, params), "
-                f"{name_or_names}) and opt_state = jax.jit(jax.shard_map(opt.init, mesh=mesh, in_specs=PartitionSpec(), "
-                "out_specs=specs))(params)"
+                f"opt_state must be made inside jax.shard_map, where each device gets {name} of its own; here is that "
+                "of one device. Write specs = state_specs(jax.eval_shape(opt.init, params), "
+                f"{(axes[0] if len(axes) == 1 else axes)!r}) and "
+                "opt_state = jax.jit(jax.shard_map(opt.init, mesh=mesh, in_specs=PartitionSpec(), out_specs=specs))"
+                "(params)"
             )
 
 
@@ -311,8 +311,17 @@ def _check_axis_name(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _check_variable(leaves: Sequence[jax.Array], axes: tuple[str, ...]) -> None:
-    """``ValueError`` if gradients are the same on all devices already: JAX has summed them, in full."""
+def _check_of_each_device(updates: optax.Updates, axes: tuple[str, ...]) -> None:
+    """``ValueError`` if gradients are the same on all devices already, or are not of the same steps on all."""
+    if follows_window(updates):
+        raise ValueError(
+            "gradients must be those of the same micro-batches on all devices, got those of accumulate_ternary or "
+            "ternary_multi_steps, which do not know which devices share their window: it is complete later on one that "
+            "leaves out a NaN. Average inside, where they know: "
+            "ternary_multi_steps(optax.chain(compressed_pmean(...), opt), k)"
+        )
+    # JAX has summed them, in full.
+    leaves = jax.tree.leaves(updates)
     summed = set(axes) - varying_axes(leaves)
     if is_checked(frozenset(axes)) and summed and leaves:
         raise ValueError(

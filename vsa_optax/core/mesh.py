@@ -7,17 +7,22 @@ over which axes a transformation in it averages.
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from vsa_optax.core import versions
 from vsa_optax.core.trees import all_finite
 from vsa_optax.core.types import Tree
+
+# Operations that have an axis, but send nothing along it.
+_SILENT = frozenset(["axis_index", "pcast", "pvary"])
+_noted = threading.local()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +103,15 @@ def as_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 
 def varying_like(tree: Tree, like: Tree) -> Tree:
-    """``tree``, each leaf taken to vary over the axes over which that of ``like`` does, too."""
+    """``tree``, each part of it taken to vary over the axes over which the leaf of ``like`` in its place does, too."""
     if not varying_axes(like):
         return tree
-    return jax.tree.map(lambda x, other: as_varying(x, varying_axes(other)), tree, like)
+
+    def part_like(leaf: jax.Array, part: Tree) -> Tree:
+        axes = varying_axes(leaf)
+        return jax.tree.map(lambda x: as_varying(x, axes), part)
+
+    return jax.tree.map(part_like, like, tree)
 
 
 def all_devices_agree(flag: jax.Array, axes: frozenset[str]) -> jax.Array:
@@ -120,29 +130,47 @@ def all_finite_over(axes: frozenset[str]) -> Callable[[Tree], jax.Array]:
     return lambda tree: all_devices_agree(all_finite(tree), axes)
 
 
-_SILENT = frozenset(["axis_index", "pcast", "pvary"])
-
-
-def axes_communicated_over(jaxpr: Jaxpr) -> frozenset[str]:
+def axes_communicated_over(program: ClosedJaxpr) -> frozenset[str]:
     """The axes of the ``shard_map`` or ``pmap`` around us over which a program communicates, in whatever it calls.
 
     A device that runs such a program while another does not waits for ever.
     """
-    names = {name for name in _axes_named_in(jaxpr) if is_mapped((name,))}
-    return frozenset(names)
+    return frozenset(name for name in _axes_named_in(program) if is_mapped((name,)))
 
 
-def _axes_named_in(jaxpr: Jaxpr) -> set[str]:
+def _axes_named_in(program: ClosedJaxpr | Jaxpr) -> set[str]:
     found: set[str] = set()
-    for eqn in jaxpr.eqns:
+    for eqn in program.eqns:
         if eqn.primitive.name not in _SILENT:
             axes = eqn.params.get("axes", ()), eqn.params.get("axis_name", ())
             found |= {name for name in jax.tree.leaves(axes) if isinstance(name, str)}
         for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
             if _is_program(part):
-                found |= _axes_named_in(getattr(part, "jaxpr", part))
+                found |= _axes_named_in(part)
     return found
 
 
 def _is_program(part: object) -> bool:
-    return hasattr(part, "eqns")
+    return isinstance(part, ClosedJaxpr | Jaxpr)
+
+
+def note_window(updates: Tree) -> None:
+    """Remembers, while a program is traced, that gradients which may differ between devices have entered a window.
+
+    They are not to be averaged behind it: on a device that has left something out the window is complete later. But
+    links of a chain do not see each other, and without a check of replication such gradients look like averaged ones,
+    which may enter any window. So the link that averages asks by `follows_window`, and refuses by name.
+    """
+    around = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    is_known_as_same = around and is_checked(around) and not varying_axes(updates)
+    if not is_known_as_same:
+        _noted.window = versions.present_trace(), _kind_of(updates)
+
+
+def follows_window(updates: Tree) -> bool:
+    """Whether such gradients were noted in the program that is being traced."""
+    return getattr(_noted, "window", None) == (versions.present_trace(), _kind_of(updates))
+
+
+def _kind_of(tree: Tree) -> tuple[object, ...]:
+    return jax.tree.structure(tree), *map(jnp.shape, jax.tree.leaves(tree))
