@@ -282,7 +282,9 @@ def accumulate_ternary(
 
     **Many devices.** With parameters replicated, so is the sum. With parameters sharded it lies whole on every device
     all the same, and each micro-batch's gradient is gathered for it (see `TritCodec`): in two trits, over more than
-    ten devices, ``optax.MultiSteps`` takes less. Inside ``jax.shard_map`` each device can sum its own shard.
+    ten devices, ``optax.MultiSteps`` takes less. Inside ``jax.shard_map`` each device can sum its own shard. Gradients
+    that differ between devices which share the state are to be averaged before; to average means of windows instead,
+    take `ternary_multi_steps`.
 
     Args:
         every_k_schedule: K, an integer ``>= 1``, or a function of the gradient step that returns one, as in
@@ -303,7 +305,7 @@ def accumulate_ternary(
 
     Raises:
         ValueError: an argument outside its range; at ``update``, gradients whose structure or shapes are not those
-            given to ``init``.
+            given to ``init``, or that differ between devices which share the state; a state that was made otherwise.
         TypeError: a leaf that is neither floating point nor complex.
 
     Warns:
@@ -367,6 +369,23 @@ def ternary_multi_steps(
 
     With `vsa_optax.phase_switched` inside, its steps are emissions: all micro-batches of a PREDICT step are skipped.
 
+    **Many devices.** In data-parallel training each device sums its own micro-batches, and only the mean of a window is
+    sent, inside ``jax.shard_map`` or ``jax.pmap``, by an optimizer that averages::
+
+        opt = ternary_multi_steps(optax.chain(compressed_pmean("data", TritCodec()), optax.adam(1e-3)), 8)
+
+    All devices come to the end of a window at the same micro-batch: one that is not finite on some device, or that
+    ``should_skip_update_fn`` wants skipped there, is left out on all, and counted by all. Otherwise some devices would
+    wait in ``opt``'s collectives, for ever, for those whose window is not complete. To agree costs one number sent a
+    micro-batch. The axes to agree over are those over which gradients vary, if ``shard_map`` checks replication;
+    without the check, those over which ``opt`` communicates, as its state or its program says. ``jax.lax.pmean`` of the
+    gradients before ``update`` needs no agreement, but sends each of them.
+
+    With `compressed_pmean` inside, each device's sum, and what ``should_skip_update_fn`` keeps, has an axis of the
+    devices in front: let `state_specs` say how ``shard_map`` lays out the state, and make it inside. A sum cannot go to
+    another number of devices: there, take ``mini_step``, ``acc_grads`` and ``skip_state`` from a fresh state, which
+    begins the window anew (for the residuals see `compressed_pmean`).
+
     Args:
         opt: the optimizer.
         every_k_schedule: see `accumulate_ternary`.
@@ -379,15 +398,18 @@ def ternary_multi_steps(
         seed: see `accumulate_ternary`.
 
     Returns:
-        A transformation that hands extra arguments to ``opt`` and has a function ``has_updated(state)``. Its state has
-        the fields of ``MultiStepsState`` and ``nonfinite_count``.
+        A transformation that hands extra arguments to ``opt`` and has a function ``has_updated(state)``, and
+        ``gradient_transformation()``, as ``MultiSteps`` has, which returns itself. Its state has the fields of
+        ``MultiStepsState`` and ``nonfinite_count``. ``opt``'s state keeps its dtypes where gradients are wider than
+        parameters.
 
     State cost:
         that of `accumulate_ternary` and ``opt``'s own.
 
     Raises:
-        ValueError: as `accumulate_ternary`; an ``opt`` that is none; a ``should_skip_update_fn`` that does not return a
-            bool.
+        ValueError: as `accumulate_ternary`; an ``opt`` that is not a gradient transformation; a
+            ``should_skip_update_fn`` that does not return a bool; at ``update``, a state that was made by
+            ``optax.MultiSteps``, or for another number of devices.
         TypeError: as `accumulate_ternary`.
 
     Example:

@@ -101,8 +101,21 @@ def compressed_pmean(
     **With phases**, ``phase_switched(optax.chain(compressed_pmean(...), optax.adamw(1.0)), predict_in="update")``
     communicates in true steps only.
 
+    **With micro-batches**, each device sums its own, and one mean of a window is sent instead of K:
+    ``ternary_multi_steps(optax.chain(compressed_pmean(...), opt), k)``. Gradients of a window that does not know which
+    devices share it, as that of `accumulate_ternary` before this in a chain, are refused.
+
     **State on many devices.** Residuals differ by device. Let `state_specs` say how ``shard_map`` lays out a state, and
     make it by ``jax.shard_map(opt.init, mesh=mesh, in_specs=P(), out_specs=specs)``.
+
+    **Another number of devices.** Only the residuals' mean over devices matters, so each device may start with it. With
+    ``fresh``, the state made on the new devices, a checkpoint of eight devices goes on by::
+
+        of_8 = jax.tree.map(lambda e: np.zeros((8, *e.shape[1:]), e.dtype), fresh.residual)
+        step, saved = checkpoint.restore(folder, fresh._replace(residual=of_8))
+        means = jax.tree.map(lambda e, new: np.broadcast_to(e.mean(0), new.shape), saved.residual, fresh.residual)
+        layouts = jax.tree.map(lambda new: new.sharding, fresh.residual)
+        state = saved._replace(residual=jax.device_put(means, layouts))
 
     **Before JAX 0.10.0**, whose ``all_gather`` cannot promise that its result is the same everywhere, the second stage
     takes twice the bytes unless ``shard_map`` is told not to check replication.
@@ -124,8 +137,9 @@ def compressed_pmean(
 
     Raises:
         ValueError: an argument outside its range; at ``update``, outside ``shard_map`` over ``axis_name``, gradients
-            that are already the same on all devices, or whose structure or shapes are not those given to ``init``, if
-            there is a residual to compare them with.
+            that are already the same on all devices, that come out of a window of micro-batches, or whose structure or
+            shapes are not those given to ``init``, if there is a residual to compare them with; a residual of another
+            number of devices.
         TypeError: a leaf that is neither floating point nor complex.
 
     Example:
@@ -215,11 +229,13 @@ def compressed_pmean(
 def state_specs(opt_state: Tree, axis_name: str | tuple[str, ...]) -> Tree:
     """For each array of an optimizer's state, how ``shard_map`` has to lay it out.
 
-    What `compressed_pmean` keeps for each device has the axis in front, ``PartitionSpec(axis_name)``, and everything
-    else is the same on all devices, ``PartitionSpec()``.
+    What a device keeps for itself has the axis in front, ``PartitionSpec(axis_name)``: the residuals of
+    `compressed_pmean`, and the sum of a `ternary_multi_steps` around it. Everything else is the same on all devices,
+    ``PartitionSpec()``.
 
     Args:
-        opt_state: the state, or its shapes as ``jax.eval_shape(opt.init, params)`` gives them.
+        opt_state: the state's shapes, as ``jax.eval_shape(opt.init, params)`` gives them, or a state that was made
+            inside ``shard_map``.
         axis_name: as given to `compressed_pmean`.
 
     Returns:
@@ -234,7 +250,8 @@ def state_specs(opt_state: Tree, axis_name: str | tuple[str, ...]) -> Tree:
         (True, True)
 
     Raises:
-        ValueError: an ``axis_name`` that is not the one a `compressed_pmean` in the state was made with.
+        ValueError: an ``axis_name`` that is not the one a `compressed_pmean` in the state was made with; on several
+            devices, a state that was made outside ``shard_map`` and has but one device's residuals or sum.
     """
     axes = _check_axis_name(axis_name)
 
