@@ -63,6 +63,9 @@ CODED = "prediction/predictors/test_window.py -k decoded_records"
 SUM = "accumulation/test_packed_rows.py -k twin or few_rows"
 ROUNDING = "kernels/test_uniform.py -k rounding"
 WINDOWS = "accumulation/test_multi_steps.py accumulation/test_microbatching.py -k windows_are or left_out or leaves_out"
+COUNTED = "accumulation/test_microbatching.py -k that_came"
+COLLECTIVE_WINDOWS = "test_collective_windows.py -k emissions"
+COLLECTIVE_REFUSALS = "test_collective_windows.py -k refused"
 OF_ERRORS = "prediction/test_api.py"
 COLLECTIVE_TWIN = "compression/test_pmean.py -k twin"
 COLLECTIVE_BUNDLES = "compression/test_pmean.py -k summed"
@@ -344,7 +347,7 @@ MUTANTS = [
         "frozenset()",
         "compression/test_pmean.py -k another_mesh_axis",
     ),
-    Mutant("pmean.state_specs", "PartitionSpec(axis_name), node", "PartitionSpec(), node", COLLECTIVE_TWIN),
+    Mutant("pmean.state_specs", "PartitionSpec(axis_name), getattr", "PartitionSpec(), getattr", COLLECTIVE_TWIN),
     Mutant("mesh.all_devices_agree", "lax.pmin(flag", "lax.pmax(flag", COLLECTIVE_PHASES),
     Mutant("mesh.mean_over", "lax.pmean(x,", "lax.psum(x,", COLLECTIVE_PHASES),
     Mutant("update._agreed_value", "lambda value, last: last,", "lambda value, last: 0 * last,", COLLECTIVE_PHASES),
@@ -461,7 +464,12 @@ MUTANTS = [
     Mutant("multi_steps._Window.__call__", "adds = is_accepted & ~emits", "adds = ~emits", WINDOWS),
     Mutant("multi_steps.ternary_multi_steps", "is_finite & ~should_skip", "is_finite", WINDOWS),
     Mutant("multi_steps._Window.__call__", "jnp.where(emits, 0, state", "jnp.where(emits, 1, state", WINDOWS),
-    Mutant("microbatching.ternary_accumulator", "num - carry.nonfinite_count", "num", WINDOWS),
+    Mutant("microbatching.ternary_accumulator", "carry.num_seen - carry.nonfinite_count", "carry.num_seen", WINDOWS),
+    Mutant("microbatching.ternary_accumulator", "left = carry.num_seen", "left = num", COUNTED),
+    Mutant("multi_steps._in_dtypes_of", "array.astype(o.dtype)", "array", "accumulation/test_multi_steps.py -k wider"),
+    Mutant("multi_steps.ternary_multi_steps", "[is_finite, is_accepted]", "[is_finite, is_finite]", COLLECTIVE_WINDOWS),
+    Mutant("multi_steps.ternary_multi_steps", "mesh.note_window(updates)", "None", COLLECTIVE_REFUSALS),
+    Mutant("pmean._check_made_inside", "leaf.shape[0] == 1", "leaf.shape[0] > 1", COLLECTIVE_REFUSALS),
     Mutant("stats.phase_stats", "total - machine.predict_steps", "total + machine.predict_steps", WALK),
     Mutant("stats.needs_backward", "opt_state).phase != Phase", "opt_state).phase == Phase", LINE),
     Mutant(
