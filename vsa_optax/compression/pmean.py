@@ -330,6 +330,7 @@ def _check_axis_name(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _check_of_each_device(updates: optax.Updates, axes: tuple[str, ...]) -> None:
     """``ValueError`` if gradients are the same on all devices already, or are not of the same steps on all."""
+    is_known = is_checked(frozenset(axes))
     if follows_window(updates):
         raise ValueError(
             "gradients must be those of the same micro-batches on all devices, got those of accumulate_ternary or "
@@ -340,7 +341,7 @@ def _check_of_each_device(updates: optax.Updates, axes: tuple[str, ...]) -> None
     # JAX has summed them, in full.
     leaves = jax.tree.leaves(updates)
     summed = set(axes) - varying_axes(leaves)
-    if is_checked(frozenset(axes)) and summed and leaves:
+    if is_known and summed and leaves:
         raise ValueError(
             f"gradients must be those of each device, got some that are the same along {sorted(summed)}. JAX sums up "
             "the gradients of parameters that are: make those vary before differentiating, with jax.lax.pcast(params, "

@@ -144,14 +144,11 @@ def _axes_named_in(program: ClosedJaxpr | Jaxpr) -> set[str]:
         if eqn.primitive.name not in _SILENT:
             axes = eqn.params.get("axes", ()), eqn.params.get("axis_name", ())
             found |= {name for name in jax.tree.leaves(axes) if isinstance(name, str)}
-        for part in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program):
-            if _is_program(part):
-                found |= _axes_named_in(part)
+        for value in eqn.params.values():  # Branches are in a tuple.
+            for part in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(part, ClosedJaxpr | Jaxpr):
+                    found |= _axes_named_in(part)
     return found
-
-
-def _is_program(part: object) -> bool:
-    return isinstance(part, ClosedJaxpr | Jaxpr)
 
 
 def note_window(updates: Tree) -> None:
