@@ -212,7 +212,7 @@ MUTANTS = [
         TRIT_TWIN,
     ),
     Mutant(
-        "trit.TritCodec._encode_leaf",
+        "trit.TritCodec._is_small",
         "spec.num_reals < self.block_size",
         "spec.num_reals <= self.block_size",
         TRIT_TWIN,
@@ -376,8 +376,8 @@ MUTANTS = [
     ),
     Mutant(
         "line.LinePredictor._compare_with",
-        "lambda x: numerics.saturating_cast(x, x.dtype), coded",
-        "lambda x: x, coded",
+        "numerics.saturating_cast(x, x.dtype), residual",
+        "x, residual",
         "prediction/predictors/test_window.py -k stays_finite",
     ),
     Mutant("trits._LLOYD_MAX_CUT", ") / 2", ") / 1.8", "test_trits.py -k twin"),

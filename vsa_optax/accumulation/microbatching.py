@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from vsa_optax.accumulation.ternary_sum import Rounding, make_ternary_sum
+from vsa_optax.codecs import codec as codecs
 from vsa_optax.core import checks
 from vsa_optax.core.conditional import in_place_if
 from vsa_optax.core.types import Tree
@@ -18,10 +19,12 @@ class TernaryAccumulatorState(NamedTuple):
     Attributes:
         nonfinite_count: ``[] int32``, micro-batches left out for a NaN or an infinity.
         acc_grads: tree like the gradients, with a coded sum for each.
+        specs: static, tree like the gradients, with a `LeafSpec` for each.
     """
 
     nonfinite_count: jax.Array
     acc_grads: Tree
+    specs: Tree
 
 
 def ternary_accumulator(
@@ -99,15 +102,15 @@ def ternary_accumulator(
 
     def init(like: optax.Updates) -> TernaryAccumulatorState:
         checks.check_inexact_leaves(like)
-        return TernaryAccumulatorState(jnp.zeros([], jnp.int32), total.zeros(like))
+        return TernaryAccumulatorState(jnp.zeros([], jnp.int32), total.zeros(like), jax.tree.map(codecs.spec_of, like))
 
     def update(carry: TernaryAccumulatorState, value: optax.Updates, index: int | jax.Array) -> TernaryAccumulatorState:
         is_finite = total.takes(carry.acc_grads, value)
         acc_grads = grow_if(is_finite, carry.acc_grads, value, jnp.asarray(index, jnp.int32))
-        return TernaryAccumulatorState(carry.nonfinite_count + ~is_finite, acc_grads)
+        return TernaryAccumulatorState(carry.nonfinite_count + ~is_finite, acc_grads, carry.specs)
 
     def finalize(carry: TernaryAccumulatorState) -> optax.Updates:
-        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), total.shapes(carry.acc_grads))
+        nothing = jax.tree.map(codecs.zeros_of, carry.specs, is_leaf=codecs.is_spec)
         left = num - carry.nonfinite_count
         return total.finish(nothing, carry.acc_grads, window, left if use_grad_mean else jnp.minimum(left, 1))
 

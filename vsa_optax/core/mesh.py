@@ -5,9 +5,9 @@ does by default. Without the check every array looks as if it were the same ever
 over which axes a transformation in it averages.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +18,11 @@ from vsa_optax.core.trees import all_finite
 from vsa_optax.core.types import Tree
 
 
-@dataclasses.dataclass(frozen=True)
-class MeshAxes:
+@jax.tree_util.register_static
+class MeshAxes(NamedTuple):
     """Names of mesh axes, in their place in a state: a pytree node without children."""
 
     names: tuple[str, ...]
-
-
-jax.tree_util.register_dataclass(MeshAxes, data_fields=[], meta_fields=["names"])
 
 
 def axes_in(state: Tree) -> frozenset[str]:

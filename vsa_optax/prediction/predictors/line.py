@@ -204,7 +204,7 @@ class LinePredictor:
         if self.codec:
             # A rotation may overflow where the numbers do not: such a block is kept as zeros.
             coded = self.codec.encode(averaged)
-            averaged = jax.tree.map(lambda x: numerics.saturating_cast(x, x.dtype), coded)
+            averaged = trees.map_leaves(lambda _, x: numerics.saturating_cast(x, x.dtype), residual, coded)
         return Comparison(Experience(averaged), error, is_defined)
 
     def _decoded(self, residual: Tree) -> optax.Updates:

@@ -96,7 +96,7 @@ class WindowHistory:
         del params, scalars
         slot = state.num_records % self.length
         return state._replace(
-            records=jax.tree.map(
+            records=trees.map_leaves(
                 lambda r, x: r.at[slot].set(numerics.saturating_cast(x, r.dtype)), state.records, tree
             ),
             steps=state.steps.at[slot].set(step),
