@@ -233,7 +233,7 @@ MUTANTS = [
     ),
     Mutant(
         "ternary_sum.TernarySum.takes",
-        "array.astype(coded_as) * _HEADROOM",
+        "array.astype(coded_as) * coded_as(_HEADROOM)",
         "codecs.as_reals(array) * _HEADROOM",
         "test_sharding.py -k nans",
     ),

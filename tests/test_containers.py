@@ -85,7 +85,9 @@ def through_npz(state):
     """By the paths of the arrays, as bytes, since the format has no bfloat16."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(state)
     file = io.BytesIO()
-    np.savez(file, **{jax.tree_util.keystr(path): np.frombuffer(np.asarray(x).tobytes(), np.uint8) for path, x in paths})
+    np.savez(
+        file, **{jax.tree_util.keystr(path): np.frombuffer(np.asarray(x).tobytes(), np.uint8) for path, x in paths}
+    )
     file.seek(0)
     with np.load(file) as data:
         found = [np.frombuffer(data[jax.tree_util.keystr(path)], x.dtype).reshape(x.shape) for path, x in paths]

@@ -77,7 +77,9 @@ def quantize_deterministic(
         cut = _LLOYD_MAX_CUT * jnp.sqrt(jnp.mean(unit**2, axis=axis, keepdims=True))
     is_kept = unit > cut
     num_kept = jnp.sum(is_kept, axis=axis, keepdims=True)
-    mean = jnp.sum(jnp.where(is_kept, unit, 0.0), axis=axis, keepdims=True) / jnp.maximum(num_kept, 1)
+    mean = jnp.sum(jnp.where(is_kept, unit, 0.0), axis=axis, keepdims=True) / jnp.maximum(num_kept, 1).astype(
+        jnp.float32
+    )
     return _trits(jnp.where(is_kept, jnp.sign(x), 0), mean * peak, axis)
 
 

@@ -107,7 +107,8 @@ def ternary_accumulator(
     def update(carry: TernaryAccumulatorState, value: optax.Updates, index: int | jax.Array) -> TernaryAccumulatorState:
         is_finite = total.takes(carry.acc_grads, value)
         acc_grads = grow_if(is_finite, carry.acc_grads, value, jnp.asarray(index, jnp.int32))
-        return TernaryAccumulatorState(carry.nonfinite_count + ~is_finite, acc_grads, carry.specs)
+        nonfinite_count = carry.nonfinite_count + (~is_finite).astype(jnp.int32)
+        return TernaryAccumulatorState(nonfinite_count, acc_grads, carry.specs)
 
     def finalize(carry: TernaryAccumulatorState) -> optax.Updates:
         nothing = jax.tree.map(codecs.zeros_of, carry.specs, is_leaf=codecs.is_spec)

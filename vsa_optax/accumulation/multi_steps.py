@@ -16,6 +16,7 @@ from vsa_optax.accumulation.ternary_sum import EveryK, Rounding, TernarySum, che
 from vsa_optax.core import checks
 from vsa_optax.core.conditional import in_place_if, split_extra_args
 from vsa_optax.core.types import Tree
+from vsa_optax.kernels import numerics
 
 _Emission: TypeAlias = tuple[optax.Updates, optax.OptState]
 
@@ -104,7 +105,7 @@ class _Window:
         return _WindowStep(
             mean=mean,
             emits=emits,
-            mini_step=jnp.where(emits, 0, state.mini_step + adds),
+            mini_step=jnp.where(emits, 0, state.mini_step + adds.astype(jnp.int32)),
             gradient_step=_count_if(emits, state.gradient_step),
             acc_grads=acc_grads,
         )
@@ -145,7 +146,7 @@ class _RunInner:
         update = functools.partial(self._inner.update, **static_args)
         emitted, _ = jax.eval_shape(lambda g, s, p, e: update(g, s, p, **e), mean, inner_state, params, traced_args)
         # One tree for both, so that updates can take the mean's place in memory.
-        wide = jax.tree.map(lambda g, u: g.astype(jnp.promote_types(g.dtype, u.dtype)), mean, emitted)
+        wide = jax.tree.map(lambda g, u: g.astype(numerics.promoted(g.dtype, u.dtype)), mean, emitted)
         dtypes = tuple(g.dtype for g in jax.tree.leaves(mean))
         step, step_if = self._functions_for(dtypes)
         if static_args:

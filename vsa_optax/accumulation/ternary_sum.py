@@ -10,6 +10,7 @@ A leaf smaller than a block is summed in at least f32.
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -88,7 +89,7 @@ class TernarySum:
                 return numerics.is_finite(array)
             # In its own shape: sharded, each device looks at what it has.
             coded_as = jnp.complex64 if jnp.iscomplexobj(array) else jnp.float32
-            return numerics.is_finite(array.astype(coded_as) * _HEADROOM)
+            return numerics.is_finite(array.astype(coded_as) * coded_as(_HEADROOM))
 
         return functools.reduce(jnp.logical_and, map(takes_leaf, jax.tree.leaves(gradients)), jnp.array(True))
 
@@ -135,8 +136,9 @@ class TernarySum:
             del index
             spec = codecs.spec_of(gradient)
             if isinstance(leaf, RawLeaf):
-                whole = leaf.values + gradient
-                return codecs.as_decoded(whole / divisor.astype(jnp.finfo(whole.dtype).dtype), spec)
+                wide = numerics.promoted(leaf.values.dtype, spec.dtype)
+                whole = leaf.values.astype(wide) + jnp.asarray(gradient, wide)
+                return codecs.as_decoded(whole / divisor.astype(jnp.finfo(wide).dtype).astype(wide), spec)
             reals = packed_rows.finish(
                 packed_rows.Coded(*leaf),
                 codecs.as_reals(gradient),
@@ -237,9 +239,10 @@ def _holds_arrays(node: Tree) -> bool:
 
 
 def _wide(leaf: ArrayLike) -> jnp.dtype:
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+    return numerics.promoted(jnp.result_type(leaf), jnp.float32)
 
 
 def _num_reals(leaf: ArrayLike) -> int:
     """Coordinates, a complex number counting as two."""
-    return jnp.size(leaf) * (2 if jnp.iscomplexobj(leaf) else 1)
+    is_complex = jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)
+    return math.prod(jnp.shape(leaf)) * (2 if is_complex else 1)

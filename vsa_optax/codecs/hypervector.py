@@ -258,7 +258,7 @@ class HypervectorCodec:
         bundle = jnp.where(jnp.all(jnp.isfinite(bundle)), bundle, jnp.nan)
         if self.shrink:
             chunks, dimension = bits.shape
-            num_met = chunks - (jnp.arange(dimension) >= size - (chunks - 1) * dimension)
-            bundle = bundle / jnp.maximum(num_met, 1)  # 0 only in an empty tree.
+            num_met = jnp.where(jnp.arange(dimension) >= size - (chunks - 1) * dimension, chunks - 1, chunks)
+            bundle = bundle / jnp.maximum(num_met, 1).astype(jnp.float32)  # 0 only in an empty tree.
         flat = signs.flip(jnp.broadcast_to(bundle, bits.shape), bits).reshape(-1)[:size]
         return flat if bits.size == size else jnp.roll(flat, begin)
