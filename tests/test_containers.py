@@ -12,38 +12,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
+from transformations import TRANSFORMATIONS, params_of, states_of, traced
 
-import vsa_optax
-from vsa_optax import HypervectorCodec, TritCodec
-
-TRITS = TritCodec(2, block_size=32)
-coded_window = functools.partial(
-    vsa_optax.phase_switched, optax.sgd(1.0), learning_rate=0.1, history_window=3, guard=False, calibrate=False
-)
-TRANSFORMATIONS = {
-    "secants": vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=0.1, history_window=3),
-    "window": vsa_optax.phase_switched(optax.sgd(1.0), learning_rate=0.1, guard=False, history_window=3),
-    "recursive": vsa_optax.phase_switched(optax.sgd(1.0), guard=False, history="recursive", calibrate=False),
-    "window in trits": coded_window(history_codec=TRITS),
-    "window of hypervectors": coded_window(history_codec=HypervectorCodec(0.5)),
-    "window of ternary hypervectors": coded_window(history_codec=HypervectorCodec(0.5, use_ternary=True)),
-    "predict_gradients": optax.chain(vsa_optax.predict_gradients(history_window=3), optax.sgd(0.1)),
-    "ternary_multi_steps": vsa_optax.ternary_multi_steps(optax.adam(0.1), 2, block_size=32),
-    "accumulate_ternary": optax.chain(vsa_optax.accumulate_ternary(2, block_size=32), optax.sgd(0.1)),
-    "compress_gradients": vsa_optax.compress_gradients(TRITS, error_feedback=True),
-    "compressed_pmean": vsa_optax.compressed_pmean("d", TRITS, error_feedback=True),
-}
 every_transformation = pytest.mark.parametrize("name", TRANSFORMATIONS)
 X = np.ones((2, 8), np.float32)
-
-
-def params_of(dtype=jnp.float32):
-    """A leaf of whole blocks and one of less."""
-    return {"kernel": jnp.ones((8, 6), dtype), "bias": jnp.ones(6, dtype)}
 
 
 @functools.cache
@@ -60,13 +35,6 @@ def assert_same(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert (a.shape, a.dtype, np.asarray(a).tobytes()) == (e.shape, e.dtype, np.asarray(e).tobytes())
-
-
-def traced(run, name):
-    """``run()``, which makes a state and updates it, in a trace; on two devices if it sends something."""
-    if name != "compressed_pmean":
-        return jax.eval_shape(run)
-    return jax.eval_shape(jax.vmap(lambda _: run(), axis_name="d", axis_size=2), jnp.zeros(2))
 
 
 def through_bytes(state):
@@ -166,13 +134,7 @@ def model_and_optimizer_run(name, wrt):
 
 def raw_state_run(name, wrt):
     """Without an object of Flax's that would hold the state."""
-    opt, params = optax.with_extra_args_support(TRANSFORMATIONS[name]), nnx.state(Adapted(), wrt)
-    state, states = opt.init(params), []
-    for _ in range(3):
-        updates, state = opt.update(params, state, params, value=1.0)
-        params = optax.apply_updates(params, updates)
-        states.append(state)
-    return states
+    return states_of(name, nnx.state(Adapted(), wrt), 3)
 
 
 NNX = {
@@ -199,14 +161,7 @@ def test_boxes_of_linen(name):
     """Around each parameter, and around what a state has of it."""
 
     def run():
-        params = jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), params_of())
-        opt = optax.with_extra_args_support(TRANSFORMATIONS[name])
-        state, states = opt.init(params), []
-        for _ in range(2):
-            updates, state = opt.update(params, state, params, value=1.0)
-            params = optax.apply_updates(params, updates)
-            states.append(state)
-        return states
+        return states_of(name, jax.tree.map(lambda x: nn.Partitioned(x, (None,) * x.ndim), params_of()), 2)
 
     first, second = traced(run, name)
     assert jax.tree.structure(first) == jax.tree.structure(second)

@@ -113,7 +113,8 @@ def quantize_stochastic(x: jax.Array, key: jax.Array, *, axis: int | tuple[int, 
     """
     magnitude, peak = _magnitude(x, axis)
     odds = magnitude / jnp.where(peak > 0, peak, 1.0)
-    is_kept = jax.random.uniform(key, jnp.shape(x)) < odds
+    drawn = jax.random.uniform(key, jnp.shape(x))
+    is_kept = drawn < odds.astype(drawn.dtype)
     return _trits(jnp.where(is_kept, jnp.sign(x), 0), peak, axis)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 def promoted(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype that holds all of these by JAX's own rules, which ``jax_numpy_dtype_promotion`` may have put aside."""
     with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, dtypes)
+        return functools.reduce(jnp.promote_types, dtypes[1:], jnp.dtype(dtypes[0]))
 
 
 def is_finite(x: jax.Array) -> jax.Array:

@@ -176,6 +176,15 @@ def total_steps(state: PhaseMachineState) -> jax.Array:
     return state.warmup_steps + state.full_steps + state.predict_steps + state.correct_steps
 
 
+def last_value(state: PhaseMachineState) -> jax.Array:
+    """``[] float32``, the last finite loss that an update received; NaN until one did.
+
+    Where JAX is told to stop at each NaN, infinity says the same.
+    """
+    unknown = jnp.inf if jax.config.jax_debug_nans else jnp.nan  # type: ignore[attr-defined] # Made at run time.
+    return jnp.where(state.has_value, state.value, unknown)
+
+
 def advance(
     schedule: PhaseSchedule,
     guard: Guard | None,

@@ -187,7 +187,7 @@ def _agreed_value(value: jax.Array, state: PhaseSwitchedState, *, in_all_phases:
     machine, value = state.machine, value.astype(numerics.promoted(value.dtype, jnp.float32))
     if in_all_phases:
         return mean_over(value, axes)
-    last = jnp.where(machine.has_value, machine.value, jnp.nan).astype(value.dtype)
+    last = machines.last_value(machine).astype(value.dtype)
     return lax.cond(
         machine.phase == Phase.PREDICT,
         lambda value, last: last,
