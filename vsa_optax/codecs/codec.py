@@ -174,6 +174,13 @@ def check_payload(payload: Payload, settings: dict[str, Any], kind: type) -> Non
     if dict(made_by.settings.items) != settings:
         codec = type(made_by.codec)(**settings)
         raise ValueError(f"payload was encoded by {made_by.codec}, not by {codec}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(payload):
+        if isinstance(leaf, np.ndarray) and leaf.dtype.type is np.void:
+            raise ValueError(
+                f"payload {jax.tree_util.keystr(path[1:])} has dtype {leaf.dtype.str[1:]}: npz loses bfloat16; keep "
+                "payloads by vsa_optax.checkpoint or pickle, or give the array its dtype back by "
+                "array.view(jnp.bfloat16)"
+            )
 
 
 def zero_payload(codec: Codec, tree: Tree, num: int | None = None) -> Payload:
@@ -186,6 +193,6 @@ def zero_payload(codec: Codec, tree: Tree, num: int | None = None) -> Payload:
 
 def nbytes_of(encode: Callable[[Tree], Payload], tree: Tree) -> int:
     """The summed bytes of the arrays that ``encode`` makes of arrays like the leaves of ``tree``."""
-    checks.check_inexact_leaves(tree)
+    checks.check_encodable_leaves(tree)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(encode, shapes)))

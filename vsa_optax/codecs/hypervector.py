@@ -166,7 +166,7 @@ class HypervectorCodec:
             tree: of floating-point or complex arrays, any shapes.
             step: ``[] int``.
         """
-        checks.check_inexact_leaves(tree)
+        checks.check_encodable_leaves(tree)
         step = codecs.check_step(step)
         reals = [codecs.as_reals(leaf) for leaf in jax.tree.leaves(tree)]
         flat = jnp.concatenate([*reals, jnp.zeros([0], jnp.float32)])

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
+@functools.cache
 def promoted(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype that holds all of these by JAX's own rules, which ``jax_numpy_dtype_promotion`` may have put aside."""
     with jax.numpy_dtype_promotion("standard"):
