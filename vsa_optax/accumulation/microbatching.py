@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from vsa_optax.accumulation.ternary_sum import Rounding, make_ternary_sum
+from vsa_optax.codecs import codec as codecs
 from vsa_optax.core import checks
 from vsa_optax.core.conditional import in_place_if
 from vsa_optax.core.mesh import as_varying, varying_axes, varying_like
@@ -19,11 +20,13 @@ class TernaryAccumulatorState(NamedTuple):
     Attributes:
         nonfinite_count: ``[] int32``, micro-batches left out for a NaN or an infinity.
         acc_grads: tree like the gradients, with a coded sum for each.
+        specs: static, tree like the gradients, with a `LeafSpec` for each.
         num_seen: ``[] int32``, micro-batches so far, those left out included.
     """
 
     nonfinite_count: jax.Array
     acc_grads: Tree
+    specs: Tree
     num_seen: jax.Array
 
 
@@ -107,15 +110,17 @@ def ternary_accumulator(
         checks.check_inexact_leaves(like)
         # Inside shard_map, what this device has seen is its own if its gradients are.
         own = as_varying(jnp.zeros([], jnp.int32), varying_axes(like))
-        return TernaryAccumulatorState(own, varying_like(total.zeros(like), like), jnp.zeros([], jnp.int32))
+        acc_grads, specs = varying_like(total.zeros(like), like), jax.tree.map(codecs.spec_of, like)
+        return TernaryAccumulatorState(own, acc_grads, specs, jnp.zeros([], jnp.int32))
 
     def update(carry: TernaryAccumulatorState, value: optax.Updates, index: int | jax.Array) -> TernaryAccumulatorState:
         is_finite = total.takes(carry.acc_grads, value)
         acc_grads = grow_if(is_finite, carry.acc_grads, value, jnp.asarray(index, jnp.int32))
-        return TernaryAccumulatorState(carry.nonfinite_count + ~is_finite, acc_grads, carry.num_seen + 1)
+        nonfinite_count = carry.nonfinite_count + (~is_finite).astype(jnp.int32)
+        return TernaryAccumulatorState(nonfinite_count, acc_grads, carry.specs, carry.num_seen + 1)
 
     def finalize(carry: TernaryAccumulatorState) -> optax.Updates:
-        nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), total.shapes(carry.acc_grads))
+        nothing = jax.tree.map(codecs.zeros_of, carry.specs, is_leaf=codecs.is_spec)
         nothing = jax.tree.map(lambda x, part: as_varying(x, varying_axes(part)), nothing, carry.acc_grads)
         # Optax tells nobody how many there are; so they are counted.
         left = carry.num_seen - carry.nonfinite_count

@@ -18,6 +18,7 @@ from vsa_optax.core import checks, mesh
 from vsa_optax.core.conditional import in_place_if, split_extra_args
 from vsa_optax.core.mesh import as_varying, varying_axes
 from vsa_optax.core.types import Tree
+from vsa_optax.kernels import numerics
 
 _Emission: TypeAlias = tuple[optax.Updates, optax.OptState]
 
@@ -113,7 +114,7 @@ class _Window:
         return _WindowStep(
             mean=mean,
             emits=emits,
-            mini_step=jnp.where(emits, 0, state.mini_step + adds),
+            mini_step=jnp.where(emits, 0, state.mini_step + adds.astype(jnp.int32)),
             gradient_step=_count_if(emits, state.gradient_step),
             acc_grads=acc_grads,
         )
@@ -193,7 +194,7 @@ class _RunInner:
             operand, held = mean, jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), emitted)
         else:
             # One tree for both, so that updates can take the mean's place in memory.
-            held = jax.tree.map(lambda g, u: g.astype(jnp.promote_types(g.dtype, u.dtype)), mean, emitted)
+            held = jax.tree.map(lambda g, u: g.astype(numerics.promoted(g.dtype, u.dtype)), mean, emitted)
         held = mesh.varying_like(held, emitted)
         updates, inner_state = step_if(emits, (held, inner_state), operand, params, traced_args)
         return jax.tree.map(lambda x, u: x.astype(u.dtype), updates, emitted), inner_state

@@ -5,11 +5,10 @@ does by default. Without the check every array looks as if it were the same ever
 over which axes a transformation in it averages.
 """
 
-import dataclasses
 import functools
 import threading
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,14 +24,11 @@ _SILENT = frozenset(["axis_index", "pcast", "pvary"])
 _noted = threading.local()
 
 
-@dataclasses.dataclass(frozen=True)
-class MeshAxes:
+@jax.tree_util.register_static
+class MeshAxes(NamedTuple):
     """Names of mesh axes, in their place in a state: a pytree node without children."""
 
     names: tuple[str, ...]
-
-
-jax.tree_util.register_dataclass(MeshAxes, data_fields=[], meta_fields=["names"])
 
 
 @runtime_checkable
