@@ -65,6 +65,9 @@ ROUNDING = "kernels/test_uniform.py -k rounding"
 WINDOWS = "accumulation/test_multi_steps.py accumulation/test_microbatching.py -k windows_are or left_out or leaves_out"
 OF_ERRORS = "prediction/test_phases.py prediction/predictors/test_factory.py"
 RATES = "prediction/test_learning_rate.py -k refused or welcome or no_rate"
+COUNTED = "accumulation/test_microbatching.py -k that_came"
+COLLECTIVE_WINDOWS = "test_collective_windows.py -k emissions"
+COLLECTIVE_REFUSALS = "test_collective_windows.py -k refused"
 COLLECTIVE_TWIN = "compression/test_pmean.py -k twin"
 COLLECTIVE_BUNDLES = "compression/test_pmean.py -k summed"
 COLLECTIVE_NAN = "compression/test_pmean.py -k nan"
@@ -99,7 +102,7 @@ MUTANTS = [
     Mutant("secant_fit.coefficients", "(1 + ridges) * unit", "(1 - ridges) * unit", SECANT),
     Mutant("secant_fit.errors", "- 2 * linear + quadratic", "- linear + quadratic", SECANT),
     Mutant("secant_fit.best", "jnp.argmin(scores", "jnp.argmax(scores", SECANT),
-    Mutant("secant_fit.coefficients", "products * inverse, 0)[:, None]", "products, 0)[:, None]", SECANT),
+    Mutant("secant_fit.coefficients", "products * inverse, 0)[None, :, None]", "products, 0)[None, :, None]", SECANT),
     Mutant("secant_fit.scored", "forget * average + (1 - forget)", "forget * average + forget", SECANT),
     Mutant(
         "secant.SecantHistory.record",
@@ -124,7 +127,7 @@ MUTANTS = [
     Mutant("numerics.relative_distance", "is_defined = of_x > 0", "is_defined = of_x >= 0", NUMERICS),
     Mutant("numerics.power_of_two", "maxexp - 8", "maxexp + 8", "kernels/test_numerics.py -k relative"),
     Mutant("vsa.random_hypervectors", "-1, 2, jnp.int32", "-1, 1, jnp.int32", "test_vsa.py -k random"),
-    Mutant("vsa._product", "    return x * y", "    return x + y", "test_vsa.py -k bind or broadcast"),
+    Mutant("vsa._product", "jnp.multiply(*", "jnp.add(*", "test_vsa.py -k bind or broadcast"),
     Mutant("vsa.unbind", 'key=_inverse(_real("key", key))', 'key=_real("key", key)', "test_vsa.py -k inverse_of_any"),
     Mutant(
         "vsa._inverse",
@@ -210,7 +213,7 @@ MUTANTS = [
         TRIT_TWIN,
     ),
     Mutant(
-        "trit.TritCodec._encode_leaf",
+        "trit.TritCodec._is_small",
         "spec.num_reals < self.block_size",
         "spec.num_reals <= self.block_size",
         TRIT_TWIN,
@@ -231,7 +234,7 @@ MUTANTS = [
     ),
     Mutant(
         "ternary_sum.TernarySum.takes",
-        "array.astype(coded_as) * _HEADROOM",
+        "array.astype(coded_as) * coded_as(_HEADROOM)",
         "codecs.as_reals(array) * _HEADROOM",
         "test_sharding.py -k nans",
     ),
@@ -342,7 +345,7 @@ MUTANTS = [
         "frozenset()",
         "compression/test_pmean.py -k another_mesh_axis",
     ),
-    Mutant("pmean.state_specs", "PartitionSpec(axis_name), node", "PartitionSpec(), node", COLLECTIVE_TWIN),
+    Mutant("pmean.state_specs", "PartitionSpec(axis_name), getattr", "PartitionSpec(), getattr", COLLECTIVE_TWIN),
     Mutant("mesh.all_devices_agree", "lax.pmin(flag", "lax.pmax(flag", COLLECTIVE_PHASES),
     Mutant("mesh.mean_over", "lax.pmean(x,", "lax.psum(x,", COLLECTIVE_PHASES),
     Mutant("update._agreed_value", "lambda value, last: last,", "lambda value, last: 0 * last,", COLLECTIVE_PHASES),
@@ -377,21 +380,19 @@ MUTANTS = [
     ),
     Mutant(
         "line.LinePredictor._compare_with",
-        "lambda x: numerics.saturating_cast(x, x.dtype), coded",
-        "lambda x: x, coded",
+        "numerics.saturating_cast(x, x.dtype), residual",
+        "x, residual",
         "prediction/predictors/test_window.py -k stays_finite",
     ),
     Mutant("trits._LLOYD_MAX_CUT", ") / 2", ") / 1.8", "test_trits.py -k twin"),
     Mutant("trits.quantize_deterministic", "mean * peak", "mean", "test_trits.py -k twin"),
-    Mutant(
-        "trits.quantize_stochastic", "jnp.shape(x)) < odds", "jnp.shape(x)) > odds", "test_trits.py -k right_on_average"
-    ),
+    Mutant("trits.quantize_stochastic", "drawn < odds", "drawn > odds", "test_trits.py -k right_on_average"),
     Mutant("trits._magnitude", "jnp.where(is_finite, peak, jnp.nan)", "peak", "test_trits.py -k not_finite"),
     Mutant("line_fit.line_weights", "share * (ages - mean) ** 2", "share * (ages + mean) ** 2", WLS),
     Mutant("window.WindowHistory.scalars", "mean + (horizon - age)", "mean + (horizon + age)", WLS),
     Mutant("line_fit.line_weights", "share * (ages - mean) / jnp", "share * (mean - ages) / jnp", WLS),
     Mutant("line_fit.line_weights", "has_slope = spread > 0", "has_slope = spread >= 0", WLS),
-    Mutant("line_fit.line_weights", "(jnp.arange(ages.size) == newest)", "(jnp.arange(ages.size) != newest)", WLS),
+    Mutant("line_fit.line_weights", "newest.dtype) == newest)", "newest.dtype) != newest)", WLS),
     Mutant(
         "line_fit.line_weights", "& (weights > 0)", "& (weights >= 0)", "prediction/fits/test_line_fit.py -k no_records"
     ),
@@ -427,13 +428,11 @@ MUTANTS = [
     Mutant("machine._following", "& (phase != Phase.CORRECT)", "& (phase == Phase.CORRECT)", WALK),
     Mutant("machine._following", "done >= predict_length", "done > predict_length", WALK),
     Mutant("machine._following", "done >= full_length", "done > full_length", WALK),
-    Mutant(
-        "machine.advance", "state.cycles + (was_leap", "state.cycles - (was_leap", "prediction/test_machine.py -k cycle"
-    ),
+    Mutant("machine.advance", "_count_if(was_leap", "-_count_if(was_leap", "prediction/test_machine.py -k cycle"),
     Mutant(
         "machine.advance", "was_leap & starts_full", "was_leap | starts_full", "prediction/test_machine.py -k cycle"
     ),
-    Mutant("machine.advance", "state.nonfinite_count + ~is_finite", "state.nonfinite_count + is_finite", WALK),
+    Mutant("machine.advance", "_count_if(~is_finite", "_count_if(is_finite", WALK),
     Mutant("machine._adapt", "last - first > phases", "last + first > phases", ADAPTIVE),
     Mutant("machine._adapt", "first - last > _BETTER", "first - last > -_BETTER", ADAPTIVE),
     Mutant("machine.advance", "jnp.where(is_known, loss, last_value)", "jnp.where(is_known, last_value, loss)", LOSS),
@@ -462,7 +461,12 @@ MUTANTS = [
     Mutant("multi_steps._Window.__call__", "adds = is_accepted & ~emits", "adds = ~emits", WINDOWS),
     Mutant("multi_steps.ternary_multi_steps", "is_finite & ~should_skip", "is_finite", WINDOWS),
     Mutant("multi_steps._Window.__call__", "jnp.where(emits, 0, state", "jnp.where(emits, 1, state", WINDOWS),
-    Mutant("microbatching.ternary_accumulator", "num - carry.nonfinite_count", "num", WINDOWS),
+    Mutant("microbatching.ternary_accumulator", "carry.num_seen - carry.nonfinite_count", "carry.num_seen", WINDOWS),
+    Mutant("microbatching.ternary_accumulator", "left = carry.num_seen", "left = num", COUNTED),
+    Mutant("multi_steps._in_dtypes_of", "array.astype(o.dtype)", "array", "accumulation/test_multi_steps.py -k wider"),
+    Mutant("multi_steps.ternary_multi_steps", "[is_finite, is_accepted]", "[is_finite, is_finite]", COLLECTIVE_WINDOWS),
+    Mutant("multi_steps.ternary_multi_steps", "mesh.note_window(updates)", "None", COLLECTIVE_REFUSALS),
+    Mutant("pmean._check_made_inside", "leaf.shape[0] == 1", "leaf.shape[0] > 1", COLLECTIVE_REFUSALS),
     Mutant("stats.phase_stats", "total - machine.predict_steps", "total + machine.predict_steps", WALK),
     Mutant("stats.needs_backward", "opt_state).phase != Phase", "opt_state).phase == Phase", LINE),
     Mutant(
@@ -477,7 +481,7 @@ MUTANTS = [
         "is_predict = machine.phase != Phase",
         BY_PHASE,
     ),
-    Mutant("value_and_grad.value_and_grad_by_phase", "machine.value, jnp.nan", "machine.value, 0.0", BY_PHASE),
+    Mutant("machine.last_value", "jax_debug_nans else jnp.nan", "jax_debug_nans else 0.0", BY_PHASE),
     Mutant(
         "value_and_grad.value_and_grad_by_phase",
         "if has_aux and (not value_in_predict):",

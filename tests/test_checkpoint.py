@@ -424,8 +424,10 @@ def test_bad_arguments(tmp_path):
     gone.delete()
     with pytest.raises(ValueError, match=r"leaf \['w'\] is a deleted array"):
         checkpoint.save(tmp_path, 1, {"w": gone})
-    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*none: the folder does not exist"):
         checkpoint.restore(tmp_path / "none", TREE)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*; the folder holds none"):
+        checkpoint.restore(tmp_path, TREE)
     assert os.listdir(tmp_path) == []
     checkpoint.save(tmp_path, 1, TREE)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 2 in .*; there are those of steps \[1\]"):

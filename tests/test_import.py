@@ -51,9 +51,12 @@ import jax, vsa_optax
 jax.jit(lambda: [getattr(vsa_optax, name) for name in vsa_optax.__all__] and 0)()  # Even in a trace.
 assert set(vsa_optax.__all__) <= set(dir(vsa_optax))
 from vsa_optax import *
-print(phase_switched.__module__, trits.__name__, hasattr(vsa_optax, "nothing"))
+import sys
+names = [phase_switched.__module__, trits.__name__, checkpoint.__name__]
+print(*names, hasattr(vsa_optax, "nothing"), "orbax" in sys.modules)
 """
-    assert output_of(code).split() == ["vsa_optax.prediction.api", "vsa_optax.trits", "False"]
+    names = ["vsa_optax.prediction.api", "vsa_optax.trits", "vsa_optax.checkpoint"]
+    assert output_of(code).split() == [*names, "False", "False"]
 
 
 def test_the_runtime_needs_jax_and_optax_only():

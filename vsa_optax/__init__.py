@@ -5,7 +5,7 @@ import importlib as _importlib
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
-    from vsa_optax import trits, vsa
+    from vsa_optax import checkpoint, trits, vsa
     from vsa_optax.accumulation.microbatching import ternary_accumulator
     from vsa_optax.accumulation.multi_steps import accumulate_ternary, ternary_multi_steps
     from vsa_optax.codecs.hypervector import HypervectorCodec
@@ -41,6 +41,7 @@ __all__ = [
     "accumulate_ternary",
     "aggressive",
     "balanced",
+    "checkpoint",
     "compress_gradients",
     "compressed_pmean",
     "conservative",
@@ -90,7 +91,7 @@ _HOMES = {
 if not _typing.TYPE_CHECKING:  # A type checker would take every name for one of ours.
 
     def __getattr__(name: str) -> object:
-        if name in ("trits", "vsa"):
+        if name in ("checkpoint", "trits", "vsa"):
             return _importlib.import_module(f"{__name__}.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

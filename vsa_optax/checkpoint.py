@@ -62,7 +62,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from vsa_optax import checkpoint_files, checkpoint_leaves, checkpoint_manifest
 from vsa_optax.core import checks
@@ -183,7 +182,7 @@ def restore(
 
     Raises:
         ImportError: Orbax is not installed.
-        FileNotFoundError: there is no checkpoint, or none of that step.
+        FileNotFoundError: there is no folder, no checkpoint in it, or none of that step.
         TypeError: a template leaf that is no array; a ``config`` that JSON cannot hold.
         ValueError: another format version; other settings, each named with both values; leaves that are missing, left
             over, or of another shape or dtype, each named; a missing or damaged manifest or file, named.
@@ -219,7 +218,10 @@ def restore(
         step = max(folders)
     if step is None or step not in folders:
         what = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise FileNotFoundError(f"no {what} in {root}; there are those of steps {sorted(folders)}")
+        if not root.is_dir():
+            raise FileNotFoundError(f"no {what} in {root}: the folder does not exist")
+        there = f"there are those of steps {sorted(folders)}" if folders else "the folder holds none"
+        raise FileNotFoundError(f"no {what} in {root}; {there}")
     folder = folders[step]
     manifest = checkpoint_manifest.read(folder)
     checkpoint_manifest.refuse(
@@ -271,8 +273,11 @@ def _in_process_0(fun: Callable[[], None]) -> None:
             fun()
         except Exception as caught:
             error = caught
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(error is not None)) and error is None:
-        raise OSError("process 0 could not write the checkpoint; its own error says why")
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils  # One process needs none of it.
+
+        if multihost_utils.broadcast_one_to_all(np.int32(error is not None)) and error is None:
+            raise OSError("process 0 could not write the checkpoint; its own error says why")
     if error is not None:
         raise error
 

@@ -77,7 +77,9 @@ def quantize_deterministic(
         cut = _LLOYD_MAX_CUT * jnp.sqrt(jnp.mean(unit**2, axis=axis, keepdims=True))
     is_kept = unit > cut
     num_kept = jnp.sum(is_kept, axis=axis, keepdims=True)
-    mean = jnp.sum(jnp.where(is_kept, unit, 0.0), axis=axis, keepdims=True) / jnp.maximum(num_kept, 1)
+    mean = jnp.sum(jnp.where(is_kept, unit, 0.0), axis=axis, keepdims=True) / jnp.maximum(num_kept, 1).astype(
+        jnp.float32
+    )
     return _trits(jnp.where(is_kept, jnp.sign(x), 0), mean * peak, axis)
 
 
@@ -111,7 +113,8 @@ def quantize_stochastic(x: jax.Array, key: jax.Array, *, axis: int | tuple[int, 
     """
     magnitude, peak = _magnitude(x, axis)
     odds = magnitude / jnp.where(peak > 0, peak, 1.0)
-    is_kept = jax.random.uniform(key, jnp.shape(x)) < odds
+    drawn = jax.random.uniform(key, jnp.shape(x))
+    is_kept = drawn < odds.astype(drawn.dtype)
     return _trits(jnp.where(is_kept, jnp.sign(x), 0), peak, axis)
 
 

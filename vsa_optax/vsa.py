@@ -299,7 +299,15 @@ def _product(**factors: jax.Array) -> jax.Array:
     (first, x), (second, y) = factors.items()
     if not _do_broadcast(x.shape, y.shape):
         raise ValueError(f"{first} and {second} must have shapes that broadcast, got {x.shape} and {y.shape}")
-    return x * y
+    return jnp.multiply(*_broadcast(x, y))
+
+
+def _broadcast(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both with as many axes, and in one dtype: users may have JAX refuse what it would do by itself."""
+    dtype = numerics.promoted(x.dtype, y.dtype)
+    num = max(x.ndim, y.ndim)
+    same = [z.reshape(*[1] * (num - z.ndim), *z.shape).astype(dtype) for z in (x, y)]
+    return same[0], same[1]
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -308,7 +316,7 @@ def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
     (x, of_x), (y, of_y) = _scaled(x), _scaled(y)
-    norms = of_x[..., None] * of_y if y.ndim == 2 else of_x * of_y
+    norms = jnp.multiply(*_broadcast(of_x[..., None] if y.ndim == 2 else of_x, of_y))
     return jnp.clip(_dot(x, y) / norms, -1, 1)
 
 
@@ -336,7 +344,7 @@ def _vectors(name: str, x: jax.Array) -> jax.Array:
 
 def _real(name: str, x: ArrayLike) -> jax.Array:
     array = _array(name, x)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(numerics.promoted(array.dtype, jnp.float32))
 
 
 def _array(name: str, x: ArrayLike) -> jax.Array:

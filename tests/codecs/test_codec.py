@@ -1,5 +1,9 @@
 """What both codecs refuse, and how they say so."""
 
+import io
+import pickle
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,5 +61,40 @@ def test_a_step_of_more_than_32_bits(codec):
 @pytest.mark.parametrize("leaf", [np.arange(3), np.ones(2, bool), "text"], ids=["int", "bool", "text"])
 def test_leaves_that_are_no_floats_name_themselves(codec, leaf):
     for use in (codec.encode, codec.nbytes):
-        with pytest.raises(TypeError, match=r"leaf \['odd'\] has dtype"):
+        with pytest.raises(
+            TypeError, match=r"only floating-point or complex leaves can be encoded: leaf \['odd'\] has"
+        ):
             use({"w": jnp.ones(2), "odd": leaf})
+
+
+TERNARY = HypervectorCodec(1.0, use_ternary=True)
+
+
+@pytest.mark.parametrize(("codec", "name"), [(TritCodec(2, block_size=32), r"\['k'\].scales"), (TERNARY, r".scales")])
+def test_a_payload_that_went_through_npz_is_refused_by_the_array(codec, name):
+    """Whose dtype is lost; as bits it is kept, and by pickle."""
+    payload = jax.device_get(codec.encode({"k": np.ones(64, np.float32)}))
+    leaves, treedef = jax.tree.flatten(payload)
+
+    def loaded(arrays):
+        file = io.BytesIO()
+        np.savez(file, *arrays)
+        file.seek(0)
+        with np.load(file) as data:
+            return list(data.values())
+
+    with pytest.raises(ValueError, match=rf"payload .*{name} has dtype V2: npz loses bfloat16; .*checkpoint or pickle"):
+        codec.decode(jax.tree.unflatten(treedef, loaded(leaves)))
+    kept = [
+        x.view(like.dtype) for x, like in zip(loaded(x.view(np.uint8) for x in leaves[1:]), leaves[1:], strict=True)
+    ]
+    kept = [leaves[0], *(x.reshape(like.shape) for x, like in zip(kept, leaves[1:], strict=True))]
+    for again in (jax.tree.unflatten(treedef, kept), pickle.loads(pickle.dumps(payload))):
+        np.testing.assert_array_equal(codec.decode(again)["k"], codec.decode(payload)["k"])
+
+
+@both_codecs
+def test_a_payload_knows_its_codec(codec):
+    payload = codec.encode({"k": np.ones(3, np.float32)})
+    assert payload.codec == codec
+    assert hash(payload.settings) == hash(codec.encode({}).settings)

@@ -1,4 +1,3 @@
-import dataclasses
 import functools
 import math
 
@@ -158,7 +157,7 @@ def test_bundles_are_reduced_over_devices():
 
     def mean_of_all(own):
         payload = codec.encode(own[0], 1)
-        return codec.decode(dataclasses.replace(payload, bundle=jax.lax.pmean(payload.bundle, "d")))[None]
+        return codec.decode(payload._replace(bundle=jax.lax.pmean(payload.bundle, "d")))[None]
 
     mesh = Mesh(np.array(jax.devices()), ("d",))
     reduced = jax.jit(jax.shard_map(mean_of_all, mesh=mesh, in_specs=P("d"), out_specs=P("d")), **CHEAP)(x)
@@ -183,8 +182,8 @@ def test_a_ternary_bundle(shrink):
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *payloads)
     total = jax.jit(codec.decode_sum, **CHEAP)(stacked, jnp.float32([1.0, -2.0]))
     np.testing.assert_allclose(total, decoded - 2 * decode(payloads[1]), atol=1e-5)
-    broken = dataclasses.replace(payload.bundle, scales=payload.bundle.scales.at[0].set(jnp.nan))
-    assert np.isnan(decode(dataclasses.replace(payload, bundle=broken))).all()
+    broken = payload.bundle._replace(scales=payload.bundle.scales.at[0].set(jnp.nan))
+    assert np.isnan(decode(payload._replace(bundle=broken))).all()
     for fails in (lambda: payload + payload, lambda: payload - payload, lambda: 2.0 * payload, lambda: -payload):
         with pytest.raises(TypeError, match="payloads add only with use_ternary=False"):
             fails()

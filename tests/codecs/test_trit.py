@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from samples import CHEAP
 
 from vsa_optax import HypervectorCodec, TritCodec, checkpoint
+from vsa_optax.codecs.codec import LeafSpec
 from vsa_optax.codecs.trit import CodedLeaf, RawLeaf
 from vsa_optax.kernels import blocks, lloyd_max, rotation, signs, trit_blocks
 
@@ -190,8 +191,9 @@ def test_trees_keep_structure_and_dtypes(name):
     assert jax.tree.structure(decoded) == jax.tree.structure(tree)
     kinds = jax.tree.leaves(payload.leaves, is_leaf=lambda node: isinstance(node, CodedLeaf | RawLeaf))
     assert len(kinds) == len(jax.tree.leaves(tree))
-    for x, y, coded in zip(jax.tree.leaves(tree), jax.tree.leaves(decoded), kinds, strict=True):
-        assert (y.shape, y.dtype) == (coded.spec.shape, coded.spec.dtype) == (x.shape, x.dtype)
+    specs = jax.tree.leaves(payload.specs, is_leaf=lambda node: isinstance(node, LeafSpec))
+    for x, y, coded, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(decoded), kinds, specs, strict=True):
+        assert (y.shape, y.dtype) == (spec.shape, spec.dtype) == (x.shape, x.dtype)
         if x.size * (2 if np.iscomplexobj(x) else 1) < 64:
             assert isinstance(coded, RawLeaf)
             assert np.asarray(y).tobytes() == np.asarray(x).tobytes()

@@ -1,9 +1,8 @@
 """What every codec offers, and what a payload knows of the arrays it was made of."""
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -38,19 +37,33 @@ class Codec(Protocol):
         """The tree that was encoded, with a `LeafSpec` for each array."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LeafSpec:
+@jax.tree_util.register_static
+class LeafSpec(NamedTuple):
     """Shape and dtype of an array, in its place in a tree: a pytree node without children.
+
+    Like all that is static in a payload or a state, it is a NamedTuple of Python's own numbers and strings: what saves
+    and restores states node by node, as ``flax.serialization`` does, knows these.
 
     Attributes:
         shape: of the array.
-        dtype: of the array.
-        sharding: how it is laid out over the explicit axes of a mesh; None without such axes, which is the usual case.
+        dtype_name: that of its dtype.
+        axes: how it is laid out over the explicit axes of a mesh, the entries of a ``PartitionSpec``; None without such
+            axes, which is the usual case.
     """
 
     shape: tuple[int, ...]
-    dtype: np.dtype
-    sharding: PartitionSpec | None = None
+    dtype_name: str
+    axes: tuple[Any, ...] | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the array."""
+        return jnp.dtype(self.dtype_name)
+
+    @property
+    def sharding(self) -> PartitionSpec | None:
+        """Over the explicit axes of a mesh; None without such axes."""
+        return None if self.axes is None else PartitionSpec(*self.axes)
 
     @property
     def num_reals(self) -> int:
@@ -58,7 +71,15 @@ class LeafSpec:
         return math.prod(self.shape) * (2 if self.dtype.kind == "c" else 1)
 
 
-jax.tree_util.register_dataclass(LeafSpec, data_fields=[], meta_fields=["shape", "dtype", "sharding"])
+@jax.tree_util.register_static
+class Settings(NamedTuple):
+    """A codec's settings, in a payload: a pytree node without children.
+
+    Attributes:
+        items: those of ``dataclasses.asdict(codec)``, names and numbers, bools or None.
+    """
+
+    items: tuple[tuple[str, Any], ...]
 
 
 def spec_of(leaf: ArrayLike) -> LeafSpec:
@@ -66,13 +87,19 @@ def spec_of(leaf: ArrayLike) -> LeafSpec:
     # A shape that was made of an array knows the layout, too.
     is_typed = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
     layout = jax.typeof(leaf).sharding.spec if is_typed else PartitionSpec()
-    sharding = layout if any(axis is not None for axis in layout) else None
-    return LeafSpec(tuple(jnp.shape(leaf)), np.dtype(jnp.result_type(leaf)), sharding)
+    axes = tuple(layout) if any(axis is not None for axis in layout) else None
+    return LeafSpec(tuple(jnp.shape(leaf)), np.dtype(jnp.result_type(leaf)).name, axes)
 
 
 def is_spec(node: object) -> bool:
     """Whether the node of a tree is a `LeafSpec`."""
     return isinstance(node, LeafSpec)
+
+
+def zeros_of(spec: LeafSpec) -> jax.Array:
+    """An array of zeros of that shape and dtype, laid out so."""
+    zeros = jnp.zeros(spec.shape, spec.dtype)
+    return zeros if spec.sharding is None else jax.sharding.reshard(zeros, spec.sharding)
 
 
 def shapes_of(specs: Tree) -> Tree:
@@ -139,13 +166,21 @@ def check_step(step: int | jax.Array) -> jax.Array:
     return array.astype(jnp.int32)
 
 
-def check_payload(payload: object, codec: Codec, kind: type) -> None:
-    """``ValueError`` unless ``payload`` is one that ``codec`` made."""
-    maker = payload.codec if isinstance(payload, kind) else None  # type: ignore[attr-defined] # Both kinds have one.
-    if maker is None:
+def check_payload(payload: Payload, settings: dict[str, Any], kind: type) -> None:
+    """``ValueError`` unless ``payload`` is of that kind and was made by a codec of these settings."""
+    if not isinstance(payload, kind):
         raise ValueError(f"payload must be a {kind.__name__}, got {type(payload).__name__}")
-    if maker != codec:
-        raise ValueError(f"payload was encoded by {maker}, not by {codec}")
+    made_by: Any = payload
+    if dict(made_by.settings.items) != settings:
+        codec = type(made_by.codec)(**settings)
+        raise ValueError(f"payload was encoded by {made_by.codec}, not by {codec}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(payload):
+        if isinstance(leaf, np.ndarray) and leaf.dtype.type is np.void:
+            raise ValueError(
+                f"payload {jax.tree_util.keystr(path[1:])} has dtype {leaf.dtype.str[1:]}: npz loses bfloat16; keep "
+                "payloads by vsa_optax.checkpoint or pickle, or give the array its dtype back by "
+                "array.view(jnp.bfloat16)"
+            )
 
 
 def zero_payload(codec: Codec, tree: Tree, num: int | None = None) -> Payload:
@@ -158,6 +193,6 @@ def zero_payload(codec: Codec, tree: Tree, num: int | None = None) -> Payload:
 
 def nbytes_of(encode: Callable[[Tree], Payload], tree: Tree) -> int:
     """The summed bytes of the arrays that ``encode`` makes of arrays like the leaves of ``tree``."""
-    checks.check_inexact_leaves(tree)
+    checks.check_encodable_leaves(tree)
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), tree)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(encode, shapes)))

@@ -6,6 +6,7 @@ coordinate; keys are generated on the fly.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,41 +20,47 @@ from vsa_optax.kernels import numerics, signs, trit_blocks
 _BLOCK = 1024  # Of the bundle, if it is kept in trits.
 
 
-@dataclasses.dataclass(frozen=True)
-class HypervectorPayload:
+class HypervectorPayload(NamedTuple):
     """What `HypervectorCodec.encode` returns: a pytree of arrays, and a vector.
 
     Payloads of one step can be added, subtracted and multiplied by numbers; what is decoded then is the sum, difference
-    or multiple. To reduce over devices, reduce ``bundle``: ``dataclasses.replace(p, bundle=lax.psum(p.bundle, axis))``;
-    the step is no vector.
+    or multiple. To reduce over devices, reduce ``bundle``: ``p._replace(bundle=lax.psum(p.bundle, axis))``; the step is
+    no vector.
 
     Attributes:
         step: ``[] int32``, which of the codec's random keys.
         bundle: ``[D] float32``, or a `CodedLeaf` of it if the codec uses ternary.
         specs: static, the encoded tree with a `LeafSpec` for each array.
-        codec: static, the codec that made it.
+        settings: static, those of the codec that made it.
     """
 
     step: jax.Array
     bundle: Tree
     specs: Tree
-    codec: "HypervectorCodec"
+    settings: codecs.Settings
+
+    @property
+    def codec(self) -> "HypervectorCodec":
+        """The codec that made it."""
+        return HypervectorCodec(**dict(self.settings.items))
 
     def __add__(self, other: object) -> "HypervectorPayload":
         """The payload of the sum."""
         if not isinstance(other, HypervectorPayload):
             return NotImplemented
-        codecs.check_payload(other, self.codec, HypervectorPayload)
+        codecs.check_payload(other, dict(self.settings.items), HypervectorPayload)
         checks.check_same_tree(codecs.shapes_of(self.specs), codecs.shapes_of(other.specs), what="payload")
-        return dataclasses.replace(self, bundle=self._dense() + other._dense())
+        return self._replace(bundle=self._dense() + other._dense())
 
-    def __mul__(self, factor: jax.typing.ArrayLike) -> "HypervectorPayload":
+    def __mul__(self, factor: jax.typing.ArrayLike) -> "HypervectorPayload":  # type: ignore[override] # No repetition.
         """The payload of a multiple."""
         if isinstance(factor, HypervectorPayload):
             return NotImplemented
-        return dataclasses.replace(self, bundle=self._dense() * factor)
+        return self._replace(bundle=self._dense() * factor)
 
-    __rmul__ = __mul__
+    def __rmul__(self, factor: jax.typing.ArrayLike) -> "HypervectorPayload":  # type: ignore[override]
+        """The payload of a multiple."""
+        return self * factor
 
     def __neg__(self) -> "HypervectorPayload":
         """The payload of the negative."""
@@ -69,7 +76,8 @@ class HypervectorPayload:
         return self.bundle
 
 
-jax.tree_util.register_dataclass(HypervectorPayload, data_fields=["step", "bundle", "specs"], meta_fields=["codec"])
+# A number of NumPy's times a payload: it would take a tuple for an array.
+HypervectorPayload.__array_ufunc__ = None  # type: ignore[attr-defined] # The class may declare fields only.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +166,7 @@ class HypervectorCodec:
             tree: of floating-point or complex arrays, any shapes.
             step: ``[] int``.
         """
-        checks.check_inexact_leaves(tree)
+        checks.check_encodable_leaves(tree)
         step = codecs.check_step(step)
         reals = [codecs.as_reals(leaf) for leaf in jax.tree.leaves(tree)]
         flat = jnp.concatenate([*reals, jnp.zeros([0], jnp.float32)])
@@ -167,15 +175,16 @@ class HypervectorCodec:
         if self.use_ternary:
             key = signs.stream(self.seed, step, 1)
             codes, scales = trit_blocks.encode(vector, key, trits=1, block_size=_BLOCK, unbiased=not self.shrink)
-            bundle = CodedLeaf(codes, scales, codecs.spec_of(vector))
-        return HypervectorPayload(step, bundle, jax.tree.map(codecs.spec_of, tree), self)
+            bundle = CodedLeaf(codes, scales)
+        settings = codecs.Settings(tuple(dataclasses.asdict(self).items()))
+        return HypervectorPayload(step, bundle, jax.tree.map(codecs.spec_of, tree), settings)
 
     def decode(self, payload: HypervectorPayload) -> Tree:
         """The tree, in the dtypes it had; no original is needed."""
-        codecs.check_payload(payload, self, HypervectorPayload)
+        codecs.check_payload(payload, dataclasses.asdict(self), HypervectorPayload)
         stacked = jax.tree.map(lambda x: x[None], payload)
         sums = self.decode_sum(stacked, jnp.ones([1], jnp.float32))
-        return jax.tree.map(codecs.as_decoded, sums, payload.specs)
+        return jax.tree.map(lambda spec, x: codecs.as_decoded(x, spec), payload.specs, sums, is_leaf=codecs.is_spec)
 
     def decode_sum(self, payloads: HypervectorPayload, coefficients: jax.Array) -> Tree:
         """``sum_i coefficients[i] * decode(payloads[i])``, for the price of one.
@@ -187,23 +196,23 @@ class HypervectorCodec:
         Returns:
             The tree in f32, or complex64 where it was complex.
         """
-        codecs.check_payload(payloads, self, HypervectorPayload)
+        codecs.check_payload(payloads, dataclasses.asdict(self), HypervectorPayload)
         specs, treedef = jax.tree.flatten(payloads.specs, is_leaf=codecs.is_spec)
         sizes = [spec.num_reals for spec in specs]
         step = payloads.step[0]
-        bundle = payloads.bundle
-        if isinstance(bundle, CodedLeaf):
+        if self.use_ternary:
+            codes, scales = jax.tree.leaves(payloads.bundle)
             total = trit_blocks.decode_sum(
-                bundle.codes,
-                bundle.scales,
+                codes,
+                scales,
                 coefficients,
                 signs.stream(self.seed, step, 1),
-                size=bundle.spec.num_reals,
+                size=self._dimension(sum(sizes)),
                 block_size=_BLOCK,
                 unbiased=not self.shrink,
             )
         else:
-            total = numerics.linear_combination(list(coefficients), list(bundle))
+            total = numerics.linear_combination(list(coefficients), list(payloads.bundle))
         flat = self._unbind(total, sum(sizes), step)
         ends = [sum(sizes[:i]) for i in range(1, len(sizes))]
         pieces = [codecs.from_reals(p, s) for p, s in zip(jnp.split(flat, ends), specs, strict=bool(specs))]
@@ -215,7 +224,7 @@ class HypervectorCodec:
 
     def specs(self, payload: HypervectorPayload) -> Tree:
         """Shapes and dtypes of the encoded tree."""
-        codecs.check_payload(payload, self, HypervectorPayload)
+        codecs.check_payload(payload, dataclasses.asdict(self), HypervectorPayload)
         return payload.specs
 
     def _dimension(self, size: int) -> int:
@@ -249,7 +258,7 @@ class HypervectorCodec:
         bundle = jnp.where(jnp.all(jnp.isfinite(bundle)), bundle, jnp.nan)
         if self.shrink:
             chunks, dimension = bits.shape
-            num_met = chunks - (jnp.arange(dimension) >= size - (chunks - 1) * dimension)
-            bundle = bundle / jnp.maximum(num_met, 1)  # 0 only in an empty tree.
+            num_met = jnp.where(jnp.arange(dimension) >= size - (chunks - 1) * dimension, chunks - 1, chunks)
+            bundle = bundle / jnp.maximum(num_met, 1).astype(jnp.float32)  # 0 only in an empty tree.
         flat = signs.flip(jnp.broadcast_to(bundle, bits.shape), bits).reshape(-1)[:size]
         return flat if bits.size == size else jnp.roll(flat, begin)

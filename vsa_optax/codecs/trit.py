@@ -5,6 +5,8 @@ coordinate, and no memory beside the data.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,52 +18,48 @@ from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics, signs, trit_blocks
 
 
-@dataclasses.dataclass(frozen=True)
-class CodedLeaf:
+class CodedLeaf(NamedTuple):
     """One array as trits.
 
     Attributes:
         codes: ``[trits, ceil(padded / 5)] uint8``, the base-three digits of the level numbers, lowest digit first.
         scales: ``[blocks] bfloat16``.
-        spec: static, the array's shape and dtype.
     """
 
     codes: jax.Array
     scales: jax.Array
-    spec: codecs.LeafSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class RawLeaf:
+class RawLeaf(NamedTuple):
     """One array as it is.
 
     Attributes:
         values: ``[*shape]``.
-        spec: static, the array's shape and dtype.
     """
 
     values: jax.Array
-    spec: codecs.LeafSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class TritPayload:
+class TritPayload(NamedTuple):
     """What `TritCodec.encode` returns: a pytree of arrays.
 
     Attributes:
         step: ``[] int32``, which of the codec's random rotations.
-        leaves: the encoded tree, each array a `CodedLeaf`, or a `RawLeaf` if it is smaller than a block.
-        codec: static, the codec that made it.
+        leaves: the encoded tree, each array a `CodedLeaf`, or a `RawLeaf` if it is smaller than a block. A container
+            may have put nodes of its own in their place: only the arrays, and their order, are read.
+        specs: static, the encoded tree with a `LeafSpec` for each array.
+        settings: static, those of the codec that made it.
     """
 
     step: jax.Array
     leaves: Tree
-    codec: "TritCodec"
+    specs: Tree
+    settings: codecs.Settings
 
-
-jax.tree_util.register_dataclass(CodedLeaf, data_fields=["codes", "scales"], meta_fields=["spec"])
-jax.tree_util.register_dataclass(RawLeaf, data_fields=["values"], meta_fields=["spec"])
-jax.tree_util.register_dataclass(TritPayload, data_fields=["step", "leaves"], meta_fields=["codec"])
+    @property
+    def codec(self) -> "TritCodec":
+        """The codec that made it."""
+        return TritCodec(**dict(self.settings.items))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +99,9 @@ class TritCodec:
     codes lie whole on every device. To encode, each leaf is gathered, once if a mesh is set (``jax.set_mesh``); without
     one XLA splits the work as it sees fit, and may send a leaf along its first axis that is no multiple of 1024 several
     times. To decode, nothing is sent. Inside ``jax.shard_map`` each device codes its own shard, and nothing is sent.
+
+    **In a file.** ``vsa_optax.checkpoint``, ``pickle`` of ``jax.device_get(payload)``, ``flax.serialization`` and Orbax
+    keep a payload whole. ``np.savez`` loses bfloat16, in which scales are: save ``array.view(jnp.uint16)``.
 
     **Not finite.** A block with a NaN, an infinity or, in float64, a number beyond f32's range decodes to NaN
     throughout. Finite blocks survive from 1e-35 to 1e35.
@@ -152,23 +153,25 @@ class TritCodec:
             tree: of floating-point or complex arrays, any shapes.
             step: ``[] int``.
         """
-        checks.check_inexact_leaves(tree)
+        checks.check_encodable_leaves(tree)
         step = codecs.check_step(step)
         leaves, treedef = jax.tree.flatten(tree)
-        coded = [self._encode_leaf(leaf, step, i) for i, leaf in enumerate(leaves)]
-        return TritPayload(step, jax.tree.unflatten(treedef, coded), self)
+        specs = [codecs.spec_of(leaf) for leaf in leaves]
+        coded = [self._encode_leaf(*pair, step, i) for i, pair in enumerate(zip(leaves, specs, strict=True))]
+        of_tree = jax.tree.unflatten(treedef, coded), jax.tree.unflatten(treedef, specs)
+        return TritPayload(step, *of_tree, codecs.Settings(tuple(dataclasses.asdict(self).items())))
 
     def decode(self, payload: TritPayload) -> Tree:
         """The tree, in the dtypes it had; no original is needed."""
-        codecs.check_payload(payload, self, TritPayload)
+        codecs.check_payload(payload, dataclasses.asdict(self), TritPayload)
+        specs, treedef = jax.tree.flatten(payload.specs, is_leaf=codecs.is_spec)
         stacked = jax.tree.map(lambda x: x[None], payload)
-        sums = self.decode_sum(stacked, jnp.ones([1], jnp.float32))
-        return jax.tree.map(
-            lambda leaf, x: leaf.values if isinstance(leaf, RawLeaf) else codecs.as_decoded(x, leaf.spec),
-            payload.leaves,
-            sums,
-            is_leaf=is_coded,
-        )
+        sums = jax.tree.leaves(self.decode_sum(stacked, jnp.ones([1], jnp.float32)))
+        decoded = [
+            leaf.values if isinstance(leaf, RawLeaf) else codecs.as_decoded(x, spec)
+            for leaf, x, spec in zip(self._leaves(payload, specs), sums, specs, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, decoded)
 
     def decode_sum(self, payloads: TritPayload, coefficients: jax.Array) -> Tree:
         """``sum_i coefficients[i] * decode(payloads[i])``, for the price of one rotation.
@@ -180,9 +183,10 @@ class TritCodec:
         Returns:
             The tree in f32, or complex64 where it was complex.
         """
-        codecs.check_payload(payloads, self, TritPayload)
-        leaves, treedef = jax.tree.flatten(payloads.leaves, is_leaf=is_coded)
-        sums = [self._decode_leaf(leaf, coefficients, payloads.step[0], i) for i, leaf in enumerate(leaves)]
+        codecs.check_payload(payloads, dataclasses.asdict(self), TritPayload)
+        specs, treedef = jax.tree.flatten(payloads.specs, is_leaf=codecs.is_spec)
+        pairs = zip(self._leaves(payloads, specs), specs, strict=True)
+        sums = [self._decode_leaf(*pair, coefficients, payloads.step[0], i) for i, pair in enumerate(pairs)]
         return jax.tree.unflatten(treedef, sums)
 
     def nbytes(self, tree: Tree) -> int:
@@ -191,13 +195,27 @@ class TritCodec:
 
     def specs(self, payload: TritPayload) -> Tree:
         """Shapes and dtypes of the encoded tree."""
-        codecs.check_payload(payload, self, TritPayload)
-        return jax.tree.map(lambda leaf: leaf.spec, payload.leaves, is_leaf=is_coded)
+        codecs.check_payload(payload, dataclasses.asdict(self), TritPayload)
+        return payload.specs
 
-    def _encode_leaf(self, leaf: ArrayLike, step: jax.Array, index: int) -> CodedLeaf | RawLeaf:
-        spec = codecs.spec_of(leaf)
-        if spec.num_reals < self.block_size:
-            return RawLeaf(jnp.asarray(leaf), spec)
+    def _is_small(self, spec: codecs.LeafSpec) -> bool:
+        return spec.num_reals < self.block_size
+
+    def _leaves(self, payload: TritPayload, specs: Sequence[codecs.LeafSpec]) -> list[CodedLeaf | RawLeaf]:
+        """What the payload has of each array, whatever nodes it is in."""
+        wanted = sum(1 if self._is_small(spec) else 2 for spec in specs)
+        arrays = jax.tree.leaves(payload.leaves)
+        if len(arrays) != wanted or any(map(_is_foreign, jax.tree.leaves(payload.leaves, is_leaf=_is_foreign))):
+            raise ValueError(
+                f"payload.leaves must be what encode made of {len(specs)} arrays, a codes and a scales of each that is "
+                f"at least a block, got {len(arrays)} arrays in {jax.tree.structure(payload.leaves)}"
+            )
+        rest = iter(arrays)
+        return [RawLeaf(next(rest)) if self._is_small(spec) else CodedLeaf(next(rest), next(rest)) for spec in specs]
+
+    def _encode_leaf(self, leaf: ArrayLike, spec: codecs.LeafSpec, step: jax.Array, index: int) -> CodedLeaf | RawLeaf:
+        if self._is_small(spec):
+            return RawLeaf(jnp.asarray(leaf))
         codes, scales = trit_blocks.encode(
             codecs.as_reals(leaf),
             signs.stream(self.seed, step, index),
@@ -205,10 +223,15 @@ class TritCodec:
             block_size=self.block_size,
             unbiased=self.unbiased,
         )
-        return CodedLeaf(codes, scales, spec)
+        return CodedLeaf(codes, scales)
 
     def _decode_leaf(
-        self, leaf: CodedLeaf | RawLeaf, coefficients: jax.Array, step: jax.Array, index: int
+        self,
+        leaf: CodedLeaf | RawLeaf,
+        spec: codecs.LeafSpec,
+        coefficients: jax.Array,
+        step: jax.Array,
+        index: int,
     ) -> jax.Array:
         if isinstance(leaf, RawLeaf):
             return numerics.linear_combination(list(coefficients), list(leaf.values))
@@ -217,13 +240,14 @@ class TritCodec:
             leaf.scales,
             coefficients,
             signs.stream(self.seed, step, index),
-            size=leaf.spec.num_reals,
+            size=spec.num_reals,
             block_size=self.block_size,
             unbiased=self.unbiased,
         )
-        return codecs.from_reals(reals, leaf.spec)
+        return codecs.from_reals(reals, spec)
 
 
-def is_coded(node: object) -> bool:
-    """Whether the node of a payload's tree is one array."""
-    return isinstance(node, CodedLeaf | RawLeaf)
+def _is_foreign(node: object) -> bool:
+    """Whether the node has the fields of a `CodedLeaf`, but is another's, whose trits may lie in another order."""
+    has_its_fields = isinstance(node, tuple) and getattr(node, "_fields", None) == CodedLeaf._fields
+    return has_its_fields and not isinstance(node, CodedLeaf) and jax.tree_util.all_leaves(node)  # type: ignore[arg-type]

@@ -129,7 +129,7 @@ def _mean_of_bundles(
 ) -> Exchanged:
     """By hypervectors, which are summed as they are; all devices take the same keys."""
     payload = codec.encode(vectors, step)
-    decoded = codec.decode(dataclasses.replace(payload, bundle=lax.psum(payload.bundle / axis_size(axes), axes)))
+    decoded = codec.decode(payload._replace(bundle=lax.psum(payload.bundle / axis_size(axes), axes)))
     mean = rounded(decoded)
     unsent = []
     if keeps_unsent:

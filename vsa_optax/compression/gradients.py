@@ -14,6 +14,7 @@ from vsa_optax.codecs.hypervector import HypervectorCodec
 from vsa_optax.core import checks
 from vsa_optax.core.trees import all_finite, tree_where
 from vsa_optax.core.types import Tree
+from vsa_optax.kernels import numerics
 
 
 class CompressState(NamedTuple):
@@ -120,4 +121,4 @@ def check_feedback(codec: codecs.Codec, error_feedback: bool) -> None:
 
 
 def _wide(leaf: jax.typing.ArrayLike) -> jnp.dtype:
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+    return numerics.promoted(jnp.result_type(leaf), jnp.float32)

@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Literal, SupportsIndex
 
 import jax
@@ -99,13 +99,20 @@ def check_scalar(name: str, value: object) -> jax.Array:
 
 def check_inexact_leaves(tree: Tree) -> None:
     """``TypeError`` naming the first leaf of ``tree`` that is neither real nor complex floating point."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        kind = _dtype_name(leaf)
-        if kind not in _SUPPORTED:
-            raise TypeError(
-                f"leaf {_name(path)} has dtype {kind}; only leaves of dtype {', '.join(_SUPPORTED)} have gradients to "
-                "predict: keep the others out with optax.masked or optax.partition"
-            )
+    for name, kind in _unsupported(tree):
+        raise TypeError(
+            f"leaf {name} has dtype {kind}; only leaves of dtype {', '.join(_SUPPORTED)} have gradients: keep the "
+            "others out with optax.masked or optax.partition"
+        )
+
+
+def check_encodable_leaves(tree: Tree) -> None:
+    """``TypeError`` naming the first leaf of ``tree`` that no codec takes."""
+    for name, kind in _unsupported(tree):
+        raise TypeError(
+            f"only floating-point or complex leaves can be encoded: leaf {name} has dtype {kind}; keep such leaves "
+            f"aside, or cast them to one of {', '.join(_SUPPORTED)}"
+        )
 
 
 def check_same_tree(expected: Tree, actual: Tree, *, what: str, leading_axes: int = 0) -> None:
@@ -144,6 +151,14 @@ def _as_integer(value: object) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def _unsupported(tree: Tree) -> Iterator[tuple[str, str]]:
+    """Name and dtype of each leaf that is neither real nor complex floating point."""
+    for name, leaf in _named_leaves(tree):
+        kind = _dtype_name(leaf)
+        if kind not in _SUPPORTED:
+            yield name, kind
 
 
 def _named_leaves(tree: Tree) -> list[tuple[str, Tree]]:

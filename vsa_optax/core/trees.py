@@ -3,7 +3,8 @@
 Axes: L leaves.
 """
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,17 @@ def tree_where(condition: jax.Array, new: Alike, old: Alike) -> Alike:
         return chosen if chosen.dtype == dtype else chosen.astype(dtype)
 
     return jax.tree.map(pick, new, old)
+
+
+def map_leaves(fun: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
+    """``fun`` of each leaf of ``tree`` and those in its place in the others, in the containers of ``tree``.
+
+    Unlike ``jax.tree.map`` it asks of the others the same number of leaves only. What keeps a state may put nodes of
+    its own in the place of ours, and parameters may be in boxes that say of which axes they have what a state has not.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    rows = zip(leaves, *map(jax.tree.leaves, others), strict=True)
+    return jax.tree.unflatten(treedef, [fun(*row) for row in rows])
 
 
 def combine_trees(weights: jax.Array, trees: list[Tree]) -> Tree:

@@ -12,7 +12,7 @@ from vsa_optax.kernels import numerics
 
 def inner(x: jax.Array, y: jax.Array) -> jax.Array:
     """``[] float32``: ``<x, y>``; not finite where it leaves f32's range."""
-    wide = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
+    wide = numerics.promoted(x.dtype, y.dtype, jnp.float32)
     return jnp.sum((x.conj().astype(wide) * y.astype(wide)).real).astype(jnp.float32)
 
 
@@ -22,7 +22,7 @@ def inner_of_records(records: jax.Array, x: jax.Array) -> jax.Array:
     A product of a matrix with a vector, in the records' precision, which reads each record once.
     """
     x = numerics.saturating_cast(x, records.dtype)
-    wide = jnp.promote_types(records.dtype, jnp.float32)
+    wide = numerics.promoted(records.dtype, jnp.float32)
     products = jnp.tensordot(
         records.conj(),
         x,

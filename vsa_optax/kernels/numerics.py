@@ -1,9 +1,17 @@
 """Finiteness, saturating casts, linear combinations, and norms that neither overflow nor vanish."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+
+
+@functools.cache
+def promoted(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype that holds all of these by JAX's own rules, which ``jax_numpy_dtype_promotion`` may have put aside."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes[1:], jnp.dtype(dtypes[0]))
 
 
 def is_finite(x: jax.Array) -> jax.Array:
@@ -29,7 +37,7 @@ def power_of_two(largest: jax.Array) -> jax.Array:
 def stored_dtype(x: jax.Array, dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike | None:
     """What to keep ``x`` in where ``dtype`` is asked for: a complex ``x`` in the complex type of that precision."""
     is_complex = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
-    return jnp.promote_types(dtype, jnp.complex64) if dtype is not None and is_complex else dtype
+    return promoted(dtype, jnp.complex64) if dtype is not None and is_complex else dtype
 
 
 def saturating_cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -46,7 +54,7 @@ def linear_combination(coefficients: Sequence[jax.Array], arrays: Sequence[jax.A
     Written as a chain of multiply-adds: XLA fuses it into a single loop that reads each array once, where a reduction
     over a leading axis of length 8 took 1500 times as long on a CPU.
     """
-    dtype = jnp.promote_types(arrays[0].dtype, jnp.float32)
+    dtype = promoted(arrays[0].dtype, jnp.float32)
     total = jnp.zeros(arrays[0].shape, dtype)
     for coefficient, array in zip(coefficients, arrays, strict=True):
         total = total + coefficient.astype(dtype) * array.astype(dtype)
@@ -61,14 +69,15 @@ def relative_distance(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> tuple
     Returns:
         ``(distance, is_defined)``: ``[] f32`` and ``[] bool``. Not defined where x vanishes; then 0.
     """
-    dtype = jnp.result_type(jnp.float32, *(jnp.finfo(x.dtype).dtype for x in xs))
+    dtype = promoted(jnp.float32, *(jnp.finfo(x.dtype).dtype for x in xs))
     wide = [(_wide(x), _wide(y)) for x, y in zip(xs, ys, strict=True) if x.size]
     largest = jnp.zeros([], dtype)
     for x, _ in wide:
         largest = jnp.maximum(largest, jnp.max(jnp.abs(x)).astype(dtype))
-    scale = jnp.ldexp(jnp.ones([], dtype), -power_of_two(largest))
+    factor = jnp.ldexp(jnp.ones([], dtype), -power_of_two(largest))
     of_x = of_error = jnp.zeros([], dtype)
     for x, y in wide:
+        scale = factor.astype(promoted(x.dtype, dtype))
         of_x = of_x + jnp.sum(jnp.abs(x * scale) ** 2).astype(dtype)
         of_error = of_error + jnp.sum(jnp.abs(x * scale - y * scale) ** 2).astype(dtype)
     is_defined = of_x > 0
@@ -77,4 +86,4 @@ def relative_distance(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> tuple
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(promoted(x.dtype, jnp.float32))

@@ -31,7 +31,8 @@ def pack_digits(digits: jax.Array) -> jax.Array:
     padded = jnp.pad(digits, [(0, 0)] * len(batch) + [(0, num_bytes * DIGITS_PER_BYTE - size)])
     planes = padded.reshape(*batch, DIGITS_PER_BYTE, num_bytes).astype(jnp.uint32)
     powers = np.array([3**j for j in range(DIGITS_PER_BYTE)], np.uint32)
-    return jnp.sum(planes * powers[:, None], axis=-2, dtype=jnp.uint32).astype(jnp.uint8)
+    powers = powers.reshape(*[1] * len(batch), DIGITS_PER_BYTE, 1)
+    return jnp.sum(planes * powers, axis=-2, dtype=jnp.uint32).astype(jnp.uint8)
 
 
 def unpack_digits(packed: jax.Array, size: int) -> jax.Array:

@@ -28,7 +28,7 @@ def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def sign_bits(words: jax.Array, size: int) -> jax.Array:
     """``[..., size] uint32``: one bit of the words in the highest place, 0 elsewhere; 32 neighbours share a word."""
-    bits = (words[..., None] << jnp.arange(32, dtype=jnp.uint32)) & _SIGN
+    bits = (words[..., None] << jnp.arange(32, dtype=jnp.uint32).reshape(*[1] * words.ndim, 32)) & _SIGN
     return bits.reshape(*words.shape[:-1], -1)[..., :size]
 
 

@@ -32,7 +32,8 @@ def quantize_stochastically(y: jax.Array, trits: int, key: jax.Array) -> tuple[j
     # The next bfloat16 that is no smaller, so that every coordinate lies between two levels.
     scale = jnp.where(jnp.all(jnp.isfinite(y), axis=-1), _round_up(peak), jnp.nan)
     position = y / jnp.where(peak > 0, scale, 1.0)[..., None] * highest
-    number = jnp.floor(position + jax.random.uniform(key, y.shape)) + highest
+    odds = jax.random.uniform(key, y.shape)
+    number = jnp.floor(position.astype(odds.dtype) + odds) + highest
     return jnp.clip(number, 0, 2 * highest).astype(jnp.uint8), scale.astype(jnp.bfloat16)
 
 

@@ -153,6 +153,15 @@ def total_steps(state: PhaseMachineState) -> jax.Array:
     return state.warmup_steps + state.full_steps + state.predict_steps + state.correct_steps
 
 
+def last_value(state: PhaseMachineState) -> jax.Array:
+    """``[] float32``, the last finite loss that an update received; NaN until one did.
+
+    Where JAX is told to stop at each NaN, infinity says the same.
+    """
+    unknown = jnp.inf if jax.config.jax_debug_nans else jnp.nan  # type: ignore[attr-defined] # Made at run time.
+    return jnp.where(state.has_value, state.value, unknown)
+
+
 def advance(
     phases: Guarded | Cycle,
     state: PhaseMachineState,
@@ -197,12 +206,12 @@ def advance(
     return state._replace(
         phase=following,
         steps_in_phase=jnp.where(starts_full | starts_leap, 0, done),
-        warmup_steps=state.warmup_steps + (phase == Phase.WARMUP),
-        full_steps=state.full_steps + (phase == Phase.FULL),
-        predict_steps=state.predict_steps + (phase == Phase.PREDICT),
-        correct_steps=state.correct_steps + (phase == Phase.CORRECT),
-        cycles=state.cycles + (was_leap & starts_full),
-        nonfinite_count=state.nonfinite_count + ~is_finite,
+        warmup_steps=_count_if(phase == Phase.WARMUP, state.warmup_steps),
+        full_steps=_count_if(phase == Phase.FULL, state.full_steps),
+        predict_steps=_count_if(phase == Phase.PREDICT, state.predict_steps),
+        correct_steps=_count_if(phase == Phase.CORRECT, state.correct_steps),
+        cycles=_count_if(was_leap & starts_full, state.cycles),
+        nonfinite_count=_count_if(~is_finite, state.nonfinite_count),
         value=last_value,
         has_value=has_value,
         adaptive=adaptive,
@@ -244,8 +253,8 @@ def _learn(
     error, plan = comparison.error, None
     is_after_leap = (horizon > 1) | (state.phase == Phase.CORRECT) if state.guard is None else state.guard.leap > 0
     is_counted = comparison.is_measured & is_after_leap
-    num_measured = state.errors.num_measured + is_counted
-    mean = state.errors.mean + (error - state.errors.mean) / jnp.maximum(num_measured, 1)
+    num_measured = _count_if(is_counted, state.errors.num_measured)
+    mean = state.errors.mean + (error - state.errors.mean) / jnp.maximum(num_measured, 1).astype(jnp.float32)
     errors = PredictionErrorState(
         num_measured=num_measured,
         mean=jnp.where(is_counted, numerics.saturating_cast(mean, jnp.float32), state.errors.mean),
@@ -256,6 +265,10 @@ def _learn(
         watched, plan = guards.after(phases, state.guard, state.phase == Phase.PREDICT, error, comparison.is_measured)
         state = state._replace(guard=watched)
     return state._replace(errors=errors, calibration=comparison.experience.calibration), plan
+
+
+def _count_if(pred: jax.Array, count: jax.Array) -> jax.Array:
+    return count + pred.astype(jnp.int32)
 
 
 def _remember_loss(state: AdaptiveLengthsState, loss: jax.Array, is_known: jax.Array) -> AdaptiveLengthsState:

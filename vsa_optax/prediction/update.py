@@ -12,6 +12,7 @@ from vsa_optax.core.conditional import in_place_if
 from vsa_optax.core.mesh import all_finite_over, axes_in, is_checked, mean_over, varying_axes
 from vsa_optax.core.trees import all_finite, tree_where
 from vsa_optax.core.types import Tree
+from vsa_optax.kernels import numerics
 from vsa_optax.prediction import machine as machines
 from vsa_optax.prediction import stats
 from vsa_optax.prediction.learning_rate import check_one_rate
@@ -185,10 +186,10 @@ def _agreed_value(value: jax.Array, state: PhaseSwitchedState, *, in_all_phases:
     axes = _axes_to_agree_over(value, state)
     if not axes:
         return value
-    machine, value = state.machine, value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    machine, value = state.machine, value.astype(numerics.promoted(value.dtype, jnp.float32))
     if in_all_phases:
         return mean_over(value, axes)
-    last = jnp.where(machine.has_value, machine.value, jnp.nan).astype(value.dtype)
+    last = machines.last_value(machine).astype(value.dtype)
     return lax.cond(
         machine.phase == Phase.PREDICT,
         lambda value, last: last,

@@ -11,7 +11,7 @@ from jax import lax
 
 from vsa_optax.core.mesh import as_varying, varying_axes
 from vsa_optax.core.types import Tree
-from vsa_optax.prediction.machine import Phase
+from vsa_optax.prediction.machine import Phase, last_value
 from vsa_optax.prediction.stats import find_machine
 
 Value = TypeVar("Value")
@@ -38,8 +38,8 @@ def value_and_grad_by_phase(
 
     In WARMUP, FULL and CORRECT the returned function does what ``jax.value_and_grad(fun, argnums, has_aux)`` does. In
     PREDICT it returns zero gradients, which `vsa_optax.phase_switched` and `vsa_optax.predict_gradients` ignore, and as
-    the value the last finite ``value=`` that an ``update`` received (NaN until one did), or, with
-    ``value_in_predict=True``, the value that a forward pass gives.
+    the value the last finite ``value=`` that an ``update`` received (NaN until one did, or infinity with
+    ``jax_debug_nans``), or, with ``value_in_predict=True``, the value that a forward pass gives.
 
     The choice is one ``lax.cond`` on the phase in ``state``; a single compiled step serves all phases. Under
     ``jax.vmap`` both sides run.
@@ -126,7 +126,7 @@ def value_and_grad_by_phase(
             if value_in_predict:
                 return call(fun, arrays), grads
             dtype = (out_shapes[0] if has_aux else out_shapes).dtype
-            value = jnp.where(machine.has_value, machine.value, jnp.nan).astype(dtype)
+            value = last_value(machine).astype(dtype)
             instead: Tree = (value, aux) if has_aux else value
             return instead, grads
 

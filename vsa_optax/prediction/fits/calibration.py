@@ -63,12 +63,12 @@ def coefficients(sums: Sums) -> jax.Array:
     inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
     unit = jnp.eye(num_features, dtype=jnp.float32)
     # A feature that was always zero has a system of its own, of which θ_0 is the solution.
-    matrix = sums.gram * inverse[:, :, None] * inverse[:, None, :] * (1 - unit) + (1 + RIDGE) * unit
+    matrix = sums.gram * inverse[:, :, None] * inverse[:, None, :] * (1 - unit)[None] + (1 + RIDGE) * unit[None]
     prior = jnp.zeros([num_features], jnp.float32).at[0].set(1)
-    right = sums.products * inverse + RIDGE * scale * prior
+    right = sums.products * inverse + RIDGE * scale * prior[None]
     solved = solve(matrix, right) * inverse
     is_measured = (sums.weight > 0)[:, None] & (scale[:, :1] > 0) & jnp.all(jnp.isfinite(solved), -1, keepdims=True)
-    return jnp.where(is_measured, solved, prior)
+    return jnp.where(is_measured, solved, prior[None])
 
 
 def measure(

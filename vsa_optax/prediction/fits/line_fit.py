@@ -36,7 +36,7 @@ def line_weights(ages: jax.Array, weights: jax.Array, newest: jax.Array) -> tupl
     spread = jnp.sum(share * (ages - mean) ** 2)
     has_slope = spread > 0
     slope = jnp.where(has_slope, share * (ages - mean) / jnp.where(has_slope, spread, 1.0), 0.0)
-    alone = (jnp.arange(ages.size) == newest) & (weights > 0)
+    alone = (jnp.arange(ages.size, dtype=newest.dtype) == newest) & (weights > 0)
     return jnp.where(has_slope, share, alone.astype(share.dtype)), slope, mean
 
 

@@ -67,10 +67,10 @@ def coefficients(gram: jax.Array, products: jax.Array) -> jax.Array:
     is_used = (lengths > 0) & jnp.isfinite(lengths)
     inverse = jnp.where(is_used, 1 / jnp.where(is_used, lengths, 1), 0)
     unit = jnp.eye(lengths.size, dtype=jnp.float32)
-    cosines = jnp.where(is_used[:, None] & is_used, gram * inverse[:, None] * inverse, 0) * (1 - unit)
+    cosines = jnp.where(is_used[:, None] & is_used[None], gram * inverse[:, None] * inverse[None], 0) * (1 - unit)
     ridges = jnp.asarray(RIDGES[:-1], jnp.float32)[:, None, None]
-    right = jnp.broadcast_to(jnp.where(is_used, products * inverse, 0)[:, None], (ridges.size, lengths.size, 1))
-    solved = jnp.linalg.solve(cosines + (1 + ridges) * unit, right)[..., 0] * inverse
+    right = jnp.broadcast_to(jnp.where(is_used, products * inverse, 0)[None, :, None], (ridges.size, lengths.size, 1))
+    solved = jnp.linalg.solve(cosines[None] + (1 + ridges) * unit[None], right)[..., 0] * inverse[None]
     finite = jnp.where(jnp.all(jnp.isfinite(solved), -1, keepdims=True), solved, 0)
     return jnp.concatenate([finite, jnp.zeros([1, lengths.size], jnp.float32)])
 
@@ -91,7 +91,7 @@ def errors(coefficients: jax.Array, gram: jax.Array, products: jax.Array, square
     """
     linear = jnp.einsum("rw,lw->rl", coefficients, products, precision="highest")
     quadratic = jnp.einsum("rv,lvw,rw->rl", coefficients, gram, coefficients, precision="highest")
-    return jnp.maximum(squared_norms - 2 * linear + quadratic, 0)
+    return jnp.maximum(squared_norms[None] - 2 * linear + quadratic, 0)
 
 
 def scored(scores: Scores, squared: jax.Array, squared_norms: jax.Array, forget: float) -> Scores:

@@ -148,7 +148,7 @@ class LinePredictor:
 
     def weights(self, state: CalibrationState | None, scalars: LineScalars) -> jax.Array | None:
         """``[L, K]``: how much a calibrated prediction takes of each feature."""
-        return None if state is None else calibration.coefficients(state.sums) * scalars.reach
+        return None if state is None else calibration.coefficients(state.sums) * scalars.reach[None]
 
     def predict(
         self, history: HistoryState, residual: Tree, scalars: LineScalars, weights: jax.Array | None
@@ -179,7 +179,7 @@ class LinePredictor:
         gram, products, grown = self.history.products(history, scalars, state.gram, target, squared_norms)
         # The sums are those of the features as far as they reach.
         reach = scalars.reach
-        reached = gram * reach[:, None] * reach, products * reach
+        reached = gram * reach[None, :, None] * reach[None, None], products * reach[None]
         theta = calibration.coefficients(state.sums)
         sums, squared = calibration.measure(state.sums, theta, *reached, squared_norms, calibration.FORGET)
         # Nothing is recorded before the first.
@@ -207,7 +207,7 @@ class LinePredictor:
         if self.codec:
             # A rotation may overflow where the numbers do not: such a block is kept as zeros.
             coded = self.codec.encode(averaged)
-            averaged = jax.tree.map(lambda x: numerics.saturating_cast(x, x.dtype), coded)
+            averaged = trees.map_leaves(lambda _, x: numerics.saturating_cast(x, x.dtype), residual, coded)
         return Comparison(Experience(averaged), error, is_defined)
 
     def _decoded(self, residual: Tree) -> optax.Updates:

@@ -234,5 +234,5 @@ class SecantPredictor:
 
 def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
     """``new - old`` in at least f32."""
-    wide = jnp.promote_types(new.dtype, jnp.float32)
+    wide = numerics.promoted(new.dtype, jnp.float32)
     return new.astype(wide) - old.astype(wide)

@@ -73,7 +73,7 @@ class WindowHistory:
         """One coefficient a slot."""
         newest = (state.num_records - 1) % self.length
         rank = (newest - jnp.arange(self.length, dtype=jnp.int32)) % self.length
-        weights = jnp.where(rank < state.num_records, jnp.float32(self.decay) ** rank, 0.0)
+        weights = jnp.where(rank < state.num_records, jnp.float32(self.decay) ** rank.astype(jnp.float32), 0.0)
         ages = (state.steps - state.steps[newest]).astype(jnp.float32)
         horizon = (step - state.steps[newest]).astype(jnp.float32)
         mean, slope, age = line_fit.line_weights(ages, weights, newest)
@@ -97,7 +97,7 @@ class WindowHistory:
         del params, scalars
         slot = state.num_records % self.length
         return state._replace(
-            records=jax.tree.map(
+            records=trees.map_leaves(
                 lambda r, x: r.at[slot].set(numerics.saturating_cast(x, r.dtype)), state.records, tree
             ),
             steps=state.steps.at[slot].set(step),

@@ -1,0 +1,56 @@
+"""Every transformation that has a state, small, for tests of what must hold for all of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import vsa_optax
+from vsa_optax import HypervectorCodec, TritCodec
+
+TRITS = TritCodec(2, block_size=32)
+momentum = optax.sgd(0.1, momentum=0.9)
+coded_window = functools.partial(
+    vsa_optax.phase_switched, optax.sgd(1.0), learning_rate=0.1, history_window=3, guard=False
+)
+TRANSFORMATIONS = {
+    "secants": vsa_optax.phase_switched(momentum, history_window=3),
+    "window": vsa_optax.phase_switched(optax.sgd(1.0), learning_rate=0.1, guard=False, history_window=3),
+    "adaptive": vsa_optax.phase_switched(momentum, guard=False, calibrate=False, adaptive=True, history_window=3),
+    "recursive": vsa_optax.phase_switched(momentum, guard=False, history="recursive"),
+    "never predicts": vsa_optax.phase_switched(momentum, predict_steps=0),
+    "window in trits": coded_window(history_codec=TRITS, calibrate=False),
+    "window of hypervectors": coded_window(history_codec=HypervectorCodec(0.5)),
+    "window of ternary hypervectors": coded_window(
+        history_codec=HypervectorCodec(0.5, use_ternary=True), calibrate=False
+    ),
+    "predict_gradients": optax.chain(vsa_optax.predict_gradients(history_window=3), momentum),
+    "ternary_multi_steps": vsa_optax.ternary_multi_steps(momentum, 2, block_size=32),
+    "accumulate_ternary": vsa_optax.accumulate_ternary(2, block_size=32, rounding="stochastic"),
+    "compress_gradients": vsa_optax.compress_gradients(TRITS, error_feedback=True),
+    "compressed_pmean": vsa_optax.compressed_pmean("d", TRITS, error_feedback=True),
+}
+
+
+def params_of(dtype=jnp.float32):
+    """A leaf of whole blocks, one of less, and a scalar."""
+    return {"kernel": jnp.ones((8, 6), dtype), "bias": jnp.ones(6, dtype), "scale": jnp.ones([], dtype)}
+
+
+def traced(run, name):
+    """The shapes of ``run()``, which makes a state and updates it; on two devices if it sends something."""
+    if name != "compressed_pmean":
+        return jax.eval_shape(run)
+    return jax.eval_shape(jax.vmap(lambda _: run(), axis_name="d", axis_size=2), jnp.zeros(2))
+
+
+def states_of(name, params, steps):
+    """The states after each of a few updates."""
+    opt = optax.with_extra_args_support(TRANSFORMATIONS[name])
+    state, states = opt.init(params), []
+    for _ in range(steps):
+        updates, state = opt.update(params, state, params, value=jnp.ones([], jnp.float32))
+        params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
+        states.append(state)
+    return states
