@@ -24,6 +24,7 @@ from vsa_optax.accumulation import packed_rows
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.trit import RawLeaf
 from vsa_optax.core import checks
+from vsa_optax.core.axis_names import without_names
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics, signs
 
@@ -74,7 +75,7 @@ class TernarySum:
                 return RawLeaf(jnp.zeros_like(leaf, dtype=_wide(leaf)))
             return SummedLeaf(*packed_rows.zeros(_num_reals(leaf), trits=self.trits, block_size=self.block_size))
 
-        return jax.tree.map(empty, like)
+        return jax.tree.map(empty, without_names(like))
 
     def takes(self, total: Tree, gradients: Tree) -> jax.Array:
         """``[] bool``: whether the gradients are finite, and those to be coded below 5e33, so that sums stay finite.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from vsa_optax.core import trees
+from vsa_optax.core.axis_names import with_axis_in_front
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import inner_products, numerics
 from vsa_optax.prediction.fits import calibration, secant_fit
@@ -79,8 +80,8 @@ class SecantHistory:
             # Differences are small beside the parameters, which need all of their digits for them.
             params=base.zeros_as_stored(params, None),
             gradient=base.zeros_as_stored(params, self.dtype),
-            diff_params=jax.tree.map(ring, base.zeros_as_stored(params, self.dtype)),
-            diff_gradients=jax.tree.map(ring, base.zeros_as_stored(params, self.dtype)),
+            diff_params=with_axis_in_front(jax.tree.map(ring, base.zeros_as_stored(params, self.dtype))),
+            diff_gradients=with_axis_in_front(jax.tree.map(ring, base.zeros_as_stored(params, self.dtype))),
             gram=jnp.zeros([self.length, self.length], jnp.float32),
             num_records=jnp.zeros([], jnp.int32),
             last_step=jnp.zeros([], jnp.int32),
@@ -117,8 +118,8 @@ class SecantHistory:
         return SecantHistoryState(
             params=jax.tree.map(kept, state.params, params),
             gradient=jax.tree.map(kept, state.gradient, tree),
-            diff_params=jax.tree.map(changed, state.diff_params, params, state.params),
-            diff_gradients=jax.tree.map(changed, state.diff_gradients, tree, state.gradient),
+            diff_params=trees.map_leaves(changed, state.diff_params, params, state.params),
+            diff_gradients=trees.map_leaves(changed, state.diff_gradients, tree, state.gradient),
             gram=state.gram.at[slot].set(row).at[:, slot].set(row),
             num_records=optax.safe_increment(state.num_records),
             last_step=step,
@@ -195,7 +196,7 @@ class SecantPredictor:
             terms = [gradient, *(changes[i] for i in range(self.history.length))]
             return numerics.linear_combination(coefficients, terms)
 
-        return jax.tree.map(combined, history.gradient, history.diff_gradients)
+        return trees.map_leaves(combined, history.gradient, history.diff_gradients)
 
     def compare(
         self,
