@@ -25,6 +25,7 @@ from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.trit import RawLeaf
 from vsa_optax.core import checks
 from vsa_optax.core.axis_names import without_names
+from vsa_optax.core.trees import is_placeholder
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics, signs
 
@@ -69,6 +70,8 @@ class TernarySum:
 
     def zeros(self, like: Tree) -> Tree:
         """The empty sum for arrays like the leaves of ``like``."""
+        if is_placeholder(like):
+            return jnp.zeros([])
 
         def empty(leaf: ArrayLike) -> SummedLeaf | RawLeaf:
             if self._is_small(leaf):

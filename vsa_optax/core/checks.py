@@ -139,10 +139,14 @@ def check_same_tree(expected: Tree, actual: Tree, *, what: str, leading_axes: in
             raise ValueError(
                 f"{what}: leaf {name} has shape {jnp.shape(have[name])}, but init saw a parameter of shape {shape}"
             )
-    seen: object = jax.tree.structure(expected)
-    given: object = jax.tree.structure(actual)
-    if seen != given and jax.tree.structure(without_names(expected)) != jax.tree.structure(without_names(actual)):
+    if _containers(expected) != _containers(actual):
+        seen, given = jax.tree.structure(expected), jax.tree.structure(actual)
         raise ValueError(f"{what}: the same leaves in other containers: {given}, but init saw {seen}")
+
+
+def _containers(tree: Tree) -> object:
+    """The structure; names of axes, which are others in a state, left out."""
+    return jax.tree.structure(without_names(tree))
 
 
 def _as_integer(value: object) -> int | None:
