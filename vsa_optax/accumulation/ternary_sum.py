@@ -70,15 +70,12 @@ class TernarySum:
 
     def zeros(self, like: Tree) -> Tree:
         """The empty sum for arrays like the leaves of ``like``."""
-        if is_placeholder(like):
-            return jnp.zeros([])
+        return jnp.zeros([]) if is_placeholder(like) else jax.tree.map(self._empty, without_names(like))
 
-        def empty(leaf: ArrayLike) -> SummedLeaf | RawLeaf:
-            if self._is_small(leaf):
-                return RawLeaf(jnp.zeros_like(leaf, dtype=_wide(leaf)))
-            return SummedLeaf(*packed_rows.zeros(_num_reals(leaf), trits=self.trits, block_size=self.block_size))
-
-        return jax.tree.map(empty, without_names(like))
+    def _empty(self, leaf: ArrayLike) -> SummedLeaf | RawLeaf:
+        if self._is_small(leaf):
+            return RawLeaf(jnp.zeros_like(leaf, dtype=_wide(leaf)))
+        return SummedLeaf(*packed_rows.zeros(_num_reals(leaf), trits=self.trits, block_size=self.block_size))
 
     def takes(self, total: Tree, gradients: Tree) -> jax.Array:
         """``[] bool``: whether the gradients are finite, and those to be coded below 5e33, so that sums stay finite.
@@ -192,7 +189,7 @@ class TernarySum:
             if len(kept) == 1 or path not in gradient_at:
                 return kept[0]
             gradient = gradient_at[path]
-            if [x.shape for x in kept] != [x.shape for x in jax.tree.leaves(jax.eval_shape(self.zeros, gradient))]:
+            if [x.shape for x in kept] != [x.shape for x in jax.tree.leaves(jax.eval_shape(self._empty, gradient))]:
                 raise ValueError(
                     f"gradients: leaf {jax.tree_util.keystr(path) or '(the tree is one leaf)'} has shape "
                     f"{jnp.shape(gradient)}, but init saw a parameter of another one, of at most "

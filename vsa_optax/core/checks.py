@@ -139,8 +139,9 @@ def check_same_tree(expected: Tree, actual: Tree, *, what: str, leading_axes: in
             raise ValueError(
                 f"{what}: leaf {name} has shape {jnp.shape(have[name])}, but init saw a parameter of shape {shape}"
             )
-    if _containers(expected) != _containers(actual):
-        seen, given = jax.tree.structure(expected), jax.tree.structure(actual)
+    seen: object = jax.tree.structure(expected)
+    given: object = jax.tree.structure(actual)
+    if seen != given and _containers(expected) != _containers(actual):
         raise ValueError(f"{what}: the same leaves in other containers: {given}, but init saw {seen}")
 
 

@@ -111,6 +111,11 @@ class SecantHistory:
             change = jnp.where(has_record, _difference(new, old), 0)
             return records.at[slot].set(numerics.saturating_cast(change, records.dtype))
 
+        def all_changed(records: Tree, new: Tree, old: Tree) -> Tree:
+            # By leaves: names of axes in the parameters' containers may be others.
+            leaves, treedef = jax.tree.flatten(records)
+            return jax.tree.unflatten(treedef, map(changed, leaves, jax.tree.leaves(new), jax.tree.leaves(old)))
+
         def kept(old: jax.Array, new: jax.Array) -> jax.Array:
             return numerics.saturating_cast(new, old.dtype)
 
@@ -118,8 +123,8 @@ class SecantHistory:
         return SecantHistoryState(
             params=jax.tree.map(kept, state.params, params),
             gradient=jax.tree.map(kept, state.gradient, tree),
-            diff_params=trees.map_leaves(changed, state.diff_params, params, state.params),
-            diff_gradients=trees.map_leaves(changed, state.diff_gradients, tree, state.gradient),
+            diff_params=all_changed(state.diff_params, params, state.params),
+            diff_gradients=all_changed(state.diff_gradients, tree, state.gradient),
             gram=state.gram.at[slot].set(row).at[:, slot].set(row),
             num_records=optax.safe_increment(state.num_records),
             last_step=step,
@@ -196,7 +201,8 @@ class SecantPredictor:
             terms = [gradient, *(changes[i] for i in range(self.history.length))]
             return numerics.linear_combination(coefficients, terms)
 
-        return trees.map_leaves(combined, history.gradient, history.diff_gradients)
+        leaves, treedef = jax.tree.flatten(history.gradient)
+        return jax.tree.unflatten(treedef, map(combined, leaves, jax.tree.leaves(history.diff_gradients)))
 
     def compare(
         self,
