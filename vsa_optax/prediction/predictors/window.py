@@ -118,7 +118,7 @@ class WindowHistory:
     def combine(self, state: HistoryState, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
         """One pass over the records."""
         leaves, treedef = jax.tree.flatten(state.records)
-        of_records = weights @ scalars.features
+        of_records = jnp.matmul(weights, scalars.features, precision="highest")
         slots = range(self.length)
         sums = [
             numerics.linear_combination([of_records[leaf, i] for i in slots], [r[i] for i in slots])
