@@ -7,7 +7,7 @@ import pytest
 
 from vsa_optax import TritCodec, accumulate_ternary, ternary_accumulator
 from vsa_optax.accumulation.ternary_sum import SummedLeaf, make_ternary_sum
-from vsa_optax.codecs.trit import CodedLeaf
+from vsa_optax.codecs.trit import CodedLeaf, RawLeaf
 
 
 def test_many_micro_batches_in_one_trit_are_warned_of():
@@ -33,16 +33,26 @@ def test_a_codec_does_not_read_a_sum_whose_trits_lie_in_another_order():
         TritCodec(2).decode(payload._replace(leaves=leaf))
 
 
-@pytest.mark.parametrize(("dtype", "reals"), [("float32", 1), ("complex64", 2)])
-def test_a_leaf_of_a_block_is_coded_and_a_smaller_one_is_not(dtype, reals):
-    """A block of 64 real numbers: as many bytes as documented on either side of the border."""
-    block = 64
-    for size in (block - reals, block, block + reals):
-        total = accumulate_ternary(2, block_size=block).init(jnp.zeros(size // reals, dtype)).acc_grads
-        assert isinstance(total, SummedLeaf) == (size >= block), size
-        nbytes = sum(x.nbytes for x in jax.tree.leaves(total))
-        # Five blocks of 32 share a row's bytes: two trits for each of 32 of these, and a scale for each of five.
-        assert nbytes == (4 * size if size < block else 2 * 32 + 2 * 5), size
+@pytest.mark.parametrize(("size", "kind"), [(31, RawLeaf), (32, SummedLeaf), (33, SummedLeaf)])
+def test_a_leaf_of_exactly_one_block_is_summed_in_trits(size, kind):
+    state = jax.eval_shape(accumulate_ternary(4, block_size=32).init, jax.ShapeDtypeStruct((size,), jnp.bfloat16))
+    assert isinstance(state.acc_grads, kind)
+    dtypes = [leaf.dtype for leaf in state.acc_grads]
+    assert dtypes == ([jnp.float32] if kind is RawLeaf else [jnp.uint8, jnp.bfloat16])
+
+
+def test_a_gradient_of_another_size_is_refused_by_its_name():
+    """Of what is in trits the sum knows the size to a row, of the others the shape."""
+    opt = accumulate_ternary(4, block_size=32)
+    params = {"small": jnp.ones(3), "large": jnp.ones((8, 40))}
+    state = opt.init(params)
+    for name, shape in (("small", (4,)), ("large", (8, 41))):
+        with pytest.raises(ValueError, match=rf"gradients: leaf \['{name}'\] has shape \({shape[0]}.*init saw"):
+            opt.update(params | {name: jnp.ones(shape)}, state)
+    with pytest.raises(ValueError, match=r"leaf \['large'\] is missing"):
+        opt.update({"small": params["small"]}, state)
+    with pytest.raises(ValueError, match=r"leaf \['more'\] was not among"):
+        opt.update(params | {"more": jnp.ones(3)}, state)
 
 
 def test_the_default_is_two_trits_up_to_eight_micro_batches():

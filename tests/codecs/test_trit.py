@@ -202,6 +202,22 @@ def test_trees_keep_structure_and_dtypes(name):
             assert nmse(y, x) < 0.04
 
 
+@pytest.mark.parametrize("size", [63, 64, 65])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64])
+def test_a_leaf_of_exactly_one_block_is_coded(size, dtype):
+    """And one of a coordinate less stays as it is, of which a complex number has two."""
+    shape = jax.ShapeDtypeStruct((size // 2 if dtype == jnp.complex64 else size,), dtype)
+    payload = jax.eval_shape(TritCodec(2, block_size=64).encode, shape)
+    assert payload.step.dtype == jnp.int32
+    if size // 2 < 32:
+        assert isinstance(payload.leaves, RawLeaf)
+        assert payload.leaves.values == shape
+    else:
+        assert isinstance(payload.leaves, CodedLeaf)
+        assert (payload.leaves.codes.dtype, payload.leaves.scales.dtype) == (jnp.uint8, jnp.bfloat16)
+        assert payload.leaves.scales.shape == (1 if size < 65 or dtype == jnp.complex64 else 2,)
+
+
 def test_the_smallest_blocks():
     """Of two coordinates, where even a scalar pair is coded; and a scalar is not."""
     codec = TritCodec(3, block_size=2)

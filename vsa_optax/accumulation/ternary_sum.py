@@ -24,6 +24,8 @@ from vsa_optax.accumulation import packed_rows
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.trit import RawLeaf
 from vsa_optax.core import checks
+from vsa_optax.core.axis_names import without_names
+from vsa_optax.core.trees import is_placeholder
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics, signs
 
@@ -68,13 +70,12 @@ class TernarySum:
 
     def zeros(self, like: Tree) -> Tree:
         """The empty sum for arrays like the leaves of ``like``."""
+        return jnp.zeros([]) if is_placeholder(like) else jax.tree.map(self._empty, without_names(like))
 
-        def empty(leaf: ArrayLike) -> SummedLeaf | RawLeaf:
-            if self._is_small(leaf):
-                return RawLeaf(jnp.zeros_like(leaf, dtype=_wide(leaf)))
-            return SummedLeaf(*packed_rows.zeros(_num_reals(leaf), trits=self.trits, block_size=self.block_size))
-
-        return jax.tree.map(empty, like)
+    def _empty(self, leaf: ArrayLike) -> SummedLeaf | RawLeaf:
+        if self._is_small(leaf):
+            return RawLeaf(jnp.zeros_like(leaf, dtype=_wide(leaf)))
+        return SummedLeaf(*packed_rows.zeros(_num_reals(leaf), trits=self.trits, block_size=self.block_size))
 
     def takes(self, total: Tree, gradients: Tree) -> jax.Array:
         """``[] bool``: whether the gradients are finite, and those to be coded below 5e33, so that sums stay finite.
@@ -188,7 +189,7 @@ class TernarySum:
             if len(kept) == 1 or path not in gradient_at:
                 return kept[0]
             gradient = gradient_at[path]
-            if [x.shape for x in kept] != [x.shape for x in jax.tree.leaves(jax.eval_shape(self.zeros, gradient))]:
+            if [x.shape for x in kept] != [x.shape for x in jax.tree.leaves(jax.eval_shape(self._empty, gradient))]:
                 raise ValueError(
                     f"gradients: leaf {jax.tree_util.keystr(path) or '(the tree is one leaf)'} has shape "
                     f"{jnp.shape(gradient)}, but init saw a parameter of another one, of at most "

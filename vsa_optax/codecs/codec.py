@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from vsa_optax.core import checks
+from vsa_optax.core.axis_names import without_names
+from vsa_optax.core.trees import is_placeholder
 from vsa_optax.core.types import Tree
 
 # A pytree of arrays that a codec made, of a type of the codec's own.
@@ -185,8 +187,10 @@ def check_payload(payload: Payload, settings: dict[str, Any], kind: type) -> Non
 
 def zero_payload(codec: Codec, tree: Tree, num: int | None = None) -> Payload:
     """A payload of zeros for arrays like the leaves of ``tree``; ``num`` of them, stacked, unless that is None."""
+    if is_placeholder(tree):
+        return jnp.zeros([])
     batch = () if num is None else (num,)
-    payload = jax.eval_shape(codec.encode, tree)
+    payload = jax.eval_shape(codec.encode, without_names(tree))
     # What a codec leaves as it is keeps its layout over a mesh's explicit axes, which the shapes know.
     return jax.tree.map(lambda x: jnp.broadcast_to(jnp.zeros_like(x), (*batch, *x.shape)), payload)
 

@@ -49,6 +49,14 @@ def map_leaves(fun: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     return jax.tree.unflatten(treedef, [fun(*row) for row in rows])
 
 
+def is_placeholder(params: Tree) -> bool:
+    """Whether ``optax.tree.map_params`` asks what of a state is like the parameters, with a node of Optax's for them.
+
+    Where a state has nothing like them it must answer with one array, for all that stands in its place.
+    """
+    return type(params).__name__ == "_ParamsPlaceholder"
+
+
 def combine_trees(weights: jax.Array, trees: list[Tree]) -> Tree:
     """The trees' sum with weights ``[L, trees]``, in at least f32."""
     leaves = [jax.tree.leaves(tree) for tree in trees]

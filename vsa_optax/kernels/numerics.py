@@ -37,7 +37,7 @@ def power_of_two(largest: jax.Array) -> jax.Array:
 def stored_dtype(x: jax.Array, dtype: jax.typing.DTypeLike | None) -> jax.typing.DTypeLike | None:
     """What to keep ``x`` in where ``dtype`` is asked for: a complex ``x`` in the complex type of that precision."""
     is_complex = jnp.issubdtype(jnp.result_type(x), jnp.complexfloating)
-    return promoted(dtype, jnp.complex64) if dtype is not None and is_complex else dtype
+    return promoted(jnp.dtype(dtype), jnp.complex64) if dtype is not None and is_complex else dtype
 
 
 def saturating_cast(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -93,7 +93,8 @@ def measure(
         The sums; a leaf whose target vanishes, or whose products leave f32's range, keeps its own. And ``[L]``, the
         squared errors ``||y - ŷ||²``.
     """
-    squared = squared_norms - 2 * jnp.sum(theta * products, -1) + jnp.einsum("li,lij,lj->l", theta, gram, theta)
+    quadratic = jnp.einsum("li,lij,lj->l", theta, gram, theta, precision="highest")
+    squared = squared_norms - 2 * jnp.sum(theta * products, -1) + quadratic
     squared = jnp.maximum(squared, 0)
     inverse = 1 / jnp.where(squared_norms > 0, squared_norms, 1)
     new = Sums(

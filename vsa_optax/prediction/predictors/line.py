@@ -159,7 +159,7 @@ class LinePredictor:
         coefficients, terms = self.history.terms(history, scalars)
         if self.has_residual:
             coefficients, terms = [*coefficients, scalars.coefficients[-1]], [*terms, self._decoded(residual)]
-        return jax.tree.map(lambda *arrays: numerics.linear_combination(coefficients, arrays), *terms)
+        return trees.map_leaves(lambda *arrays: numerics.linear_combination(coefficients, arrays), *terms)
 
     def compare(
         self,
@@ -203,7 +203,7 @@ class LinePredictor:
             averaged = numerics.linear_combination([decay, 1 - decay, decay - 1], [r, g, p])
             return numerics.saturating_cast(averaged, r.dtype)
 
-        averaged = jax.tree.map(moved, self._decoded(residual), target, prediction)
+        averaged = trees.map_leaves(moved, self._decoded(residual), target, prediction)
         if self.codec:
             # A rotation may overflow where the numbers do not: such a block is kept as zeros.
             coded = self.codec.encode(averaged)

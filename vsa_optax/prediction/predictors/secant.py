@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from vsa_optax.core import trees
+from vsa_optax.core.axis_names import with_axis_in_front
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import inner_products, numerics
 from vsa_optax.prediction.fits import calibration, secant_fit
@@ -79,8 +80,8 @@ class SecantHistory:
             # Differences are small beside the parameters, which need all of their digits for them.
             params=base.zeros_as_stored(params, None),
             gradient=base.zeros_as_stored(params, self.dtype),
-            diff_params=jax.tree.map(ring, base.zeros_as_stored(params, self.dtype)),
-            diff_gradients=jax.tree.map(ring, base.zeros_as_stored(params, self.dtype)),
+            diff_params=with_axis_in_front(jax.tree.map(ring, base.zeros_as_stored(params, self.dtype))),
+            diff_gradients=with_axis_in_front(jax.tree.map(ring, base.zeros_as_stored(params, self.dtype))),
             gram=jnp.zeros([self.length, self.length], jnp.float32),
             num_records=jnp.zeros([], jnp.int32),
             last_step=jnp.zeros([], jnp.int32),
@@ -111,6 +112,11 @@ class SecantHistory:
             change = jnp.where(has_record, _difference(new, old), 0)
             return records.at[slot].set(numerics.saturating_cast(change, records.dtype))
 
+        def all_changed(records: Tree, new: Tree, old: Tree) -> Tree:
+            # By leaves: names of axes in the parameters' containers may be others.
+            leaves, treedef = jax.tree.flatten(records)
+            return jax.tree.unflatten(treedef, map(changed, leaves, jax.tree.leaves(new), jax.tree.leaves(old)))
+
         def kept(old: jax.Array, new: jax.Array) -> jax.Array:
             return numerics.saturating_cast(new, old.dtype)
 
@@ -118,8 +124,8 @@ class SecantHistory:
         return SecantHistoryState(
             params=jax.tree.map(kept, state.params, params),
             gradient=jax.tree.map(kept, state.gradient, tree),
-            diff_params=jax.tree.map(changed, state.diff_params, params, state.params),
-            diff_gradients=jax.tree.map(changed, state.diff_gradients, tree, state.gradient),
+            diff_params=all_changed(state.diff_params, params, state.params),
+            diff_gradients=all_changed(state.diff_gradients, tree, state.gradient),
             gram=state.gram.at[slot].set(row).at[:, slot].set(row),
             num_records=optax.safe_increment(state.num_records),
             last_step=step,
@@ -196,7 +202,8 @@ class SecantPredictor:
             terms = [gradient, *(changes[i] for i in range(self.history.length))]
             return numerics.linear_combination(coefficients, terms)
 
-        return jax.tree.map(combined, history.gradient, history.diff_gradients)
+        leaves, treedef = jax.tree.flatten(history.gradient)
+        return jax.tree.unflatten(treedef, map(combined, leaves, jax.tree.leaves(history.diff_gradients)))
 
     def compare(
         self,

@@ -13,6 +13,7 @@ import optax
 
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.core import trees
+from vsa_optax.core.axis_names import with_axis_in_front
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import inner_products, numerics
 from vsa_optax.prediction.fits import line_fit
@@ -54,7 +55,8 @@ class WindowHistory:
             zeros = jnp.zeros_like(leaf, dtype=numerics.stored_dtype(leaf, self.dtype))
             return jnp.broadcast_to(zeros[None], (self.length, *zeros.shape))
 
-        return WindowHistoryState(jax.tree.map(empty, params), *self._empty_ring())
+        records = with_axis_in_front(jax.tree.map(empty, params))
+        return WindowHistoryState(records, *self._empty_ring())
 
     def _empty_ring(self) -> tuple[jax.Array, jax.Array]:
         """Steps and number of records of the empty window."""
@@ -117,7 +119,7 @@ class WindowHistory:
     def combine(self, state: HistoryState, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
         """One pass over the records."""
         leaves, treedef = jax.tree.flatten(state.records)
-        of_records = weights @ scalars.features
+        of_records = jnp.matmul(weights, scalars.features, precision="highest")
         slots = range(self.length)
         sums = [
             numerics.linear_combination([of_records[leaf, i] for i in slots], [r[i] for i in slots])
@@ -191,7 +193,7 @@ class CodedWindowHistory(WindowHistory):
     ) -> CodedWindowHistoryState:
         """Overwrites the oldest slot."""
         shapes, _ = self.example(state)
-        kept = jax.tree.map(lambda x, s: numerics.saturating_cast(x, s.dtype), tree, shapes)
+        kept = trees.map_leaves(lambda x, s: numerics.saturating_cast(x, s.dtype), tree, shapes)
         return super().record(state, self.codec.encode(kept), params, step, scalars)
 
     def terms(
