@@ -435,7 +435,9 @@ MUTANTS = [
     Mutant("machine.advance", "state.nonfinite_count + ~is_finite", "state.nonfinite_count + is_finite", WALK),
     Mutant("machine._adapt", "last - first > schedule", "last + first > schedule", ADAPTIVE),
     Mutant("machine._adapt", "first - last > _BETTER", "first - last > -_BETTER", ADAPTIVE),
-    Mutant("machine.advance", "jnp.where(is_known, loss, last_value)", "jnp.where(is_known, last_value, loss)", LOSS),
+    Mutant(
+        "machine.advance", "jnp.where(is_measured, loss, last_value)", "jnp.where(is_measured, last_value, loss)", LOSS
+    ),
     Mutant("machine._learn", "(error - state.errors.mean)", "(error + state.errors.mean)", TWIN),
     Mutant("line.LinePredictor._compare_with", "[decay, 1 - decay, decay - 1]", "[decay, 1 - decay, 1 - decay]", TWIN),
     Mutant("line.LinePredictor.scalars", "** scalars.horizon", "** -scalars.horizon", TWIN),
@@ -449,7 +451,7 @@ MUTANTS = [
         LINE,
     ),
     Mutant("step.PhaseStep.__call__", "runs = ~is_predict & has_gradient", "runs = ~is_predict | has_gradient", LINE),
-    Mutant("step.PhaseStep.__call__", "lax.cond(is_predict, _true", "lax.cond(~is_predict, _true", LINE),
+    Mutant("step.PhaseStep.__call__", "lax.cond(is_predict, *_l", "lax.cond(~is_predict, *_l", LINE),
     Mutant("step.PhaseStep.__call__", "else phase == Phase.CORRECT", "else phase != Phase.CORRECT", TWIN),
     Mutant("update.switched", "jnp.asarray(rate, u.dtype) * u", "-jnp.asarray(rate, u.dtype) * u", STEP),
     Mutant("packed_rows.add", "[of_blocks]) + _decode(", "[of_blocks]) - _decode(", SUM),

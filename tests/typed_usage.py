@@ -177,7 +177,7 @@ def use_queries(state: optax.OptState) -> PhaseStats:
         stats.cycles,
         stats.nonfinite_count,
     ]
-    measures: list[jax.Array] = [stats.speedup, stats.mean_prediction_error, stats.last_prediction_error]
+    measures: list[jax.Array] = [stats.steps_per_backward, stats.mean_prediction_error, stats.last_prediction_error]
     assert all(x.shape == () for x in [*counts, *measures])
     phase: Phase = Phase(int(stats.phase))
     name: str = phase.name

@@ -27,7 +27,7 @@ def test_a_nested_machine_answers(phase):
     found = vsa_optax.phase_stats(nested)
     assert found.phase == phase
     assert (found.total_steps, found.predict_steps) == (10, 4)
-    np.testing.assert_allclose(found.speedup, 10 / 6, rtol=1e-6)
+    np.testing.assert_allclose(found.steps_per_backward, 10 / 6, rtol=1e-6)
     assert (found.quality, found.guard) == (None, None)
 
 
@@ -42,5 +42,5 @@ def test_none_or_several_machines_cannot_be_asked(question, num):
 
 def test_before_any_step_nothing_is_faster():
     fresh = vsa_optax.phase_stats(vsa_optax.predict_gradients().init(jnp.ones(2)))
-    assert (fresh.total_steps, fresh.speedup, fresh.mean_prediction_error) == (0, 1, 0)
+    assert (fresh.total_steps, fresh.steps_per_backward, fresh.mean_prediction_error) == (0, 1, 0)
     assert fresh.guard is not None

@@ -88,11 +88,13 @@ class PhaseMachineState(NamedTuple):
         cycles: ``[] int32``, PREDICT phases completed.
         nonfinite_count: ``[] int32``, steps skipped for a NaN or an infinity.
         errors: `PredictionErrorState`, or None with ``predict_steps=0``.
-        value: ``[] float32``, the last finite ``value=`` received; meaningless before ``has_value``.
+        value: ``[] float32``, the last finite ``value=`` that a true step received; meaningless before ``has_value``.
         has_value: ``[] bool``, whether one was received.
         adaptive: `AdaptiveLengthsState`, or None with ``adaptive=False``.
         calibration: `CalibrationState` or `SecantCalibrationState`; None with a line that is not calibrated.
         guard: `GuardState`, or None with ``guard=False``.
+        ignored_gradients: ``[] int32``, PREDICT steps that were handed a gradient that is not zero. The field is the
+            last, because `vsa_optax.checkpoint` takes it for 0 in a checkpoint that was made before it existed.
     """
 
     phase: jax.Array
@@ -107,8 +109,9 @@ class PhaseMachineState(NamedTuple):
     value: jax.Array
     has_value: jax.Array
     adaptive: AdaptiveLengthsState | None
-    calibration: Calibration | None = None
-    guard: GuardState | None = None
+    calibration: Calibration | None
+    guard: GuardState | None
+    ignored_gradients: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +171,7 @@ def init(
         adaptive=adaptive,
         calibration=calibration,
         guard=guard.init() if guard else None,
+        ignored_gradients=zero(),
     )
 
 
@@ -182,6 +186,7 @@ def advance(
     state: PhaseMachineState,
     *,
     is_finite: jax.Array,
+    is_ignored: jax.Array | bool = False,
     value: jax.Array | None,
     horizon: jax.Array | None = None,
     comparison: Comparison | None = None,
@@ -193,6 +198,7 @@ def advance(
         guard: by which the phases follow the errors of the predictions, or None.
         state: the machine whose ``phase`` was just performed.
         is_finite: ``[] bool``, false if the step's gradient was skipped. It does not count towards the warm-up.
+        is_ignored: ``[] bool``, true if the step was predicted and was handed a gradient all the same.
         value: ``[]``, the step's loss, or None.
         horizon: ``[] float32``, steps since the newest record.
         comparison: of what came with its prediction; None if no step is ever predicted, and then the horizon is None.
@@ -208,7 +214,10 @@ def advance(
     if value is not None:
         loss = jnp.asarray(value, jnp.float32)
         is_known = jnp.isfinite(loss)
-        has_value, last_value = has_value | is_known, jnp.where(is_known, loss, last_value)
+        # In PREDICT the caller has only what `value_and_grad_by_phase` made of the last value. If that came back
+        # changed (divided by a loss scale, say), it would be changed anew at every step.
+        is_measured = is_known & (phase != Phase.PREDICT)
+        has_value, last_value = has_value | is_measured, jnp.where(is_measured, loss, last_value)
         if adaptive is not None:
             adaptive = _remember_loss(adaptive, loss, is_known)
 
@@ -230,6 +239,7 @@ def advance(
         value=last_value,
         has_value=has_value,
         adaptive=adaptive,
+        ignored_gradients=state.ignored_gradients + is_ignored,
     )
 
 

@@ -1,5 +1,6 @@
 """The transformation behind `predict_gradients` and `phase_switched`, of checked settings: its state and its update."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from vsa_optax.core.mesh import all_finite_over, axes_in, is_checked, mean_over,
 from vsa_optax.core.trees import all_finite, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.prediction import machine as machines
-from vsa_optax.prediction import stats
+from vsa_optax.prediction import stats, unmeasured
 from vsa_optax.prediction.guard import Guard
 from vsa_optax.prediction.machine import Phase, PhaseMachineState, PhaseSchedule
 from vsa_optax.prediction.predictors.base import (
@@ -25,6 +26,18 @@ from vsa_optax.prediction.predictors.base import (
     check_settings,
 )
 from vsa_optax.prediction.step import PhaseStep, StepResult
+
+# What emits rarely, by the name of its state, since the rooms of this package do not import each other.
+_RARE_EMITTERS = {
+    "MultiStepsState": "optax.MultiSteps",
+    "TernaryMultiStepsState": "ternary_multi_steps",
+    "AccumulateTernaryState": "accumulate_ternary",
+    "ApplyEvery": "optax.apply_every",
+}
+_THE_OTHER_WAY_ROUND = (
+    "what is predicted would leave between its emissions, too. Wrap the other way round, "
+    "ternary_multi_steps(phase_switched(...), k) or optax.MultiSteps(phase_switched(...), k)"
+)
 
 
 class PhaseSwitchedState(NamedTuple):
@@ -64,6 +77,7 @@ def switched(
         predicts_updates: whether what ``opt`` emits is recorded and predicted; else the gradients are.
         learning_rate: multiplies what leaves, in every phase; a number, a schedule over all steps, or None.
     """
+    _refuse_rare_emissions(opt)
     ever_predicts = schedule.ever_predicts
     recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
     run = PhaseStep(recorded, predictor)
@@ -73,7 +87,7 @@ def switched(
     def init_fn(params: optax.Params) -> PhaseSwitchedState:
         checks.check_inexact_leaves(params)
         inner_state = opt.init(params)
-        _check_inner_state(inner_state)
+        _check_inner_state(inner_state, predicts_updates=predicts_updates)
         _check_domain(inner_state, predicts_updates)
         if not ever_predicts:
             return PhaseSwitchedState(machines.init(schedule), None, None, inner_state)
@@ -98,6 +112,11 @@ def switched(
             raise ValueError("adaptive=True needs the loss at every step: update(..., value=loss), got value=None")
         _check_state(state, schedule, predictor, has_guard=guard is not None)
         _check_trees(updates, params, state, predictor)
+        if unmeasured.is_noted(state.machine):
+            if value is None:
+                unmeasured.warn_without_value()
+            if not predicts_updates:
+                unmeasured.check_no_reader(state.inner_state)
 
         machine, history, residual = state.machine, state.history, state.residual
         axes = _axes_to_agree_over(updates, state)
@@ -124,7 +143,7 @@ def switched(
             history = record_if(is_recorded, history, result.target, seen_params, count, scalars)
         else:
             target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
-            result = StepResult(target, inner_state, all_finite_over(axes)(updates))
+            result = StepResult(target, inner_state, all_finite_over(axes)(updates), jnp.array(False))
 
         is_finite = result.is_finite
         if predicts_updates:
@@ -139,7 +158,14 @@ def switched(
             rate = learning_rate(count) if callable(learning_rate) else learning_rate
             new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
         machine = machines.advance(
-            schedule, guard, machine, is_finite=is_finite, value=value, horizon=horizon, comparison=result.comparison
+            schedule,
+            guard,
+            machine,
+            is_finite=is_finite,
+            is_ignored=result.is_ignored,
+            value=value,
+            horizon=horizon,
+            comparison=result.comparison,
         )
         return new_updates, PhaseSwitchedState(machine, history, residual, inner_state)
 
@@ -206,21 +232,47 @@ def _check_domain(inner_state: optax.OptState, predicts_updates: bool) -> None:
         )
 
 
-def _check_inner_state(inner_state: optax.OptState) -> None:
+def _check_inner_state(inner_state: optax.OptState, *, predicts_updates: bool) -> None:
     if stats.contains_machine(inner_state):
         raise ValueError(
             "opt must not contain a phase machine of its own: use predict_gradients or phase_switched once"
         )
-    refused = {
-        optax.MultiStepsState: "optax.MultiSteps: wrap the other way round, MultiSteps(phase_switched(...))",
-        optax.ScaleByBacktrackingLinesearchState: "a line search: it evaluates the loss itself at every step",
-        optax.ScaleByZoomLinesearchState: "a line search: it evaluates the loss itself at every step",
-    }
-    types = tuple(refused)
-    for leaf in jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, types)):
-        for kind, reason in refused.items():
-            if isinstance(leaf, kind):
-                raise ValueError(f"opt must not contain {reason}")
+    searches = optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState
+    if _find(inner_state, lambda node: isinstance(node, searches)):
+        raise ValueError("opt must not contain a line search: it evaluates the loss itself at every step")
+    for node in _find(inner_state, _emits_rarely):
+        name = _RARE_EMITTERS.get(type(node).__name__, type(node).__name__)
+        raise ValueError(f"opt must not contain {name}, which emits rarely: {_THE_OTHER_WAY_ROUND}")
+    if predicts_updates and _find(inner_state, lambda node: isinstance(node, optax.ConditionallyMaskState)):
+        raise ValueError(
+            "opt must not contain optax.transforms.conditionally_mask where its updates are predicted: predictions "
+            "would leave in the steps that it masks, too. Mask what phase_switched emits, or predict gradients"
+        )
+    if not predicts_updates and _find(inner_state, _takes_gradients):
+        raise ValueError(
+            "opt must not take gradients of its own (optax.contrib.sophia, sam with opaque_mode=True) where gradients "
+            "are predicted: it runs in PREDICT, too, and so would these passes. Let a line predict its updates"
+        )
+
+
+def _find(state: Tree, is_meant: Callable[[object], bool]) -> list[Tree]:
+    return [node for node in jax.tree.leaves(state, is_leaf=is_meant) if is_meant(node)]
+
+
+def _emits_rarely(node: object) -> bool:
+    """Whether it is the state of what counts micro-batches, as those of MultiSteps and of `accumulation` do."""
+    return isinstance(node, optax.ApplyEvery) or "mini_step" in getattr(node, "_fields", ())
+
+
+def _takes_gradients(node: object) -> bool:
+    is_opaque_sam = isinstance(node, optax.contrib.SAMState) and node.cache is None
+    return is_opaque_sam or isinstance(node, optax.contrib.HutchinsonState)
+
+
+def _refuse_rare_emissions(opt: optax.GradientTransformation) -> None:
+    """``ValueError``, where it is made, for what says of itself that it emits rarely; ``init`` finds what is inside."""
+    if hasattr(opt, "has_updated"):
+        raise ValueError(f"opt must not be {type(opt).__name__}, which emits rarely: {_THE_OTHER_WAY_ROUND}")
 
 
 def _check_trees(
