@@ -9,7 +9,10 @@ import pytest
 
 import vsa_optax
 from vsa_optax import Phase
+from vsa_optax.core import trees
 from vsa_optax.prediction import stats
+
+SWITCHED = blind.phase_switched(optax.sgd(0.1), warmup_steps=2, full_steps=1, predict_steps=4)
 
 
 def state_in(phase):
@@ -44,3 +47,30 @@ def test_before_any_step_nothing_is_faster():
     fresh = vsa_optax.phase_stats(vsa_optax.predict_gradients().init(jnp.ones(2)))
     assert (fresh.total_steps, fresh.steps_per_backward, fresh.mean_prediction_error) == (0, 1, 0)
     assert fresh.guard is not None
+
+
+def test_gradients_in_predict_are_counted_as_ignored():
+    """Of a run that computes each of them, of one that skips them, and a single number among zeros, or a NaN."""
+    params = {"w": jnp.arange(1.0, 4.0), "b": jnp.zeros((2, 2)), "empty": jnp.zeros((0, 2))}
+    opt = SWITCHED
+
+    @jax.jit
+    def run(grads_in_predict):
+        def step(state, _):
+            ones = jax.tree.map(jnp.ones_like, params)
+            grads = trees.tree_where(vsa_optax.needs_backward(state), ones, grads_in_predict)
+            return opt.update(grads, state, params)[1], None
+
+        return vsa_optax.phase_stats(jax.lax.scan(step, opt.init(params), None, length=12)[0])
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for grads, is_ignored in (
+        (zeros, False),
+        (jax.tree.map(jnp.ones_like, params), True),
+        (zeros | {"b": zeros["b"].at[1, 1].set(-1e-30)}, True),
+        (zeros | {"w": zeros["w"].at[0].set(jnp.nan)}, True),
+    ):
+        found = run(grads)
+        assert found.predict_steps > 4
+        assert found.ignored_gradients == (found.predict_steps if is_ignored else 0)
+        assert found.nonfinite_count == 0

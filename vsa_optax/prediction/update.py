@@ -248,11 +248,6 @@ def _check_inner_state(inner_state: optax.OptState, *, predicts_updates: bool) -
             "opt must not contain optax.transforms.conditionally_mask where its updates are predicted: predictions "
             "would leave in the steps that it masks, too. Mask what phase_switched emits, or predict gradients"
         )
-    if not predicts_updates and _find(inner_state, _takes_gradients):
-        raise ValueError(
-            "opt must not take gradients of its own (optax.contrib.sophia, sam with opaque_mode=True) where gradients "
-            "are predicted: it runs in PREDICT, too, and so would these passes. Let a line predict its updates"
-        )
 
 
 def _find(state: Tree, is_meant: Callable[[object], bool]) -> list[Tree]:
@@ -262,11 +257,6 @@ def _find(state: Tree, is_meant: Callable[[object], bool]) -> list[Tree]:
 def _emits_rarely(node: object) -> bool:
     """Whether it is the state of what counts micro-batches, as those of MultiSteps and of `accumulation` do."""
     return isinstance(node, optax.ApplyEvery) or "mini_step" in getattr(node, "_fields", ())
-
-
-def _takes_gradients(node: object) -> bool:
-    is_opaque_sam = isinstance(node, optax.contrib.SAMState) and node.cache is None
-    return is_opaque_sam or isinstance(node, optax.contrib.HutchinsonState)
 
 
 def _refuse_rare_emissions(opt: optax.GradientTransformation) -> None:
