@@ -10,7 +10,7 @@ import pytest
 import vsa_optax
 from vsa_optax import Phase
 from vsa_optax.core import trees
-from vsa_optax.prediction import stats
+from vsa_optax.prediction import stats, step
 
 SWITCHED = blind.phase_switched(optax.sgd(0.1), warmup_steps=2, full_steps=1, predict_steps=4)
 
@@ -56,12 +56,12 @@ def test_gradients_in_predict_are_counted_as_ignored():
 
     @jax.jit
     def run(grads_in_predict):
-        def step(state, _):
+        def one_step(state, _):
             ones = jax.tree.map(jnp.ones_like, params)
             grads = trees.tree_where(vsa_optax.needs_backward(state), ones, grads_in_predict)
             return opt.update(grads, state, params)[1], None
 
-        return vsa_optax.phase_stats(jax.lax.scan(step, opt.init(params), None, length=12)[0])
+        return vsa_optax.phase_stats(jax.lax.scan(one_step, opt.init(params), None, length=12)[0])
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     for grads, is_ignored in (
@@ -74,3 +74,17 @@ def test_gradients_in_predict_are_counted_as_ignored():
         assert found.predict_steps > 4
         assert found.ignored_gradients == (found.predict_steps if is_ignored else 0)
         assert found.nonfinite_count == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "looked_at"),
+    [
+        ([0, 3], [3]),
+        ([65537, 2, 65536, 9, 7, 5], [5, 7, 9, 65536]),
+        ([70000, 65537], [65537]),
+        ([0], []),
+    ],
+)
+def test_a_look_at_the_gradient_of_a_predicted_step_is_at_few_numbers(sizes, looked_at):
+    leaves = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes]
+    assert [leaf.size for leaf in step._telling_leaves(leaves)] == looked_at

@@ -45,9 +45,11 @@ class PhaseStats(NamedTuple):
             ``optax.contrib.sam(..., opaque_mode=True)``, secants skipped 117, and predicted updates 212.
         nonfinite_count: int32, steps skipped for a NaN or an infinity.
         ignored_gradients: int32, PREDICT steps that were handed a gradient that is not zero: a backward pass in vain,
-            as of ``jax.value_and_grad`` where `vsa_optax.value_and_grad_by_phase` belongs. What an earlier link of a
-            chain adds to the zeros of a skipped step (weight decay, noise) counts, too. Inside ``jax.shard_map``,
-            gradients that differ between devices are not counted, since devices do not communicate in PREDICT.
+            as of ``jax.value_and_grad`` where `vsa_optax.value_and_grad_by_phase` belongs. To cost nothing, a step
+            looks at the four largest leaves of at most 65536 coordinates (at the smallest leaf, if all have more) and
+            takes them for the whole. What an earlier link of a chain adds to the zeros of a skipped step (weight decay,
+            noise) counts, too. Inside ``jax.shard_map``, gradients that differ between devices are not counted, since
+            devices do not communicate in PREDICT.
         mean_prediction_error: float32, mean over CORRECT steps of ``||x - x̂|| / ||x||``, x being what is predicted, a
             gradient or an update; 0 before the first. With the guard, or calibrated, over all true steps that follow a
             prediction.
