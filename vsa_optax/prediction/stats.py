@@ -41,8 +41,8 @@ class PhaseStats(NamedTuple):
         cycles: int32, PREDICT phases completed.
         steps_per_backward: float32, all steps / steps that needed a backward pass; 1 before any step. Not a time: that
             is saved only if ``ignored_gradients`` is 0. Passes that an optimizer runs inside its own update are not
-            counted. Where gradients are predicted they run in PREDICT, too: of the 300 passes of 150 steps of
-            ``optax.contrib.sam(..., opaque_mode=True)``, secants skipped 117, and predicted updates 212.
+            counted (``optax.contrib.sophia``, ``sam`` with ``opaque_mode=True``): where gradients are predicted they
+            run in PREDICT, too, where updates are predicted they do not.
         nonfinite_count: int32, steps skipped for a NaN or an infinity.
         ignored_gradients: int32, PREDICT steps that were handed a gradient that is not zero: a backward pass in vain,
             as of ``jax.value_and_grad`` where `vsa_optax.value_and_grad_by_phase` belongs. To cost nothing, a step
