@@ -478,6 +478,17 @@ MUTANTS = [
         "is_predict = machine.phase != Phase",
         BY_PHASE,
     ),
+    Mutant("machine.advance", "ts + is_ignored", "ts - is_ignored", "prediction/test_stats.py -k ignored"),
+    Mutant(
+        "machine.advance",
+        "is_known & (phase != Phase.PREDICT)",
+        "is_known | (phase != Phase.PREDICT)",
+        "prediction/test_value_and_grad.py -k scaled_loss",
+    ),
+    Mutant("coverage._others_are_frozen", "bool(others) and", "bool(others) or", "test_nesting.py -k starved"),
+    Mutant("coverage.check_covers", "or num == 1", "or num > 1", "prediction/test_value_and_grad.py -k coded_history"),
+    Mutant("unmeasured.is_noted", "is machine.phase", "is not machine.phase", "prediction/test_unmeasured.py"),
+    Mutant("step._telling_leaves", "leaf.size <= _L", "leaf.size < _L", "prediction/test_stats.py -k look_at"),
     Mutant("value_and_grad.value_and_grad_by_phase", "machine.value, jnp.nan", "machine.value, 0.0", BY_PHASE),
     Mutant(
         "value_and_grad.value_and_grad_by_phase",

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 
 from vsa_optax.core.types import Tree
+from vsa_optax.prediction.predictors.base import Calibration
 from vsa_optax.prediction.predictors.recursive import RecursiveHistoryState
 from vsa_optax.prediction.predictors.secant import SecantHistoryState
 from vsa_optax.prediction.predictors.window import WindowHistoryState
-from vsa_optax.prediction.stats import contains_machine
+from vsa_optax.prediction.stats import contains_machine, find_machine
 from vsa_optax.prediction.update import PhaseSwitchedState
 
 _NAMED = 3  # So many leaves an error names.
@@ -35,7 +36,7 @@ def check_covers(switched: PhaseSwitchedState, state: Tree, grads: Tree) -> None
     recorded = _recorded(switched)
     if recorded is None:
         # A codec's payload does not tell the shapes. Its calibration tells how many leaves there are.
-        if (num := _num_leaves(switched)) is None or len(wanted) <= num or num == 1:
+        if (num := _num_leaves(find_machine(state).calibration)) is None or len(wanted) <= num or num == 1:
             return
     elif sum(math.prod(leaf.shape) for _, leaf in wanted) <= sum(map(math.prod, recorded.values())):
         return
@@ -66,9 +67,8 @@ def _recorded(switched: PhaseSwitchedState) -> dict[str, tuple[int, ...]] | None
     return {jax.tree_util.keystr(path): jnp.shape(leaf)[leading:] for path, leaf in leaves}
 
 
-def _num_leaves(switched: PhaseSwitchedState) -> int | None:
+def _num_leaves(calibration: Calibration | None) -> int | None:
     """How many leaves are recorded; None if nothing tells."""
-    calibration = switched.machine.calibration
     if calibration is None:
         return None
     return int(jax.eval_shape(lambda known: known.quality().r_squared, calibration).shape[0])
