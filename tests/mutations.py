@@ -487,7 +487,7 @@ MUTANTS = [
     ),
     Mutant("coverage._others_are_frozen", "bool(others) and", "bool(others) or", "test_nesting.py -k starved"),
     Mutant("coverage.check_covers", "or num == 1", "or num > 1", "prediction/test_value_and_grad.py -k coded_history"),
-    Mutant("unmeasured.is_noted", "is machine.phase", "is not machine.phase", "prediction/test_unmeasured.py"),
+    Mutant("machine.repeats_loss", "is state.phase", "is not state.phase", "prediction/test_unmeasured.py"),
     Mutant("step._telling_leaves", "leaf.size <= _L", "leaf.size < _L", "prediction/test_stats.py -k look_at"),
     Mutant("value_and_grad.value_and_grad_by_phase", "machine.value, jnp.nan", "machine.value, 0.0", BY_PHASE),
     Mutant(

@@ -15,6 +15,7 @@ The machine reads replicated scalars only, so devices that run the same program 
 
 import dataclasses
 import enum
+import weakref
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,8 @@ _COMPARED_LOSSES = 10
 _BETTER = 0.05  # Relative fall of the loss.
 _SHORTEST_FULL, _LONGEST_FULL = 3, 30
 _SHORTEST_PREDICT, _LONGEST_PREDICT = 5, 50
+# The phases, by id, of machines whose loss is repeated in PREDICT: see `note_repeated_loss`.
+_repeating: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
 
 
 class Phase(enum.IntEnum):
@@ -178,6 +181,20 @@ def init(
 def total_steps(state: PhaseMachineState) -> jax.Array:
     """``[] int32``, steps taken so far, which is also the 0-based number of the coming step."""
     return state.warmup_steps + state.full_steps + state.predict_steps + state.correct_steps
+
+
+def note_repeated_loss(state: PhaseMachineState) -> None:
+    """Remembers, as long as a trace lasts, that no forward pass runs in this machine's PREDICT steps.
+
+    `value_and_grad_by_phase` and ``update`` see the same machine, and its arrays are the same Python objects as long as
+    both are called in one trace. So the one tells the other, on which nothing depends but warnings and errors.
+    """
+    _repeating[id(state.phase)] = state.phase
+
+
+def repeats_loss(state: PhaseMachineState) -> bool:
+    """Whether it is known that this machine's PREDICT steps have no loss of their own."""
+    return _repeating.get(id(state.phase)) is state.phase
 
 
 def advance(

@@ -1,20 +1,17 @@
-"""Whose loss comes back unmeasured in PREDICT, as far as it can be known while a training step is traced.
+"""What happens to a loss that comes back unmeasured in PREDICT: nobody keeps it, or somebody takes it for news.
 
-`value_and_grad_by_phase` and `update` see the same machine, and its arrays are the same Python objects as long as both
-are called in one trace. So the one notes them for the other. Nothing depends on it but warnings and errors.
+Both are noticed while a training step is traced, by an update that knows of its machine that the loss is repeated
+(`machine.repeats_loss`).
 """
 
 import sys
 import warnings
-import weakref
 
 import jax
 import optax
 
 from vsa_optax.core.types import Tree
-from vsa_optax.prediction.machine import PhaseMachineState
 
-_noted: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
 _LIBRARIES = ("vsa_optax", "optax", "jax", "flax")
 # States of Optax's that follow the loss from step to step.
 READERS = tuple(
@@ -22,16 +19,6 @@ READERS = tuple(
     for name in ("ReduceLROnPlateauState", "MomoState", "MomoAdamState")
     if hasattr(optax.contrib, name)
 )
-
-
-def note(machine: PhaseMachineState) -> None:
-    """Remembers, as long as the trace lasts, that no forward pass runs in this machine's PREDICT steps."""
-    _noted[id(machine.phase)] = machine.phase
-
-
-def is_noted(machine: PhaseMachineState) -> bool:
-    """Whether it is known that this machine's PREDICT steps have no loss of their own."""
-    return _noted.get(id(machine.phase)) is machine.phase
 
 
 def warn_without_value() -> None:

@@ -112,7 +112,7 @@ def switched(
             raise ValueError("adaptive=True needs the loss at every step: update(..., value=loss), got value=None")
         _check_state(state, schedule, predictor, has_guard=guard is not None)
         _check_trees(updates, params, state, predictor)
-        if unmeasured.is_noted(state.machine):
+        if machines.repeats_loss(state.machine):
             if value is None:
                 unmeasured.warn_without_value()
             if not predicts_updates:

@@ -15,7 +15,7 @@ from vsa_optax.core.mesh import as_varying, varying_axes
 from vsa_optax.core.types import Tree
 from vsa_optax.prediction import unmeasured
 from vsa_optax.prediction.coverage import check_covers
-from vsa_optax.prediction.machine import Phase
+from vsa_optax.prediction.machine import Phase, note_repeated_loss
 from vsa_optax.prediction.predictors.secant import SecantHistoryState
 from vsa_optax.prediction.stats import contains_machine, find_machine
 from vsa_optax.prediction.update import PhaseSwitchedState
@@ -116,7 +116,7 @@ def value_and_grad_by_phase(
         if machine.errors is None:  # predict_steps=0: no step is ever predicted.
             return differentiated(*args, **kwargs)
         if not value_in_predict:
-            unmeasured.note(machine)
+            note_repeated_loss(machine)
             unmeasured.check_no_reader(_run_in_predict(state))
 
         # Arrays enter the conditional as operands, so that containers which know where they were made (Flax's
