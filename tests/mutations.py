@@ -435,7 +435,9 @@ MUTANTS = [
     Mutant("machine.advance", "_count_if(~is_finite", "_count_if(is_finite", WALK),
     Mutant("machine._adapt", "last - first > phases", "last + first > phases", ADAPTIVE),
     Mutant("machine._adapt", "first - last > _BETTER", "first - last > -_BETTER", ADAPTIVE),
-    Mutant("machine.advance", "jnp.where(is_known, loss, last_value)", "jnp.where(is_known, last_value, loss)", LOSS),
+    Mutant(
+        "machine.advance", "jnp.where(is_measured, loss, last_value)", "jnp.where(is_measured, last_value, loss)", LOSS
+    ),
     Mutant("machine._learn", "(error - state.errors.mean)", "(error + state.errors.mean)", TWIN),
     Mutant("line.LinePredictor._compare_with", "[decay, 1 - decay, decay - 1]", "[decay, 1 - decay, 1 - decay]", TWIN),
     Mutant("line.LinePredictor.scalars", "** scalars.horizon", "** -scalars.horizon", TWIN),
@@ -449,7 +451,7 @@ MUTANTS = [
         LINE,
     ),
     Mutant("step.PhaseStep.__call__", "runs = ~is_predict & has_gradient", "runs = ~is_predict | has_gradient", LINE),
-    Mutant("step.PhaseStep.__call__", "lax.cond(is_predict, _true", "lax.cond(~is_predict, _true", LINE),
+    Mutant("step.PhaseStep.__call__", "lax.cond(is_predict, *_l", "lax.cond(~is_predict, *_l", LINE),
     Mutant("step.PhaseStep.__call__", "else phase == Phase.CORRECT", "else phase != Phase.CORRECT", TWIN),
     Mutant("update.switched", "jnp.asarray(rate, u.dtype) * u", "-jnp.asarray(rate, u.dtype) * u", STEP),
     Mutant("packed_rows.add", "[of_blocks]) + _decode(", "[of_blocks]) - _decode(", SUM),
@@ -482,6 +484,17 @@ MUTANTS = [
         BY_PHASE,
     ),
     Mutant("machine.last_value", "jax_debug_nans else jnp.nan", "jax_debug_nans else 0.0", BY_PHASE),
+    Mutant("machine.advance", "ts + is_ignored", "ts - is_ignored", "prediction/test_stats.py -k ignored"),
+    Mutant(
+        "machine.advance",
+        "is_known & (phase != Phase.PREDICT)",
+        "is_known | (phase != Phase.PREDICT)",
+        "prediction/test_value_and_grad.py -k scaled_loss",
+    ),
+    Mutant("coverage._others_are_frozen", "bool(others) and", "bool(others) or", "test_nesting.py -k starved"),
+    Mutant("coverage.check_covers", "or num == 1", "or num > 1", "prediction/test_value_and_grad.py -k coded_history"),
+    Mutant("machine.repeats_loss", "is state.phase", "is not state.phase", "prediction/test_unmeasured.py"),
+    Mutant("step._telling_leaves", "leaf.size <= _L", "leaf.size < _L", "prediction/test_stats.py -k look_at"),
     Mutant(
         "value_and_grad.value_and_grad_by_phase",
         "if has_aux and (not value_in_predict):",

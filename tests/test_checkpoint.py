@@ -205,6 +205,7 @@ class LinenState(TrainState):
     batch_stats: dict
 
 
+@pytest.mark.filterwarnings("ignore:value= was not given")  # TrainState.apply_gradients does not forward it.
 def test_linen(tmp_path):
     apply = LinenNet().apply  # One function for all states, which are compared with it inside.
 

@@ -166,7 +166,7 @@ def use_queries(state: optax.OptState) -> PhaseStats:
         stats.cycles,
         stats.nonfinite_count,
     ]
-    measures: list[jax.Array] = [stats.speedup, stats.mean_prediction_error, stats.last_prediction_error]
+    measures: list[jax.Array] = [stats.steps_per_backward, stats.mean_prediction_error, stats.last_prediction_error]
     assert all(x.shape == () for x in [*counts, *measures])
     phase: Phase = Phase(int(stats.phase))
     name: str = phase.name
@@ -195,8 +195,9 @@ def use_value_and_grad(params: Params, x: jax.Array, state: optax.OptState) -> N
     assert value.shape == ()
     assert grads["w"].shape == params["w"].shape
     value, grads = value_and_grad_by_phase(loss, 0)(params, x, state=state)
-    value, grads = value_and_grad_by_phase(loss, argnums=(0, 1))(params, x, state=state)
-    value, grads = value_and_grad_by_phase(loss, [1])(params, x, state=state)
+    of_both = phase_switched(optax.sgd(0.1)).init((params, x))
+    value, grads = value_and_grad_by_phase(loss, argnums=(0, 1))(params, x, state=of_both)
+    value, grads = value_and_grad_by_phase(loss, [1], allow_int=True)(params, x, state=of_both)
     value, grads = value_and_grad_by_phase(loss, value_in_predict=True)(params, x, state=state)
     aux = {"mean": jnp.zeros([])}
     (value, aux), grads = value_and_grad_by_phase(loss_with_aux, has_aux=True)(

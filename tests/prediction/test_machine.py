@@ -81,7 +81,9 @@ def test_short_cycles(config, expected):
         expected.count(letter) for letter in LETTERS
     ]
     assert stats.total_steps == len(expected)
-    np.testing.assert_allclose(stats.speedup, len(expected) / (len(expected) - expected.count("P")), rtol=1e-6)
+    np.testing.assert_allclose(
+        stats.steps_per_backward, len(expected) / (len(expected) - expected.count("P")), rtol=1e-6
+    )
 
 
 @given(

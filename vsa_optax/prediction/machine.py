@@ -14,6 +14,7 @@ The machine reads replicated scalars only, so devices that run the same program 
 """
 
 import enum
+import weakref
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,8 @@ _COMPARED_LOSSES = 10
 _BETTER = 0.05  # Relative fall of the loss.
 _SHORTEST_FULL, _LONGEST_FULL = 3, 30
 _SHORTEST_PREDICT, _LONGEST_PREDICT = 5, 50
+# The phases, by id, of machines whose loss is repeated in PREDICT: see `note_repeated_loss`.
+_repeating: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
 
 
 class Phase(enum.IntEnum):
@@ -88,11 +91,13 @@ class PhaseMachineState(NamedTuple):
         cycles: ``[] int32``, PREDICT phases completed.
         nonfinite_count: ``[] int32``, steps skipped for a NaN or an infinity.
         errors: `PredictionErrorState`, or None if no step is ever predicted.
-        value: ``[] float32``, the last finite ``value=`` received; meaningless before ``has_value``.
+        value: ``[] float32``, the last finite ``value=`` that a true step received; meaningless before ``has_value``.
         has_value: ``[] bool``, whether one was received.
         adaptive: `AdaptiveLengthsState` with `AdaptiveCycle`, else None.
         calibration: `CalibrationState` or `SecantCalibrationState`; None with a line that is not calibrated.
         guard: `GuardState` with `Guarded`, else None.
+        ignored_gradients: ``[] int32``, PREDICT steps that were handed a gradient that is not zero. The field is the
+            last, because `vsa_optax.checkpoint` takes it for 0 in a checkpoint that was made before it existed.
     """
 
     phase: jax.Array
@@ -107,8 +112,9 @@ class PhaseMachineState(NamedTuple):
     value: jax.Array
     has_value: jax.Array
     adaptive: AdaptiveLengthsState | None
-    calibration: Calibration | None = None
-    guard: GuardState | None = None
+    calibration: Calibration | None
+    guard: GuardState | None
+    ignored_gradients: jax.Array
 
 
 def ever_predicts(phases: Guarded | Cycle) -> bool:
@@ -145,6 +151,7 @@ def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> Pha
         adaptive=adaptive,
         calibration=calibration,
         guard=guards.init() if isinstance(phases, Guarded) else None,
+        ignored_gradients=zero(),
     )
 
 
@@ -162,11 +169,26 @@ def last_value(state: PhaseMachineState) -> jax.Array:
     return jnp.where(state.has_value, state.value, unknown)
 
 
+def note_repeated_loss(state: PhaseMachineState) -> None:
+    """Remembers, as long as a trace lasts, that no forward pass runs in this machine's PREDICT steps.
+
+    `value_and_grad_by_phase` and ``update`` see the same machine, and its arrays are the same Python objects as long as
+    both are called in one trace. So the one tells the other, on which nothing depends but warnings and errors.
+    """
+    _repeating[id(state.phase)] = state.phase
+
+
+def repeats_loss(state: PhaseMachineState) -> bool:
+    """Whether it is known that this machine's PREDICT steps have no loss of their own."""
+    return _repeating.get(id(state.phase)) is state.phase
+
+
 def advance(
     phases: Guarded | Cycle,
     state: PhaseMachineState,
     *,
     is_finite: jax.Array,
+    is_ignored: jax.Array | bool = False,
     value: jax.Array | None,
     horizon: jax.Array | None = None,
     comparison: Comparison | None = None,
@@ -177,6 +199,7 @@ def advance(
         phases: the static settings.
         state: the machine whose ``phase`` was just performed.
         is_finite: ``[] bool``, false if the step's gradient was skipped. It does not count towards the warm-up.
+        is_ignored: ``[] bool``, true if the step was predicted and was handed a gradient all the same.
         value: ``[]``, the step's loss, or None.
         horizon: ``[] float32``, steps since the newest record.
         comparison: of what came with its prediction; None if no step is ever predicted, and then the horizon is None.
@@ -192,7 +215,10 @@ def advance(
     if value is not None:
         loss = jnp.asarray(value, jnp.float32)
         is_known = jnp.isfinite(loss)
-        has_value, last_value = has_value | is_known, jnp.where(is_known, loss, last_value)
+        # In PREDICT the caller has only what `value_and_grad_by_phase` made of the last value. If that came back
+        # changed (divided by a loss scale, say), it would be changed anew at every step.
+        is_measured = is_known & (phase != Phase.PREDICT)
+        has_value, last_value = has_value | is_measured, jnp.where(is_measured, loss, last_value)
         if adaptive is not None:
             adaptive = _remember_loss(adaptive, loss, is_known)
 
@@ -215,6 +241,7 @@ def advance(
         value=last_value,
         has_value=has_value,
         adaptive=adaptive,
+        ignored_gradients=state.ignored_gradients + is_ignored,
     )
 
 

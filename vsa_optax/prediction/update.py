@@ -1,5 +1,6 @@
 """The transformation behind `predict_gradients` and `phase_switched`, of checked settings: its state and its update."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from vsa_optax.core.trees import all_finite, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction import machine as machines
-from vsa_optax.prediction import stats
+from vsa_optax.prediction import stats, unmeasured
 from vsa_optax.prediction.learning_rate import check_one_rate
 from vsa_optax.prediction.machine import Phase, PhaseMachineState
 from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
@@ -27,6 +28,18 @@ from vsa_optax.prediction.predictors.base import (
     check_settings,
 )
 from vsa_optax.prediction.step import PhaseStep, StepResult
+
+# What emits rarely, by the name of its state, since the rooms of this package do not import each other.
+_RARE_EMITTERS = {
+    "MultiStepsState": "optax.MultiSteps",
+    "TernaryMultiStepsState": "ternary_multi_steps",
+    "AccumulateTernaryState": "accumulate_ternary",
+    "ApplyEvery": "optax.apply_every",
+}
+_THE_OTHER_WAY_ROUND = (
+    "what is predicted would leave between its emissions, too. Wrap the other way round, "
+    "ternary_multi_steps(phase_switched(...), k) or optax.MultiSteps(phase_switched(...), k)"
+)
 
 
 class PhaseSwitchedState(NamedTuple):
@@ -64,6 +77,7 @@ def switched(
         predicts_updates: whether what ``opt`` emits is recorded and predicted; else the gradients are.
         learning_rate: multiplies what leaves, in every phase; a number, a schedule over all steps, or None.
     """
+    _refuse_rare_emissions(opt)
     ever_predicts = machines.ever_predicts(phases)
     is_adaptive = isinstance(phases, AdaptiveCycle)
     recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
@@ -74,7 +88,7 @@ def switched(
     def init_fn(params: optax.Params) -> PhaseSwitchedState:
         checks.check_inexact_leaves(params)
         inner_state = opt.init(params)
-        _check_inner_state(inner_state)
+        _check_inner_state(inner_state, predicts_updates=predicts_updates)
         _check_domain(inner_state, predicts_updates, predictor)
         rests = predicts_updates and ever_predicts
         check_one_rate(inner_state, learning_rate, rests=rests)
@@ -101,6 +115,11 @@ def switched(
             raise ValueError("AdaptiveCycle needs the loss at every step: update(..., value=loss), got value=None")
         _check_state(state, phases, predictor)
         _check_trees(updates, params, state, predictor)
+        if machines.repeats_loss(state.machine):
+            if value is None:
+                unmeasured.warn_without_value()
+            if not predicts_updates:
+                unmeasured.check_no_reader(state.inner_state)
 
         machine, history, residual = state.machine, state.history, state.residual
         axes = _axes_to_agree_over(updates, state)
@@ -127,7 +146,7 @@ def switched(
             history = record_if(is_recorded, history, result.target, seen_params, count, scalars)
         else:
             target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
-            result = StepResult(target, inner_state, all_finite_over(axes)(updates))
+            result = StepResult(target, inner_state, all_finite_over(axes)(updates), jnp.array(False))
 
         is_finite = result.is_finite
         if predicts_updates:
@@ -142,7 +161,13 @@ def switched(
             rate = learning_rate(count) if callable(learning_rate) else learning_rate
             new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
         machine = machines.advance(
-            phases, machine, is_finite=is_finite, value=value, horizon=horizon, comparison=result.comparison
+            phases,
+            machine,
+            is_finite=is_finite,
+            is_ignored=result.is_ignored,
+            value=value,
+            horizon=horizon,
+            comparison=result.comparison,
         )
         return new_updates, PhaseSwitchedState(machine, history, residual, inner_state)
 
@@ -209,21 +234,37 @@ def _check_domain(inner_state: optax.OptState, predicts_updates: bool, predictor
         )
 
 
-def _check_inner_state(inner_state: optax.OptState) -> None:
+def _check_inner_state(inner_state: optax.OptState, *, predicts_updates: bool) -> None:
     if stats.contains_machine(inner_state):
         raise ValueError(
             "opt must not contain a phase machine of its own: use predict_gradients or phase_switched once"
         )
-    refused = {
-        optax.MultiStepsState: "optax.MultiSteps: wrap the other way round, MultiSteps(phase_switched(...))",
-        optax.ScaleByBacktrackingLinesearchState: "a line search: it evaluates the loss itself at every step",
-        optax.ScaleByZoomLinesearchState: "a line search: it evaluates the loss itself at every step",
-    }
-    types = tuple(refused)
-    for leaf in jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, types)):
-        for kind, reason in refused.items():
-            if isinstance(leaf, kind):
-                raise ValueError(f"opt must not contain {reason}")
+    searches = optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState
+    if _find(inner_state, lambda node: isinstance(node, searches)):
+        raise ValueError("opt must not contain a line search: it evaluates the loss itself at every step")
+    for node in _find(inner_state, _emits_rarely):
+        name = _RARE_EMITTERS.get(type(node).__name__, type(node).__name__)
+        raise ValueError(f"opt must not contain {name}, which emits rarely: {_THE_OTHER_WAY_ROUND}")
+    if predicts_updates and _find(inner_state, lambda node: isinstance(node, optax.ConditionallyMaskState)):
+        raise ValueError(
+            "opt must not contain optax.transforms.conditionally_mask where its updates are predicted: predictions "
+            "would leave in the steps that it masks, too. Mask what phase_switched emits, or predict gradients"
+        )
+
+
+def _find(state: Tree, is_meant: Callable[[object], bool]) -> list[Tree]:
+    return [node for node in jax.tree.leaves(state, is_leaf=is_meant) if is_meant(node)]
+
+
+def _emits_rarely(node: object) -> bool:
+    """Whether it is the state of what counts micro-batches, as those of MultiSteps and of `accumulation` do."""
+    return isinstance(node, optax.ApplyEvery) or "mini_step" in getattr(node, "_fields", ())
+
+
+def _refuse_rare_emissions(opt: optax.GradientTransformation) -> None:
+    """``ValueError``, where it is made, for what says of itself that it emits rarely; ``init`` finds what is inside."""
+    if hasattr(opt, "has_updated"):
+        raise ValueError(f"opt must not be {type(opt).__name__}, which emits rarely: {_THE_OTHER_WAY_ROUND}")
 
 
 def _check_trees(
