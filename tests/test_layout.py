@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "kernels": set(),
 }
 # For each call, how many modules it may enter and how often it may go from one to another.
-BOUNDS = {"phase_switched": (14, 150), "encode": (10, 40), "ternary_multi_steps": (14, 180)}
+BOUNDS = {"phase_switched": (14, 160), "encode": (10, 40), "ternary_multi_steps": (14, 180)}
 WALKS = """
 import json, pathlib, sys
 import jax, jax.numpy as jnp, optax

@@ -13,7 +13,7 @@ from vsa_optax import Phase
 SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2)
 OPT = blind.phase_switched(optax.adam(0.05), **SHORT)
 SECANTS = vsa_optax.phase_switched(optax.adam(0.05))
-NEVER = vsa_optax.phase_switched(optax.adam(0.05), predict_steps=0)
+NEVER = vsa_optax.phase_switched(optax.adam(0.05), phases=None)
 # What follows the loss, where it is handed a loss in PREDICT, too, and where it is not.
 PLATEAU = optax.contrib.reduce_on_plateau(patience=5)
 FOLLOWING = {
