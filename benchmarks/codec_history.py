@@ -2,8 +2,8 @@
 
 Run `python benchmarks/codec_history.py | tee benchmarks/codec_history.log`; it takes about six minutes on two cores.
 
-`vsa_optax.phase_switched` with its default phases around Adam with a cosine schedule. The error of a prediction is
-||x - predicted|| / ||x||, a mean over a run's CORRECT steps; ratios are taken between runs of one seed.
+`vsa_optax.phase_switched` with a `Cycle` of default lengths around Adam with a cosine schedule. The error of a
+prediction is ||x - predicted|| / ||x||, a mean over a run's CORRECT steps; ratios are taken between runs of one seed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import optax
 from codec_tasks import print_row, spread, verdict
 
 import vsa_optax
-from vsa_optax import TritCodec
+from vsa_optax import Cycle, TritCodec, Window
 
 TASKS = {
     "characters": tasks.characters,
@@ -32,26 +32,24 @@ CASES = [
 ]
 HISTORIES = {
     "f32": {},
-    "bfloat16": {"history_dtype": "bfloat16"},
-    "TritCodec(3)": {"history_codec": TritCodec(3)},
-    "TritCodec(2)": {"history_codec": TritCodec(2)},
-    "TritCodec(2, block_size=128)": {"history_codec": TritCodec(2, block_size=128)},
+    "bfloat16": {"dtype": "bfloat16"},
+    "TritCodec(3)": {"codec": TritCodec(3)},
+    "TritCodec(2)": {"codec": TritCodec(2)},
+    "TritCodec(2, block_size=128)": {"codec": TritCodec(2, block_size=128)},
 }
 RATE = 1e-3
 MOST_BYTES, MOST_ERROR = 0.105, 1.05
 
 
-def run(task_name, predict_in, history, steps, num_seeds):
+def run(task_name, predicts, history, steps, num_seeds):
     """``(errors [seeds], final losses [seeds], bytes of the window, of the residual, parameters)``."""
     task = TASKS[task_name]()
     schedule = optax.cosine_decay_schedule(RATE, steps)
     opt = vsa_optax.phase_switched(
         optax.adam(1.0),
         learning_rate=schedule,
-        predict_in=predict_in,
-        calibrate=False,
-        guard=False,
-        **HISTORIES[history],
+        predictor=Window(predicts=predicts, calibrate=False, residual_decay=0.95, **HISTORIES[history]),
+        phases=Cycle(),
     )
 
     @jax.jit
@@ -76,9 +74,9 @@ def run(task_name, predict_in, history, steps, num_seeds):
     return errors, losses, window, residual, sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def print_case(task_name, predict_in, results):
+def print_case(task_name, predicts, results):
     """A row for each history, against f32."""
-    print(f"{task_name}, predicted: the {predict_in}")
+    print(f"{task_name}, predicted: the {predicts}")
     widths = [30, 8, 10, 30, 24, 28, 12]
     heads = ["history", "window", "and resid.", "prediction error", "ratio to f32", "final loss", ""]
     print_row(widths, heads)

@@ -27,8 +27,8 @@ USED = {
     "PINN, sin(2 pi x)": (0.04, (0.95, 0.98), 2000),
     "digits, batch 64": (0.01, (0.9, 0.98), 300),
 }
-SECANTS, LINE = {}, {"predict_in": "update"}
-# Module, name, other values, settings of the transformation.
+SECANTS, LINE = vsa_optax.Secants(), vsa_optax.Window()
+# Module, name, other values, predictor.
 VARIED = [
     (guard, "_GROWTH", (1.2, 2.0, 3.0), SECANTS),
     (guard, "_SAFETY", (0.7, 0.8, 1.0), SECANTS),
@@ -49,12 +49,12 @@ VARIED = [
 ]
 
 
-def trained(task_name, settings, seed):
+def trained(task_name, predictor, seed):
     """Final loss, and true gradients."""
     rate, betas, steps = USED[task_name]
     task = CASES[task_name].task()
     schedule = optax.cosine_decay_schedule(rate, steps)
-    opt = vsa_optax.phase_switched(optax.adam(1.0, *betas), learning_rate=schedule, **settings)
+    opt = vsa_optax.phase_switched(optax.adam(1.0, *betas), learning_rate=schedule, predictor=predictor)
 
     @jax.jit
     def train(params, batches):
@@ -72,13 +72,13 @@ def trained(task_name, settings, seed):
 
 def run(index, value, task_name, seed):
     """One training run with one constant moved, in a process of its own."""
-    module, name, _, settings = VARIED[index]
+    module, name, _, predictor = VARIED[index]
     before = getattr(module, name)
     if value is not None:
         setattr(module, name, value)
     try:
         jax.clear_caches()
-        return trained(task_name, settings, seed)
+        return trained(task_name, predictor, seed)
     finally:
         setattr(module, name, before)
 
@@ -98,13 +98,13 @@ def main():
     widths = [22, 34, *[24] * len(tasks)]
     codec_tasks.print_row(widths, ["constant", "value", *tasks])
     for index, value in rows:
-        module, name, _, settings = VARIED[index]
+        module, name, _, predictor = VARIED[index]
         shown = getattr(module, name) if value is None else value
         cells = []
         for _ in tasks:
             found = np.array([next(results) for _ in range(options.seeds)])
             cells.append(f"{np.exp(np.mean(np.log(found[:, 0]))):.3g} @{np.mean(found[:, 1]):.0f}")
-        label = f"{module.__name__.rpartition('.')[2]}.{name}" + (" (line)" if settings else "")
+        label = f"{module.__name__.rpartition('.')[2]}.{name}" + (" (line)" if predictor is LINE else "")
         codec_tasks.print_row(widths, [label, f"{shown} (used)" if value is None else f"{shown}", *cells])
     print(f"{time.perf_counter() - began:.0f} s")
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 import vsa_optax
-from vsa_optax import demo
+from vsa_optax import Cycle, Recursive, Window, demo
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 STEPS = 300
@@ -66,14 +66,18 @@ def main():
     task = demo.Task(*demo.load_digits(), *demo.make_network(0))
     images, labels = map(jnp.asarray, task.train)
     weights = [demo.make_network(seed)[0] for seed in range(SEEDS)]
-    blind = dict(calibrate=False, guard=False)
+    blind = dict(calibrate=False, residual_decay=0.95)
     methods = {
         "plain AdamW": (plain(STEPS), STEPS, False),
         "phase_switched, default": (switched(), STEPS, True),
-        "no guard, window": (switched(**blind), STEPS, True),
-        "no guard, window, calibrated": (switched(guard=False), STEPS, True),
-        "no guard, recursive": (switched(history="recursive", **blind), STEPS, True),
-        "no guard, gradient domain": (switched(predict_in="gradient", **blind), STEPS, True),
+        "no guard, window": (switched(predictor=Window(**blind), phases=Cycle()), STEPS, True),
+        "no guard, window, calibrated": (switched(predictor=Window(), phases=Cycle()), STEPS, True),
+        "no guard, recursive": (switched(predictor=Recursive(**blind), phases=Cycle()), STEPS, True),
+        "no guard, gradient domain": (
+            switched(predictor=Window(predicts="gradient", **blind), phases=Cycle()),
+            STEPS,
+            True,
+        ),
         "plain AdamW, 113 steps": (plain(113), 113, False),
         "plain AdamW, 80 steps": (plain(80), 80, False),
     }

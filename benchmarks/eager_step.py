@@ -28,7 +28,7 @@ from vsa_optax.core import conditional, mesh
 from vsa_optax.prediction import step, update
 
 WIDTHS = (64, 128, 10)
-BLIND = dict(history="window", calibrate=False, guard=False)
+BLIND = dict(predictor=vsa_optax.Window(calibrate=False, residual_decay=0.95), phases=vsa_optax.Cycle())
 COMPILED = "/jax/core/compile/backend_compile_duration"
 AS_IT_IS, IN_JIT = "nothing: as it is", "inside jax.jit"
 LEAST_FACTOR = 1.2

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 import vsa_optax
-from vsa_optax import Phase
+from vsa_optax import Cycle, Guarded, Phase, Recursive, Secants, Window
 
 INPUTS, OUTPUTS = 64, 10
 RATE = 1e-3
@@ -31,11 +31,11 @@ PLAIN_TREES = 7
 
 
 def variants(window):
-    blind = dict(history_window=window, calibrate=False, guard=False)
-    update, gradient = dict(predict_in="update"), dict(predict_in="gradient")
+    blind = dict(calibrate=False, residual_decay=0.95)
+    update, gradient = Window(window, **blind), Window(window, predicts="gradient", **blind)
 
-    def make(**kw):
-        return vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=RATE, **(blind | kw))
+    def make(predictor, phases=Cycle()):
+        return vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=RATE, predictor=predictor, phases=phases)
 
     # name: transformation, phase, trees to be moved.
     # PREDICT reads the history and the residual and writes the prediction, which the parameters' update reads.
@@ -44,27 +44,26 @@ def variants(window):
     # Secants: every step reads the moves, and the way there from two trees. FULL reads the changes and the newest
     # gradient to compare, and writes a move, a change, the point and the gradient; PREDICT reads the changes and
     # the newest gradient, and writes the prediction, which AdamW reads.
-    secants = {num: dict(history="secant", history_window=num, guard=True) for num in (window, 2 * window)}
     return {
-        "window, PREDICT": (make(**update), Phase.PREDICT, window + 1 + 1 + 3),
-        "window, FULL": (make(**update), Phase.FULL, PLAIN_TREES + 2 + 2),
-        "window, CORRECT": (make(**update), Phase.CORRECT, PLAIN_TREES + 2 + 2 + window + 1 + 1 + 4),
-        "recursive, PREDICT": (make(history="recursive", **update), Phase.PREDICT, 2 + 1 + 1 + 3),
-        "recursive, FULL": (make(history="recursive", **update), Phase.FULL, PLAIN_TREES + 2 + 6),
-        "window, gradient domain, PREDICT": (make(**gradient), Phase.PREDICT, window + 1 + 1 + PLAIN_TREES),
-        "window, gradient domain, FULL": (make(**gradient), Phase.FULL, PLAIN_TREES + 2),
-        "calibrated, FULL": (make(calibrate=True, **update), Phase.FULL, PLAIN_TREES + 2 + 2 + window + 2),
+        "window, PREDICT": (make(update), Phase.PREDICT, window + 1 + 1 + 3),
+        "window, FULL": (make(update), Phase.FULL, PLAIN_TREES + 2 + 2),
+        "window, CORRECT": (make(update), Phase.CORRECT, PLAIN_TREES + 2 + 2 + window + 1 + 1 + 4),
+        "recursive, PREDICT": (make(Recursive(**blind)), Phase.PREDICT, 2 + 1 + 1 + 3),
+        "recursive, FULL": (make(Recursive(**blind)), Phase.FULL, PLAIN_TREES + 2 + 6),
+        "window, gradient domain, PREDICT": (make(gradient), Phase.PREDICT, window + 1 + 1 + PLAIN_TREES),
+        "window, gradient domain, FULL": (make(gradient), Phase.FULL, PLAIN_TREES + 2),
+        "calibrated, FULL": (make(Window(window)), Phase.FULL, PLAIN_TREES + 2 + 2 + window + 2),
         "calibrated, guarded, FULL": (
-            make(calibrate=True, guard=True, **update),
+            make(Window(window), Guarded()),
             Phase.FULL,
             PLAIN_TREES + 2 + 2 + window + 2,
         ),
         **{
-            f"secants of {num}, {phase.name}": (make(**kw), phase, PLAIN_TREES + 2 * num + trees)
-            for num, kw in secants.items()
+            f"secants of {num}, {phase.name}": (make(Secants(num), Guarded()), phase, PLAIN_TREES + 2 * num + trees)
+            for num in (window, 2 * window)
             for phase, trees in ((Phase.FULL, 2 + 1 + 4), (Phase.PREDICT, 2 + 1 + 1))
         },
-        "predict_steps=0": (make(predict_steps=0), None, PLAIN_TREES),
+        "phases=None": (make(update, None), None, PLAIN_TREES),
     }
 
 

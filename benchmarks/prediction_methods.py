@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import vsa_optax
+from vsa_optax import Cycle, Recursive, Window
 from vsa_optax.prediction import presets
 
 WARMUP = 10
@@ -212,15 +213,12 @@ def cycled(in_between):
     )
 
 
-BLIND = dict(predict_in="gradient", history="window", calibrate=False, guard=False)
-LINES = (
-    dict(history="window"),
-    dict(history="recursive", history_decay=0.8, predict_in="update"),
-)
+BLIND = Window(predicts="gradient", calibrate=False, residual_decay=0.95)
+LINES = (dict(predictor=Window()), dict(predictor=Recursive(decay=0.8)))
 PRESETS = {
-    "conservative": switched(**presets.CONSERVATIVE),
-    "balanced, the default": switched(**presets.BALANCED),
-    "aggressive": switched(**presets.AGGRESSIVE),
+    "conservative": switched(**presets.CONSERVATIVE._asdict()),
+    "balanced, the default": switched(**presets.BALANCED._asdict()),
+    "aggressive": switched(**presets.AGGRESSIVE._asdict()),
 }
 METHODS = {
     "plain": Method(plain),
@@ -229,9 +227,9 @@ METHODS = {
     "repeat the last update": cycled("repeat"),
     "lookahead": Method(lookahead, variants=((5, 0.5), (5, 0.8)), is_lookahead=True),
     "average of plain": Method(plain, variants=(0.9, 0.99), average=True),
-    "vsa-optim-rs": switched(**BLIND),
+    "vsa-optim-rs": switched(predictor=BLIND, phases=Cycle()),
     "line, guarded": switched()._replace(variants=LINES),
-    "line, 1 of 2": switched(guard=False, full_steps=1, predict_steps=1),
+    "line, 1 of 2": switched(predictor=Window(), phases=Cycle(full_steps=1, predict_steps=1)),
     "repeat by slope": Method(
         repeat_by_slope, lambda state, variant: state.left == 0, variants=((1.0, 3.0), (1.0, 2.0), (4.0, 3.0))
     ),

@@ -21,7 +21,7 @@ import optax
 from samples import CHEAP
 
 import vsa_optax
-from vsa_optax import TritCodec, checkpoint
+from vsa_optax import AdaptiveCycle, Cycle, Recursive, TritCodec, Window, checkpoint
 
 STEPS = 23  # The next step is the last of a window of eight micro-batches, and in a PREDICT phase of the fixed cycle.
 CONFIG = dict(steps=STEPS, shapes=[[1280], [5, 3]])
@@ -107,24 +107,29 @@ def by_device(compressed, opt, width):
     return Case(fresh, step)
 
 
+def cyclic(opt, learning_rate, predictor):
+    return vsa_optax.phase_switched(opt, learning_rate=learning_rate, predictor=predictor, phases=Cycle())
+
+
 SMALL_BLOCKS = TritCodec(2, block_size=32)
-BLIND = dict(guard=False, calibrate=False)
+BLIND = dict(calibrate=False, residual_decay=0.95)
 LARGE = 1280  # More than the 1024 coordinates of a block.
 
 CASES = {
     "secants": by_phase(vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=0.01)),
-    "calibrated window": by_phase(vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=0.01, guard=False)),
-    "blind recursion": by_phase(
-        vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=0.01, history="recursive", **BLIND)
-    ),
+    "calibrated window": by_phase(cyclic(optax.adamw(1.0), 0.01, Window())),
+    "blind recursion": by_phase(cyclic(optax.adamw(1.0), 0.01, Recursive(**BLIND))),
     "coded window": by_phase(
-        vsa_optax.phase_switched(
-            optax.sgd(1.0), learning_rate=0.02, history_codec=TritCodec(), history_window=3, guard=False
-        ),
+        cyclic(optax.sgd(1.0), 0.02, Window(3, codec=TritCodec())),
         LARGE,
     ),
     "chain": by_phase(
-        optax.chain(vsa_optax.predict_gradients(adaptive=True, history_dtype="bfloat16", **BLIND), optax.adam(0.01))
+        optax.chain(
+            vsa_optax.predict_gradients(
+                predictor=Window(predicts="gradient", dtype="bfloat16", **BLIND), phases=AdaptiveCycle()
+            ),
+            optax.adam(0.01),
+        )
     ),
     "multi-steps": by_batch(vsa_optax.ternary_multi_steps(optax.sgd(0.1, momentum=0.9), 8), LARGE),
     "accumulation": by_batch(optax.chain(vsa_optax.accumulate_ternary(8, trits=1), optax.sgd(0.1)), LARGE),

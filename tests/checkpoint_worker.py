@@ -15,7 +15,7 @@ from samples import CHEAP
 import vsa_optax
 from vsa_optax import checkpoint
 
-SETTINGS = dict(learning_rate=0.02, warmup_steps=2, predict_steps=4, history_window=5)
+SETTINGS = dict(window=5, warmup_steps=2, longest=4)
 X = jax.random.normal(jax.random.key(1), (16, 4))
 
 
@@ -24,7 +24,8 @@ def loss(params):
 
 
 def train(folder, steps, save_every):
-    opt = vsa_optax.phase_switched(optax.adamw(1.0), **SETTINGS)
+    predictor, phases = vsa_optax.Secants(5), vsa_optax.Guarded(warmup_steps=2, longest=4)
+    opt = vsa_optax.phase_switched(optax.adamw(0.02), predictor=predictor, phases=phases)
 
     @functools.partial(jax.jit, **CHEAP)
     def step(params, opt_state):

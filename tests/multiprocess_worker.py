@@ -4,6 +4,7 @@ Arguments: process, port, folder, number of steps, the step of which to save a c
 and what the devices of this process hold when it saves and in the end.
 """
 
+import functools
 import hashlib
 import os
 import sys
@@ -19,9 +20,9 @@ from jax.sharding import PartitionSpec as P
 import vsa_optax
 from vsa_optax import checkpoint
 
-SETTINGS = dict(
-    learning_rate=0.02, warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, guard=False, calibrate=False
-)
+PREDICTOR = vsa_optax.Window(calibrate=False, residual_decay=0.95)
+PHASES = vsa_optax.Cycle(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2)
+SETTINGS = dict(learning_rate=0.02, predictor=repr(PREDICTOR), phases=repr(PHASES))
 
 SHAPES = {"w": (8, 128), "b": (128,), "v": (128, 4)}
 
@@ -46,7 +47,8 @@ def make_params():
 
 def make_optimizer():
     pmean = vsa_optax.compressed_pmean("data", vsa_optax.TritCodec(), error_feedback=True)
-    return vsa_optax.phase_switched(optax.chain(pmean, optax.adamw(1.0)), **SETTINGS)
+    opt = optax.chain(pmean, optax.adamw(1.0))
+    return vsa_optax.phase_switched(opt, learning_rate=0.02, predictor=PREDICTOR, phases=PHASES)
 
 
 def specs_of_state():
@@ -72,6 +74,28 @@ def make_step(mesh):
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs)))
 
 
+def accumulate(mesh, x):
+    """Windows of two micro-batches, summed by each process; process 1 leaves out the third, and is not waited for."""
+    inner = optax.chain(vsa_optax.compressed_pmean("data", vsa_optax.TritCodec()), optax.adam(0.02))
+    opt = vsa_optax.ternary_multi_steps(inner, 2, block_size=32)
+
+    def micro_step(x, carry, count):
+        params, state = carry
+        is_spoiled = (count == 2) & (jax.lax.axis_index("data") == 1)
+        target = jnp.where(is_spoiled, jnp.nan, x.reshape(-1)[count])
+        updates, state = opt.update(jax.lax.pcast(params, "data", to="varying") - target, state, params)
+        return (optax.apply_updates(params, updates), state), state.mini_step
+
+    def steps(x):
+        params = jnp.zeros(40)
+        return jax.lax.scan(functools.partial(micro_step, x), (params, opt.init(params)), jnp.arange(6))
+
+    specs = vsa_optax.state_specs(jax.eval_shape(opt.init, jnp.zeros(40)), "data")
+    run = jax.shard_map(steps, mesh=mesh, in_specs=P("data"), out_specs=((P(), specs), P()))
+    (params, state), walked = jax.jit(run)(x)
+    print("accumulated", *digests((params, state), jax.local_devices()), *np.asarray(walked), flush=True)
+
+
 def train(folder, steps, save_at):
     mesh = Mesh(np.array(jax.devices()), ("data",))
     # Each process has read its own part of the batch.
@@ -89,6 +113,8 @@ def train(folder, steps, save_at):
         print("step", count, flush=True)
     print("predicted", vsa_optax.phase_stats(state[1]).predict_steps, flush=True)
     print("end", *digests(state, jax.local_devices()), flush=True)
+    if not done:
+        accumulate(mesh, x)
     refuse(folder, "alone", jnp.ones(3))
     refuse(__file__, "unwritable", state)  # A file is no folder.
 

@@ -63,7 +63,11 @@ CODED = "prediction/predictors/test_window.py -k decoded_records"
 SUM = "accumulation/test_packed_rows.py -k twin or few_rows"
 ROUNDING = "kernels/test_uniform.py -k rounding"
 WINDOWS = "accumulation/test_multi_steps.py accumulation/test_microbatching.py -k windows_are or left_out or leaves_out"
-OF_ERRORS = "prediction/test_api.py"
+OF_ERRORS = "prediction/test_phases.py prediction/predictors/test_factory.py"
+RATES = "prediction/test_learning_rate.py -k refused or welcome or no_rate"
+COUNTED = "accumulation/test_microbatching.py -k that_came"
+COLLECTIVE_WINDOWS = "test_collective_windows.py -k emissions"
+COLLECTIVE_REFUSALS = "test_collective_windows.py -k refused"
 COLLECTIVE_TWIN = "compression/test_pmean.py -k twin"
 COLLECTIVE_BUNDLES = "compression/test_pmean.py -k summed"
 COLLECTIVE_NAN = "compression/test_pmean.py -k nan"
@@ -86,17 +90,14 @@ MUTANTS = [
         CALIBRATION,
     ),
     Mutant("window.WindowHistory.scalars", "set(horizon - age)", "set(horizon)", CALIBRATION),
-    Mutant("guard.Guard._judged", "_MOST_ERROR) / distance ** 4", "_MOST_ERROR) / distance ** 2", GUARD),
-    Mutant("guard.Guard._judged", "_FORGET * state.constant", "0 * state.constant", GUARD),
-    Mutant("guard.Guard._judged", "jnp.minimum(reach, _GROWTH * distance)", "reach", GUARD),
-    Mutant("guard.Guard._judged", "constant < _START * self.tolerance", "constant < self.tolerance", GUARD),
-    Mutant("guard.Guard.after", "jnp.where(is_measured, j, u)", "j", "prediction/test_guard.py -k not_finite"),
-    Mutant(
-        "guard.Guard._judged", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "prediction/test_guard.py -k sleeps"
-    ),
-    Mutant(
-        "guard.Guard.after", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "prediction/test_guard.py -k sleep"
-    ),
+    Mutant("guard._judged", "_MOST_ERROR) / distance ** 4", "_MOST_ERROR) / distance ** 2", GUARD),
+    Mutant("guard._judged", "settings.tolerance ** 2", "settings.tolerance", GUARD),
+    Mutant("guard._judged", "_FORGET * state.constant", "0 * state.constant", GUARD),
+    Mutant("guard._judged", "jnp.minimum(reach, _GROWTH * distance)", "reach", GUARD),
+    Mutant("guard._judged", "constant < _START * tolerated", "constant < tolerated", GUARD),
+    Mutant("guard.after", "jnp.where(is_measured, j, u)", "j", "prediction/test_guard.py -k not_finite"),
+    Mutant("guard._judged", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "prediction/test_guard.py -k sleeps"),
+    Mutant("guard.after", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "prediction/test_guard.py -k sleep"),
     Mutant("update.switched", "is_recorded &= watches", "is_recorded |= watches", "prediction/test_guard.py -k asleep"),
     Mutant("secant_fit.coefficients", "(1 + ridges) * unit", "(1 - ridges) * unit", SECANT),
     Mutant("secant_fit.errors", "- 2 * linear + quadratic", "- linear + quadratic", SECANT),
@@ -344,10 +345,13 @@ MUTANTS = [
         "frozenset()",
         "compression/test_pmean.py -k another_mesh_axis",
     ),
-    Mutant("pmean.state_specs", "PartitionSpec(axis_name), node", "PartitionSpec(), node", COLLECTIVE_TWIN),
+    Mutant("pmean.state_specs", "PartitionSpec(axis_name), getattr", "PartitionSpec(), getattr", COLLECTIVE_TWIN),
     Mutant("mesh.all_devices_agree", "lax.pmin(flag", "lax.pmax(flag", COLLECTIVE_PHASES),
     Mutant("mesh.mean_over", "lax.pmean(x,", "lax.psum(x,", COLLECTIVE_PHASES),
     Mutant("update._agreed_value", "lambda value, last: last,", "lambda value, last: 0 * last,", COLLECTIVE_PHASES),
+    Mutant("learning_rate.check_one_rate", "not None and own.is_rate", "not None", RATES),
+    Mutant("learning_rate.check_one_rate", "if rests and learning_rate", "if learning_rate", RATES),
+    Mutant("learning_rate._own_factors", "yield from _own_factors(node.inner_state)", "yield from ()", RATES),
     Mutant("update._check_domain", "axes and (not predicts_updates)", "axes and predicts_updates", COLLECTIVE_PHASES),
     Mutant(
         "step._check_same_everywhere",
@@ -420,7 +424,7 @@ MUTANTS = [
         "prediction/fits/test_line_fit.py -k vanishing or lstsq_at",
     ),
     Mutant("machine.advance", "is_finite | (phase != Phase.WARMUP)", "is_finite | (phase == Phase.WARMUP)", WALK),
-    Mutant("machine._following", "% schedule.correct_every == 0", "% schedule.correct_every != 0", WALK),
+    Mutant("machine._following", "% phases.correct_every == 0", "% phases.correct_every != 0", WALK),
     Mutant("machine._following", "& (phase != Phase.CORRECT)", "& (phase == Phase.CORRECT)", WALK),
     Mutant("machine._following", "done >= predict_length", "done > predict_length", WALK),
     Mutant("machine._following", "done >= full_length", "done > full_length", WALK),
@@ -429,9 +433,11 @@ MUTANTS = [
         "machine.advance", "was_leap & starts_full", "was_leap | starts_full", "prediction/test_machine.py -k cycle"
     ),
     Mutant("machine.advance", "_count_if(~is_finite", "_count_if(is_finite", WALK),
-    Mutant("machine._adapt", "last - first > schedule", "last + first > schedule", ADAPTIVE),
+    Mutant("machine._adapt", "last - first > phases", "last + first > phases", ADAPTIVE),
     Mutant("machine._adapt", "first - last > _BETTER", "first - last > -_BETTER", ADAPTIVE),
-    Mutant("machine.advance", "jnp.where(is_known, loss, last_value)", "jnp.where(is_known, last_value, loss)", LOSS),
+    Mutant(
+        "machine.advance", "jnp.where(is_measured, loss, last_value)", "jnp.where(is_measured, last_value, loss)", LOSS
+    ),
     Mutant("machine._learn", "(error - state.errors.mean)", "(error + state.errors.mean)", TWIN),
     Mutant("line.LinePredictor._compare_with", "[decay, 1 - decay, decay - 1]", "[decay, 1 - decay, 1 - decay]", TWIN),
     Mutant("line.LinePredictor.scalars", "** scalars.horizon", "** -scalars.horizon", TWIN),
@@ -445,7 +451,7 @@ MUTANTS = [
         LINE,
     ),
     Mutant("step.PhaseStep.__call__", "runs = ~is_predict & has_gradient", "runs = ~is_predict | has_gradient", LINE),
-    Mutant("step.PhaseStep.__call__", "lax.cond(is_predict, _true", "lax.cond(~is_predict, _true", LINE),
+    Mutant("step.PhaseStep.__call__", "lax.cond(is_predict, *_l", "lax.cond(~is_predict, *_l", LINE),
     Mutant("step.PhaseStep.__call__", "else phase == Phase.CORRECT", "else phase != Phase.CORRECT", TWIN),
     Mutant("update.switched", "jnp.asarray(rate, u.dtype) * u", "-jnp.asarray(rate, u.dtype) * u", STEP),
     Mutant("packed_rows.add", "[of_blocks]) + _decode(", "[of_blocks]) - _decode(", SUM),
@@ -457,7 +463,12 @@ MUTANTS = [
     Mutant("multi_steps._Window.__call__", "adds = is_accepted & ~emits", "adds = ~emits", WINDOWS),
     Mutant("multi_steps.ternary_multi_steps", "is_finite & ~should_skip", "is_finite", WINDOWS),
     Mutant("multi_steps._Window.__call__", "jnp.where(emits, 0, state", "jnp.where(emits, 1, state", WINDOWS),
-    Mutant("microbatching.ternary_accumulator", "num - carry.nonfinite_count", "num", WINDOWS),
+    Mutant("microbatching.ternary_accumulator", "carry.num_seen - carry.nonfinite_count", "carry.num_seen", WINDOWS),
+    Mutant("microbatching.ternary_accumulator", "left = carry.num_seen", "left = num", COUNTED),
+    Mutant("multi_steps._in_dtypes_of", "array.astype(o.dtype)", "array", "accumulation/test_multi_steps.py -k wider"),
+    Mutant("multi_steps.ternary_multi_steps", "[is_finite, is_accepted]", "[is_finite, is_finite]", COLLECTIVE_WINDOWS),
+    Mutant("multi_steps.ternary_multi_steps", "mesh.note_window(updates)", "None", COLLECTIVE_REFUSALS),
+    Mutant("pmean._check_made_inside", "leaf.shape[0] == 1", "leaf.shape[0] > 1", COLLECTIVE_REFUSALS),
     Mutant("stats.phase_stats", "total - machine.predict_steps", "total + machine.predict_steps", WALK),
     Mutant("stats.needs_backward", "opt_state).phase != Phase", "opt_state).phase == Phase", LINE),
     Mutant(
@@ -473,6 +484,17 @@ MUTANTS = [
         BY_PHASE,
     ),
     Mutant("machine.last_value", "jax_debug_nans else jnp.nan", "jax_debug_nans else 0.0", BY_PHASE),
+    Mutant("machine.advance", "ts + is_ignored", "ts - is_ignored", "prediction/test_stats.py -k ignored"),
+    Mutant(
+        "machine.advance",
+        "is_known & (phase != Phase.PREDICT)",
+        "is_known | (phase != Phase.PREDICT)",
+        "prediction/test_value_and_grad.py -k scaled_loss",
+    ),
+    Mutant("coverage._others_are_frozen", "bool(others) and", "bool(others) or", "test_nesting.py -k starved"),
+    Mutant("coverage.check_covers", "or num == 1", "or num > 1", "prediction/test_value_and_grad.py -k coded_history"),
+    Mutant("machine.repeats_loss", "is state.phase", "is not state.phase", "prediction/test_unmeasured.py"),
+    Mutant("step._telling_leaves", "leaf.size <= _L", "leaf.size < _L", "prediction/test_stats.py -k look_at"),
     Mutant(
         "value_and_grad.value_and_grad_by_phase",
         "if has_aux and (not value_in_predict):",
@@ -480,7 +502,7 @@ MUTANTS = [
         BY_PHASE,
     ),
     Mutant("checks.check_real", "number > low if low_open", "number >= low if low_open", OF_ERRORS),
-    Mutant("checks.check_integer", "not minimum <= number", "not minimum < number", OF_ERRORS + " -k bounds"),
+    Mutant("checks.check_integer", "not minimum <= number", "not minimum < number", "prediction/test_api.py -k bounds"),
 ]
 
 

@@ -14,6 +14,17 @@ AS_USERS_DO = {
         "xla_cpu_use_fusion_emitters": True,
     }
 }
+_COMPILED = {}
+
+
+def compiled_once(lowered, **options):
+    """The compiled program, one for all that have the same text."""
+    key = lowered.as_text(), str(options)
+    if key not in _COMPILED:
+        _COMPILED[key] = lowered.compile(**options)
+    return _COMPILED[key]
+
+
 SHAPES = {"b": (), "w": (3, 4), "empty": (0, 3), "deep": (1, 2, 1, 2, 1)}
 SIZES = [int(np.prod(SHAPES[k])) for k in sorted(SHAPES)]
 # A gradient of this size is summed in blocks of one width only, which compiles in half the time.

@@ -28,9 +28,9 @@ from jax.sharding import PartitionSpec as P
 from samples import CHEAP
 
 import vsa_optax
-from vsa_optax import Phase, checkpoint, checkpoint_manifest
+from vsa_optax import AdaptiveCycle, Guarded, Phase, Recursive, Secants, checkpoint, checkpoint_manifest
 
-SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, history_window=5)
+SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, length=5)
 STEPS = 20
 SAVED_AT = (1, 3, 4, 6, 13)
 X = jax.random.normal(jax.random.key(1), (16, 8))
@@ -47,14 +47,14 @@ def chained(**kwargs):
 
 CASES = {
     "window": phase_switched(),
-    "recursive": phase_switched(history="recursive"),
-    "gradient": phase_switched(predict_in="gradient"),
-    "adaptive": phase_switched(adaptive=True, history_dtype="bfloat16"),
-    "no residual": phase_switched(residual=False),
+    "recursive": phase_switched(line=Recursive),
+    "gradient": phase_switched(predicts="gradient"),
+    "adaptive": phase_switched(when=AdaptiveCycle, dtype="bfloat16"),
+    "no residual": phase_switched(residual_decay=None),
     "off": phase_switched(predict_steps=0),
-    "secants": phase_switched(history="secant", guard=True),
+    "secants": phase_switched(line=Secants, when=Guarded),
     "chain": chained(),
-    "chain, recursive": chained(history="recursive", adaptive=True),
+    "chain, recursive": chained(line=Recursive, when=AdaptiveCycle),
     "injected": blind.phase_switched(optax.inject_hyperparams(optax.sgd)(0.02), **SHORT),
 }
 SLOW = {("off", False), ("no residual", False), ("injected", False)}
@@ -205,6 +205,7 @@ class LinenState(TrainState):
     batch_stats: dict
 
 
+@pytest.mark.filterwarnings("ignore:value= was not given")  # TrainState.apply_gradients does not forward it.
 def test_linen(tmp_path):
     apply = LinenNet().apply  # One function for all states, which are compared with it inside.
 

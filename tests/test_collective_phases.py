@@ -15,8 +15,13 @@ from jax.sharding import PartitionSpec as P
 from samples import CHEAP
 
 from vsa_optax import (
+    AdaptiveCycle,
+    Cycle,
+    Guarded,
     Phase,
+    Secants,
     TritCodec,
+    Window,
     compressed_pmean,
     needs_backward,
     phase_stats,
@@ -30,7 +35,7 @@ NUM = 4
 MESH = Mesh(np.array(jax.devices()[:NUM]), ("data",))
 DATA = frozenset(["data"])
 LENGTHS = dict(warmup_steps=3, full_steps=2, predict_steps=5, correct_every=3)
-FIXED = dict(history="window", predict_in="update", guard=False, **LENGTHS)
+FIXED = dict(predictor=Window(), phases=Cycle(**LENGTHS))
 every_check = pytest.mark.parametrize("is_checked", [True, False], ids=["checked", "unchecked"])
 
 
@@ -124,7 +129,7 @@ def test_one_devices_loss_does_not_split_the_phases(is_checked):
     """Lengths that follow the loss follow the mean one, on all devices; one NaN among the losses is passed over."""
     data = batches(60)
     data[:, 2, 40] = np.linspace(1, 40, 60)  # This device's loss rises, the others' fall.
-    _, state, phases = run(is_checked, data, adaptive=True, **FIXED)
+    _, state, phases = run(is_checked, data, predictor=Window(), phases=AdaptiveCycle(**LENGTHS))
     machine = state.machine
     assert phases != reference.walk_phases(60, **LENGTHS)
     means = np.mean(data[:, :, 40], axis=1)
@@ -135,7 +140,7 @@ def test_one_devices_loss_does_not_split_the_phases(is_checked):
 
 
 def test_the_guard_decides_for_all():
-    _, state, phases = run(True, batches(40), history="window", predict_in="update", **LENGTHS)
+    _, state, phases = run(True, batches(40), predictor=Window(), phases=Guarded(warmup_steps=3))
     assert phases[:4] == "WWWF"
     assert phase_stats(state).guard.constant > 0
     assert state.inner_state[0].step == 40 - phases.count("P")
@@ -173,7 +178,7 @@ def test_the_loss_is_averaged_where_it_differs(is_checked):
 
 
 def test_without_predictions_a_nan_is_counted_on_all():
-    state, step = program(True, predict_steps=0, history="window")
+    state, step = program(True, predictor=Window(), phases=None)
     data = batches(3)
     data[1, 2, 40] = np.nan
     params = jnp.zeros(40)
@@ -209,10 +214,15 @@ def test_the_gradients_are_those_of_each_device(is_checked):
 
 
 def test_predicting_gradients_of_each_device_is_refused():
-    with pytest.raises(ValueError, match=r"predict_in must be 'update' where opt averages .* along \['data'\]"):
-        optimizer().init(jnp.zeros(40))
-    for kwargs in (dict(), dict(history="window", predict_in="gradient"), dict(history="window")):
-        opt = phase_switched(optax.sgd(0.1), **kwargs)
+    reason = r"along \['data'\]: {}, which differ .*: use predictor=Window\(.*\), whose updates are the same on all"
+    for predictor, words in (
+        (Secants(), "secants predict gradients"),
+        (Window(predicts="gradient"), "predicts='grad.*"),
+    ):
+        with pytest.raises(ValueError, match=reason.format(words)):
+            jax.eval_shape(optimizer(predictor=predictor).init, jnp.zeros(40))
+    for predictor in (Secants(), Window(predicts="gradient"), Window()):
+        opt = phase_switched(optax.sgd(0.1), predictor=predictor)
         with pytest.raises(ValueError, match=r"gradients differ between the devices along \['data'\]"):
             mapped(lambda g, p, opt=opt: opt.update(g[0], opt.init(p), p), (P("data"), P()), P())(
                 draw(0, NUM, 40), jnp.zeros(40)

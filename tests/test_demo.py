@@ -74,6 +74,13 @@ def test_prints_the_table_and_where_the_picture_is(finished: _Demo) -> None:
     assert finished.output.splitlines()[-1] == f"Picture: {finished.folder / 'training.png'}"
 
 
+def test_passes_in_vain_are_warned_of(finished: _Demo) -> None:
+    """As if the step had kept ``jax.value_and_grad``; the demo itself has none."""
+    assert finished.switched.ignored_gradients == 0
+    assert "Warning" not in finished.output
+    assert "Warning: 7 gradients" in demo._warning(finished.switched._replace(ignored_gradients=7))
+
+
 def test_picture_is_a_png_that_shows_something(finished: _Demo) -> None:
     picture = finished.folder / "training.png"
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

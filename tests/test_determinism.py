@@ -10,13 +10,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import vsa_optax
+from vsa_optax import Guarded, Recursive, Secants, Window
 
 STEPS = 16
-SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, history_window=4)
+SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, length=4)
 CASES = [
-    dict(history="window", predict_in="update"),
-    dict(history="recursive", predict_in="gradient"),
-    dict(history="secant", guard=True),
+    dict(line=Window, predicts="update"),
+    dict(line=Recursive, predicts="gradient"),
+    dict(line=Secants, when=Guarded),
 ]
 SPECS = {"w": P("data", None), "v": P(None, "data"), "b": P("data"), "scale": P()}
 
@@ -71,7 +72,7 @@ def test_replicated_over_eight_devices_the_bits_are_those_of_one(case):
     # What secants are judged by is a matter of rounding, which ridge predicts is not.
     scores = [results[i][1].machine.calibration for i in range(2)]
     jax.tree.map(lambda one, eight: np.testing.assert_allclose(one, eight, rtol=1e-4), *scores)
-    if "guard" in case:
+    if "when" in case:
         results = [
             (p, s._replace(machine=s.machine._replace(calibration=None, guard=None, errors=None))) for p, s in results
         ]
@@ -82,7 +83,7 @@ def test_replicated_over_eight_devices_the_bits_are_those_of_one(case):
             np.testing.assert_array_equal(shard.data, one)
     machine = results[1][1].machine
     assert machine.predict_steps > 0
-    assert machine.correct_steps > 0 or "guard" in case
+    assert machine.correct_steps > 0 or "when" in case
 
 
 def assert_laid_out(tree, leading):
@@ -128,12 +129,12 @@ def test_the_state_is_sharded_as_the_parameters_are(case):
     assert vsa_optax.phase_stats(state).predict_steps > 0
 
 
-@pytest.mark.parametrize("history", ["window", "recursive"])
-def test_init_under_jit_takes_the_layout_it_is_told(history):
+@pytest.mark.parametrize("line", [Window, Recursive])
+def test_init_under_jit_takes_the_layout_it_is_told(line):
     """A jitted `init` makes zeros that depend on no parameter: like Optax's, it must be told where they go."""
     mesh = mesh_of(8)
     params = jax.device_put(make_params(), {name: NamedSharding(mesh, spec) for name, spec in SPECS.items()})
-    opt = make_optimizer(dict(history=history, predict_in="update"))
+    opt = make_optimizer(dict(line=line))
     laid_out = jax.tree.map(
         lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else NamedSharding(mesh, P()), opt.init(params)
     )

@@ -14,15 +14,16 @@ import pytest
 from samples import AS_USERS_DO
 
 import vsa_optax
+from vsa_optax import AdaptiveCycle, Cycle, Guarded, Recursive, Secants, Window
 
 PARAMS = {"w": jnp.ones((300, 40)), "b": jnp.zeros(300), "v": jnp.ones((40, 7))}
 PARAM_BYTES = sum(x.nbytes for x in jax.tree.leaves(PARAMS))
 CASES = [
-    dict(history="window", predict_in="update"),
-    dict(history="recursive", predict_in="update"),
-    dict(history="window", predict_in="gradient"),
-    dict(history="window", predict_in="update", residual=False),
-    dict(history="secant", history_window=8, guard=True),
+    dict(line=Window, predicts="update"),
+    dict(line=Recursive, predicts="update"),
+    dict(line=Window, predicts="gradient"),
+    dict(line=Window, predicts="update", residual_decay=None),
+    dict(line=Secants, length=8, when=Guarded),
 ]
 
 
@@ -72,7 +73,7 @@ def test_the_history_is_not_copied(case):
     temporary = compiled.memory_analysis().temp_size_in_bytes - baseline.memory_analysis().temp_size_in_bytes
     # Gradient, prediction and the optimizer's answer, all alive in a CORRECT step; for secants, the way and the change
     # since the newest record too. Far from W records.
-    assert temporary < (7 if case["history"] == "secant" else 4.5) * PARAM_BYTES
+    assert temporary < (7 if case["line"] is Secants else 4.5) * PARAM_BYTES
     assert compiled.memory_analysis().alias_size_in_bytes >= PARAM_BYTES + sum(
         leaf.nbytes for leaf in jax.tree.leaves((state.history, state.residual, state.inner_state))
     )
@@ -80,7 +81,7 @@ def test_the_history_is_not_copied(case):
         tuple(map(int, shape.split(","))) for shape in re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", compiled.as_text())
     ]
     assert not [shape for shape in copied if shape[:1] == (8,) and len(shape) == 3]
-    if case.get("predict_in") == "update":
+    if case.get("predicts") == "update":
         assert (300, 40) not in copied
 
 
@@ -88,27 +89,28 @@ def test_the_history_is_not_copied(case):
     ("case", "trees"),
     [
         (dict(), 9),
-        (dict(history_window=3), 4),
-        (dict(residual=False), 8),
-        (dict(history="recursive"), 3),
-        (dict(history="recursive", residual=False), 2),
+        (dict(length=3), 4),
+        (dict(residual_decay=None), 8),
+        (dict(line=Recursive), 3),
+        (dict(line=Recursive, residual_decay=None), 2),
         (dict(predict_steps=0), 0),
     ],
 )
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_state_bytes_are_those_documented(case, trees, adaptive):
-    state = blind.predict_gradients(adaptive=adaptive, **case).init(PARAMS)
+@pytest.mark.parametrize("when", [Cycle, AdaptiveCycle])
+def test_state_bytes_are_those_documented(case, trees, when):
+    state = blind.predict_gradients(when=when, **case).init(PARAMS)
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     scalars = total - trees * PARAM_BYTES
-    assert 0 < scalars < 100 + 412 * adaptive
-    half = blind.predict_gradients(history_dtype=jnp.bfloat16, **case).init(PARAMS)
+    assert 0 < scalars < 100 + 412 * (when is AdaptiveCycle)
+    half = blind.predict_gradients(dtype=jnp.bfloat16, **case).init(PARAMS)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(half)) <= trees * PARAM_BYTES / 2 + 100
 
 
 SCRIPT = """
 import hashlib, jax, jax.numpy as jnp, numpy as np, optax, vsa_optax
 opt = vsa_optax.phase_switched(
-    optax.adamw(1.0), learning_rate=0.01, warmup_steps=2, full_steps=2, predict_steps=4, guard=False)
+    optax.adamw(1.0), learning_rate=0.01, predictor=vsa_optax.Window(),
+    phases=vsa_optax.Cycle(warmup_steps=2, full_steps=2, predict_steps=4))
 params = {name: jax.random.normal(jax.random.key(i), (7, 5)) for i, name in enumerate("zyxab")}
 state = opt.init(params)
 loss = lambda p: sum(jnp.sum(jnp.sin(p[name]) ** 2) for name in sorted(set("zyxab")))

@@ -8,6 +8,7 @@ such axes, and is not set.
 import contextlib
 import functools
 
+import blind
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,19 +19,20 @@ from jax.sharding import PartitionSpec as P
 from samples import CHEAP
 
 import vsa_optax
+from vsa_optax import Recursive
 
 KINDS = ("explicit", "auto", "none")
 STEPS = 30
 SHAPES = {"w": (16, 512), "b": (16,)}
 SPLIT = {"w": P("data", None), "b": P("data")}
-SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, history_window=3, guard=False)
+SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2, length=3)
 CODEC = vsa_optax.TritCodec()
 SKETCH = vsa_optax.HypervectorCodec(0.5)
 TERNARY = vsa_optax.HypervectorCodec(0.5, use_ternary=True)
 
 
 def phase_switched(**kwargs):
-    return vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=0.003, **kwargs)
+    return blind.phase_switched(optax.adamw(1.0), learning_rate=0.003, **kwargs)
 
 
 def compressed(codec):
@@ -41,11 +43,11 @@ def compressed(codec):
 # side of the border between two levels.
 OPTIMIZERS = {
     "secants": (vsa_optax.balanced(0.003), 2e-5),  # The defaults; the other presets differ in numbers.
-    "window, blind": (phase_switched(history="window", calibrate=False, **SHORT), 2e-5),
-    "window, calibrated": (phase_switched(history="window", **SHORT), 2e-5),
-    "recursive": (phase_switched(history="recursive", **(SHORT | {"history_window": None})), 2e-5),
-    "coded window": (phase_switched(history_codec=CODEC, calibrate=False, residual=False, **SHORT), 3e-3),
-    "predict_gradients": (optax.chain(vsa_optax.predict_gradients(calibrate=False, **SHORT), optax.adamw(0.003)), 2e-5),
+    "window, blind": (phase_switched(**SHORT), 2e-5),
+    "window, calibrated": (phase_switched(calibrate=True, **SHORT), 2e-5),
+    "recursive": (phase_switched(line=Recursive, calibrate=True, **SHORT), 2e-5),
+    "coded window": (phase_switched(codec=CODEC, residual_decay=None, **SHORT), 3e-3),
+    "predict_gradients": (optax.chain(blind.predict_gradients(**SHORT), optax.adamw(0.003)), 2e-5),
     "compress_gradients": (compressed(CODEC), 3e-3),
     "accumulate_ternary": (optax.chain(vsa_optax.accumulate_ternary(3), optax.sgd(0.3)), 3e-3),
     "ternary_multi_steps": (vsa_optax.ternary_multi_steps(optax.adamw(0.003), 3), 3e-3),
@@ -190,7 +192,7 @@ def test_value_and_grad_by_phase(kind):
     def loss_and_aux(params, x):
         return loss(params, x), {"bias": params["b"] + 1.0}
 
-    opt = vsa_optax.predict_gradients(history="recursive", guard=False)
+    opt = blind.predict_gradients(line=Recursive, calibrate=True)
     differentiate = jax.jit(vsa_optax.value_and_grad_by_phase(loss_and_aux, has_aux=True), **CHEAP)
     wanted = jax.value_and_grad(loss_and_aux, has_aux=True)(make_params(), make_batch())
     with laid_out(kind) as (params, x):

@@ -97,15 +97,25 @@ def uninterrupted(tmp_path_factory):
     with two_processes(folder / "log", folder / "run", STEPS, 0) as processes:
         shared, own = finished(processes)
         predicted = [int(process.after("predicted")[0]) for process in processes]
+        accumulated = [process.after("accumulated") for process in processes]
         refusals = [[" ".join(process.after(word)) for process in processes] for word in ("alone", "unwritable")]
-    return shared, own, predicted, refusals
+    return shared, own, predicted, refusals, accumulated
 
 
 def test_every_process_holds_the_same_bits(uninterrupted):
-    shared, own, predicted, _ = uninterrupted
+    shared, own, predicted, *_ = uninterrupted
     assert shared[0] == shared[1]
     assert own[0] != own[1]  # The residuals.
     assert predicted[0] == predicted[1] > 4
+
+
+def test_a_nan_in_one_process_leaves_the_windows_of_both_in_step(uninterrupted):
+    """Micro-batches are summed by each process, and one of them leaves one out: else the other waited for ever."""
+    (first, *walked), (second, *other) = uninterrupted[4]
+    assert walked == other == ["1", "0", "0", "1", "0", "1"]
+    (shared, own), (same, other) = first.split(":"), second.split(":")
+    assert shared == same
+    assert own != other  # The sums.
 
 
 def test_a_save_that_cannot_be_is_refused_in_every_process(uninterrupted):

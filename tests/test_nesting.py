@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import vsa_optax
+from vsa_optax import Recursive, Window
 
 SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2)
 PARAMS = {"phase": jnp.arange(1.0, 4.0), "w": jnp.ones((2, 2))}
@@ -49,7 +50,9 @@ NESTINGS = {
         **SHORT,
     ),
     "masked outside": lambda: optax.masked(rated(0.05), {"phase": True, "w": True}),
-    "partition": lambda: optax.partition({"a": rated(0.05), "b": optax.sgd(0.0)}, {"phase": "a", "w": "b"}),
+    "partition, one frozen": lambda: optax.partition(
+        {"a": rated(0.05), "b": optax.set_to_zero()}, {"phase": "a", "w": "b"}
+    ),
     "partition inside": lambda: blind.phase_switched(
         optax.partition({"a": optax.adam(0.05), "b": optax.sgd(0.05)}, {"phase": "a", "w": "b"}), **SHORT
     ),
@@ -71,16 +74,28 @@ def test_injected_rate_equals_the_constant_one():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), injected, constant)
 
 
-def test_a_mask_outside_gives_unmasked_leaves_the_zeros_of_skipped_steps():
-    opt = optax.masked(blind.phase_switched(optax.sgd(0.0), **SHORT), {"phase": True, "w": False})
-    state, zeros = opt.init(PARAMS), 0
-    for _ in range(20):
-        _, grads = vsa_optax.value_and_grad_by_phase(loss)(PARAMS, state=state)
-        skipped = not vsa_optax.needs_backward(state)
-        updates, state = opt.update(grads, state, PARAMS)
-        assert (not np.asarray(updates["w"]).any()) == skipped
-        zeros += skipped
-    assert zeros > 0
+# Groups of parameters beside the one that is switched, whose optimizers would take the zeros of skipped steps for news.
+STARVED = {
+    "mask": lambda: optax.masked(rated(0.05), {"phase": True, "w": False}),
+    "sgd": lambda: optax.partition({"a": rated(0.05), "b": optax.sgd(0.05)}, {"phase": "a", "w": "b"}),
+    "secants and adamw": lambda: optax.partition(
+        {"a": vsa_optax.phase_switched(optax.adam(0.1)), "b": optax.adamw(0.1)}, {"phase": "a", "w": "b"}
+    ),
+    "recursion and a chain": lambda: optax.chain(
+        optax.partition(
+            {"a": blind.phase_switched(optax.sgd(0.1), line=vsa_optax.Recursive), "b": optax.sgd(0.1)},
+            {"phase": "a", "w": "b"},
+        ),
+        optax.scale(1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STARVED)
+def test_groups_that_would_be_starved_are_refused(name):
+    state = STARVED[name]().init(PARAMS)
+    with pytest.raises(ValueError, match=r"does not cover \(\['w'\]\).*phase_switched\(optax\.multi_transform"):
+        vsa_optax.value_and_grad_by_phase(loss)(PARAMS, state=state)
 
 
 def test_multi_steps_around_counts_emissions():
@@ -94,11 +109,10 @@ def test_multi_steps_around_counts_emissions():
 
 
 def test_map_params_sees_every_parameter_sized_leaf():
-    for history in ("window", "recursive"):
-        opt = blind.phase_switched(optax.adam(1.0), history=history, **SHORT)
+    for line, trees in ((Window, 4), (Recursive, 5)):  # History, residual and two moments.
+        opt = blind.phase_switched(optax.adam(1.0), line=line, **SHORT)
         marked = optax.tree.map_params(opt, lambda x: "param", opt.init(PARAMS), transform_non_params=lambda x: "other")
         leaves = jax.tree.leaves(marked)
-        trees = {"window": 4, "recursive": 5}[history]  # history, residual and two moments
         assert leaves.count("param") == trees * len(PARAMS)
         assert leaves.count("other") > 10
 
@@ -107,6 +121,10 @@ def test_map_params_sees_every_parameter_sized_leaf():
     ("opt", "message"),
     [
         (lambda: blind.phase_switched(optax.MultiSteps(optax.adam(0.1), 2)), "MultiSteps"),
+        (
+            lambda: blind.phase_switched(vsa_optax.ternary_multi_steps(optax.adam(0.1), 2)),
+            r"TernaryMultiSteps.*ternary_multi_steps\(phase_switched\(...\), k\)",
+        ),
         (lambda: blind.phase_switched(0.1), "opt must be an optax.GradientTransformation, got 0.1"),
     ],
 )
@@ -119,6 +137,16 @@ def test_refused_where_it_is_made(opt, message):
     ("inner", "message"),
     [
         (lambda: optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(), "MultiSteps"),
+        (
+            lambda: optax.chain(vsa_optax.ternary_multi_steps(optax.adam(0.1), 2), optax.scale(1.0)),
+            r"ternary_multi_steps, which emits rarely.*ternary_multi_steps\(phase_switched",
+        ),
+        (lambda: optax.chain(vsa_optax.accumulate_ternary(2), optax.sgd(0.1)), "accumulate_ternary, which emits"),
+        (lambda: optax.chain(optax.sgd(0.1), optax.apply_every(4)), r"optax\.apply_every, which emits"),
+        (
+            lambda: optax.transforms.conditionally_mask(optax.sgd(0.1), lambda step: step % 4 == 0),
+            "conditionally_mask where its updates are predicted",
+        ),
         (lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)), "line search"),
         (lambda: optax.lbfgs(), "line search"),
         (lambda: optax.chain(blind.predict_gradients(), optax.adam(0.1)), "a phase machine of its own"),
@@ -133,7 +161,7 @@ def test_refused_at_init(inner, message):
 def test_queries_want_exactly_one_machine(query):
     with pytest.raises(ValueError, match=r"expected one phase machine.*found 0"):
         query(optax.adam(0.1).init(PARAMS))
-    with pytest.raises(ValueError, match=r"expected one phase machine.*found 2"):
+    with pytest.raises(ValueError, match=r"expected one phase machine.*found 2.*phase_switched\(optax.multi_transform"):
         query(optax.chain(blind.predict_gradients(), rated(0.1)).init(PARAMS))
 
 

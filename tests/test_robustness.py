@@ -22,6 +22,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 import vsa_optax
+from vsa_optax import AdaptiveCycle, Cycle, Recursive, Secants, Window
 
 STEPS = 14
 LETTERS = "WFPC"
@@ -91,21 +92,17 @@ def make_setup(number, dtypes):
         full_steps=rng.randint(1, 3),
         predict_steps=rng.choice([0, 1, 2, 3, 4, 6]),
         correct_every=rng.randint(1, 4),
-        history=rng.choice(["window", "recursive", "secant"]),
-        history_window=rng.randint(2, 4),
-        history_decay=rng.choice([1e-6, 0.3, 0.95, 1.0]),
-        history_dtype=rng.choice([None, None, *dtypes]),
-        residual=rng.random() < 0.7,
-        residual_decay=rng.choice([0.0, 0.5, 0.95, 1.0]),
-        adaptive=rng.random() < 0.2,
+        line=rng.choice([Window, Recursive, Secants]),
+        length=rng.randint(2, 4),
+        decay=rng.choice([1e-6, 0.3, 0.95, 1.0]),
+        dtype=rng.choice([None, None, *dtypes]),
+        residual_decay=None if rng.random() < 0.3 else rng.choice([0.0, 0.5, 0.95, 1.0]),
+        when=AdaptiveCycle if rng.random() < 0.2 else Cycle,
         loss_threshold=rng.choice([0.0, 0.1]),
     )
-    if chosen["history"] == "secant":
-        chosen["residual"] = False
     optimizer = rng.choice(["none", "sgd", "momentum"])
     if optimizer != "none":
-        domains = ["gradient"] if chosen["history"] == "secant" else ["update", "gradient"]
-        chosen |= dict(predict_in=rng.choice(domains), learning_rate=rng.choice([None, 0.0, 0.5]))
+        chosen |= dict(predicts=rng.choice(["update", "gradient"]), learning_rate=rng.choice([None, 0.0, 0.5]))
     return Setup(chosen, optimizer, random_tree(rng, dtypes, rng.randint(1, 3)))
 
 
@@ -222,38 +219,40 @@ FRACTIONS = [0.5, 1, np.float32(0.25), Fraction(1, 3)]
 # Valid values of each argument, and values that are not.
 ARGUMENTS = {
     **{name: (INTEGERS, [*WORDS, True, 2.5, low - 1]) for name, low in COUNTS.items()},
-    "history_window": ([None, *INTEGERS], [*WORDS[1:], True, 2.5, 1]),
-    "history": ([None, "window", "recursive"], [*WORDS[1:], "windows", 1]),
-    "history_decay": (FRACTIONS, [*WORDS, True, 0, 1.5]),
-    "history_dtype": ([None, "float16", jnp.bfloat16, np.dtype("float32")], [*WORDS[1:4], "int8", jnp.complex64, bool]),
-    "residual": ([None, True, False], [*WORDS[1:], 0, 1, np.True_]),
-    "residual_decay": ([*FRACTIONS, 0], [*WORDS, True, 1.5]),
-    "adaptive": ([True, False], [*WORDS, 0, 1, np.True_]),
+    "tolerance": (FRACTIONS, [*WORDS, True, 0, 1.5]),
+    "longest": (INTEGERS, [*WORDS, True, 2.5, 0]),
+    "window": (INTEGERS, [*WORDS, True, 2.5, 1]),
+    "length": (INTEGERS, [*WORDS, True, 2.5, 1]),
+    "decay": (FRACTIONS, [*WORDS, True, 0, 1.5]),
+    "dtype": ([None, "float16", jnp.bfloat16, np.dtype("float32")], [*WORDS[1:4], "int8", jnp.complex64, bool]),
+    "predicts": (["update", "gradient"], [*WORDS, "updates"]),
+    "calibrate": ([False], [*WORDS, 0, 1, np.True_]),  # True excludes a residual.
+    "residual_decay": ([None, *FRACTIONS, 0], [*WORDS[1:], True, 1.5]),
     "loss_threshold": ([*FRACTIONS, 0], [*WORDS[:-1], True]),
-}
-OF_THE_WRAPPER = {
-    "predict_in": ([None, "update", "gradient"], [*WORDS[1:], "updates"]),
     "learning_rate": ([None, *FRACTIONS, optax.constant_schedule(1.0)], [*WORDS[1:7], *WORDS[8:-1], True]),
 }
+KINDS = [*blind.TAKEN, vsa_optax.phase_switched]
 
 
 @settings(max_examples=400)
-@given(data=st.data(), is_wrapper=st.booleans())
-def test_settings_are_taken_or_refused_by_name(data, is_wrapper):
-    arguments = ARGUMENTS | (OF_THE_WRAPPER if is_wrapper else {})
-    given_ones = data.draw(st.sets(st.sampled_from(sorted(arguments)), max_size=4))
+@given(data=st.data(), kind=st.sampled_from(KINDS))
+def test_settings_are_taken_or_refused_by_name(data, kind):
+    names = {"learning_rate"} if kind is vsa_optax.phase_switched else blind.TAKEN[kind] & set(ARGUMENTS)
     chosen, wrong = {}, set()
-    for name in sorted(given_ones):
-        valid, invalid = arguments[name]
+    for name in sorted(data.draw(st.sets(st.sampled_from(sorted(names)), max_size=4))):
+        valid, invalid = ARGUMENTS[name]
         is_wrong = data.draw(st.integers(0, 3)) == 0
         chosen[name] = data.draw(st.sampled_from(invalid if is_wrong else valid))
         wrong |= {name} if is_wrong else set()
-    make = functools.partial(blind.phase_switched, optax.sgd(1.0)) if is_wrapper else blind.predict_gradients
+    if "residual_decay" in blind.TAKEN.get(kind, ()):
+        chosen.setdefault("calibrate", False)
+    if kind is vsa_optax.phase_switched:
+        chosen["opt"] = optax.sgd(1.0)
     if not wrong:
-        assert make(**chosen).init({"phase": jnp.zeros(2)}).machine.phase == vsa_optax.Phase.WARMUP
+        kind(**chosen)
         return
     with pytest.raises(ValueError, match=r" must be ") as error:
-        make(**chosen)
+        kind(**chosen)
     assert str(error.value).split()[0] in wrong
 
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 
+import blind
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,11 +21,12 @@ from jax.sharding import PartitionSpec as P
 from samples import CHEAP
 
 import vsa_optax
+from vsa_optax import Guarded, Recursive, Secants
 from vsa_optax.accumulation.ternary_sum import make_ternary_sum
 
 STEPS = 20
-SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, history_window=5, guard=False)
-SHAPES = {"w": (24, 120), "b": (120,), "v": (120, 32)}
+SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, length=5)
+SHAPES = {"w": (24, 64), "b": (64,), "v": (64, 16)}
 SPLIT = {"w": P("data", None), "b": P("data"), "v": P(None, "data")}
 LAYOUTS = {"replicated": dict.fromkeys(SHAPES, P()), "split": SPLIT}
 CODEC = vsa_optax.TritCodec()
@@ -33,19 +35,19 @@ SENT = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
 
 def phase_switched(**kwargs):
-    return vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=0.01, **kwargs)
+    return blind.phase_switched(optax.adamw(1.0), learning_rate=0.01, **kwargs)
 
 
 EXACT = {
-    "secants, guarded": phase_switched(warmup_steps=3, history_window=5),
-    "window": phase_switched(history="window", calibrate=False, **SHORT),
-    "window, calibrated": phase_switched(history="window", **SHORT),
-    "recursive": phase_switched(history="recursive", **(SHORT | {"history_window": None})),
+    "secants, guarded": phase_switched(line=Secants, when=Guarded, warmup_steps=3, length=5),
+    "window": phase_switched(**SHORT),
+    "window, calibrated": phase_switched(calibrate=True, **SHORT),
+    "recursive": phase_switched(line=Recursive, calibrate=True, **SHORT),
 }
 # The optimizer, and in how many places of its program gradients are coded: as a record and as a residual; as one of a
 # window's micro-batches and as its last.
 LOSSY = {
-    "coded window": (phase_switched(history_codec=CODEC, calibrate=False, **SHORT), 2),
+    "coded window": (phase_switched(codec=CODEC, **SHORT), 2),
     "ternary_multi_steps": (vsa_optax.ternary_multi_steps(optax.adamw(0.01), 3), 2),
     "compressed": (optax.chain(vsa_optax.compress_gradients(CODEC, error_feedback=True), optax.adamw(0.01)), 1),
 }

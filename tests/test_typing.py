@@ -20,6 +20,7 @@ MARK = "  # type: ignore["
 MISTAKES = (HERE / "typed_mistakes.py").read_text().splitlines()
 
 OTHERS = ("compress_gradients", "TritCodec", "HypervectorCodec")
+OTHERS += ("Secants", "Window", "Recursive", "Guarded", "Cycle", "AdaptiveCycle")
 
 
 def test_typed_usage_runs():
@@ -45,9 +46,9 @@ def test_typed_usage_gives_every_argument():
 @pytest.mark.parametrize(
     "mistake",
     [
-        'predict_gradients(history="secants")',
-        'phase_switched(opt, history="secants")',
-        'phase_switched(opt, predict_in="updates")',
+        'predict_gradients(predictor="secants")',
+        "phase_switched(opt, predictor=Secants)",
+        'Window(predicts="updates")',
         "TritCodec(4)",
         'accumulate_ternary(4, rounding="near")',
         "accumulate_ternary(4, trits=5)",

@@ -1,31 +1,33 @@
 """Every transformation that has a state, small, for tests of what must hold for all of them."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
 
 import vsa_optax
-from vsa_optax import HypervectorCodec, TritCodec
+from vsa_optax import AdaptiveCycle, Cycle, HypervectorCodec, Recursive, Secants, TritCodec, Window
 
 TRITS = TritCodec(2, block_size=32)
 momentum = optax.sgd(0.1, momentum=0.9)
-coded_window = functools.partial(
-    vsa_optax.phase_switched, optax.sgd(1.0), learning_rate=0.1, history_window=3, guard=False
-)
+
+
+def coded_window(codec, *, calibrate=True):
+    window = Window(3, codec=codec, calibrate=calibrate)
+    return vsa_optax.phase_switched(optax.sgd(1.0), learning_rate=0.1, predictor=window, phases=Cycle())
+
+
 TRANSFORMATIONS = {
-    "secants": vsa_optax.phase_switched(momentum, history_window=3),
-    "window": vsa_optax.phase_switched(optax.sgd(1.0), learning_rate=0.1, guard=False, history_window=3),
-    "adaptive": vsa_optax.phase_switched(momentum, guard=False, calibrate=False, adaptive=True, history_window=3),
-    "recursive": vsa_optax.phase_switched(momentum, guard=False, history="recursive"),
-    "never predicts": vsa_optax.phase_switched(momentum, predict_steps=0),
-    "window in trits": coded_window(history_codec=TRITS, calibrate=False),
-    "window of hypervectors": coded_window(history_codec=HypervectorCodec(0.5)),
-    "window of ternary hypervectors": coded_window(
-        history_codec=HypervectorCodec(0.5, use_ternary=True), calibrate=False
+    "secants": vsa_optax.phase_switched(momentum, predictor=Secants(3)),
+    "window": vsa_optax.phase_switched(optax.sgd(1.0), learning_rate=0.1, predictor=Window(3), phases=Cycle()),
+    "adaptive": vsa_optax.phase_switched(
+        momentum, predictor=Window(3, calibrate=False, residual_decay=0.95), phases=AdaptiveCycle()
     ),
-    "predict_gradients": optax.chain(vsa_optax.predict_gradients(history_window=3), momentum),
+    "recursive": vsa_optax.phase_switched(momentum, predictor=Recursive(), phases=Cycle()),
+    "never predicts": vsa_optax.phase_switched(momentum, phases=None),
+    "window in trits": coded_window(TRITS, calibrate=False),
+    "window of hypervectors": coded_window(HypervectorCodec(0.5)),
+    "window of ternary hypervectors": coded_window(HypervectorCodec(0.5, use_ternary=True), calibrate=False),
+    "predict_gradients": optax.chain(vsa_optax.predict_gradients(predictor=Secants(3)), momentum),
     "ternary_multi_steps": vsa_optax.ternary_multi_steps(momentum, 2, block_size=32),
     "accumulate_ternary": vsa_optax.accumulate_ternary(2, block_size=32, rounding="stochastic"),
     "compress_gradients": vsa_optax.compress_gradients(TRITS, error_feedback=True),

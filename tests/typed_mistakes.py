@@ -5,8 +5,13 @@ import jax.numpy as jnp
 import optax
 
 from vsa_optax import (
+    Cycle,
+    Guarded,
     HypervectorCodec,
+    Recursive,
+    Secants,
     TritCodec,
+    Window,
     accumulate_ternary,
     compress_gradients,
     compressed_pmean,
@@ -27,9 +32,12 @@ def loss(params: jax.Array) -> jax.Array:
 
 def choices(opt: optax.GradientTransformation, x: jax.Array, key: jax.Array) -> None:
     """A word that is none of those to choose from."""
-    predict_gradients(history="secants")  # type: ignore[arg-type]
-    phase_switched(opt, history="secants")  # type: ignore[arg-type]
-    phase_switched(opt, predict_in="updates")  # type: ignore[arg-type]
+    predict_gradients(predictor="secants")  # type: ignore[arg-type]
+    phase_switched(opt, predictor=Secants)  # type: ignore[arg-type]
+    phase_switched(opt, phases=Cycle)  # type: ignore[arg-type]
+    predict_gradients(phases=Secants())  # type: ignore[arg-type]
+    Window(predicts="updates")  # type: ignore[arg-type]
+    Recursive(predicts="gradients")  # type: ignore[arg-type]
     accumulate_ternary(4, rounding="near")  # type: ignore[arg-type]
     ternary_multi_steps(opt, 4, rounding="near")  # type: ignore[arg-type]
     ternary_accumulator(4, rounding="near")  # type: ignore[arg-type]
@@ -47,8 +55,9 @@ def numbers(opt: optax.GradientTransformation) -> None:
     ternary_accumulator(4, trits=5)  # type: ignore[arg-type]
     accumulate_ternary("4")  # type: ignore[arg-type]
     accumulate_ternary(lambda step: "4")  # type: ignore[arg-type,return-value]
-    predict_gradients(guard="off")  # type: ignore[arg-type]
-    phase_switched(opt, guard_tolerance="0.1")  # type: ignore[arg-type]
+    Guarded(tolerance="0.1")  # type: ignore[arg-type]
+    Cycle(full_steps=2.5)  # type: ignore[arg-type]
+    Window(calibrate="off")  # type: ignore[arg-type]
 
 
 def codecs() -> None:
@@ -57,7 +66,9 @@ def codecs() -> None:
     compress_gradients("trits")  # type: ignore[arg-type]
     compressed_pmean("data", 2)  # type: ignore[arg-type]
     compressed_pmean(["data"], HypervectorCodec())  # type: ignore[arg-type]
-    predict_gradients(history_codec=2)  # type: ignore[arg-type]
+    Window(codec=2)  # type: ignore[arg-type]
+    Recursive(codec=TritCodec())  # type: ignore[call-arg]
+    Secants(16, "float32")  # type: ignore[call-arg]
     TritCodec().decode(HypervectorCodec().encode(jnp.ones(4)))  # type: ignore[arg-type]
 
 

@@ -9,11 +9,19 @@ import optax
 
 import vsa_optax
 from vsa_optax import (
+    AdaptiveCycle,
+    Cycle,
     GuardAction,
+    Guarded,
+    GuardStats,
     HypervectorCodec,
     Phase,
     PhaseStats,
+    PredictionQuality,
+    Recursive,
+    Secants,
     TritCodec,
+    Window,
     accumulate_ternary,
     aggressive,
     balanced,
@@ -53,27 +61,14 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
     return [
         predict_gradients(),
         predict_gradients(
-            warmup_steps=2,
-            full_steps=1,
-            predict_steps=4,
-            correct_every=2,
-            history="recursive",
-            history_window=4,
-            history_decay=1,
-            history_dtype=jnp.bfloat16,
-            history_codec=None,
-            residual=False,
-            residual_decay=0.5,
-            adaptive=True,
-            loss_threshold=0.2,
-            calibrate=False,
-            guard=False,
+            predictor=Recursive(decay=1, predicts="gradient", calibrate=False, residual_decay=0.5, dtype=jnp.bfloat16),
+            phases=AdaptiveCycle(warmup_steps=2, full_steps=1, predict_steps=4, correct_every=2, loss_threshold=0.2),
         ),
         conservative(1e-3),
         balanced(learning_rate=schedule),
         aggressive(jnp.float32(1e-3)),
-        predict_gradients(history_codec=TritCodec(2)),
-        predict_gradients(history_codec=HypervectorCodec()),
+        predict_gradients(predictor=Window(predicts="gradient", codec=TritCodec(2))),
+        predict_gradients(predictor=Window(predicts="gradient", codec=HypervectorCodec())),
         compress_gradients(TritCodec()),
         compress_gradients(HypervectorCodec(), error_feedback=True),
         compressed_pmean("data", TritCodec()),
@@ -83,13 +78,13 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
             lambda step: 2 + step, trits=1, rounding="stochastic", block_size=64, use_grad_mean=False, seed=1
         ),
         ternary_multi_steps(optax.adam(0.1), 4, True, None, trits=3, rounding="nearest", block_size=256, seed=2),
-        predict_gradients(history_dtype="float16"),
-        predict_gradients(
-            history="secant", history_window=None, calibrate=None, residual=None, guard=True, guard_tolerance=0.1
+        predict_gradients(predictor=Secants(8, dtype="float16"), phases=Guarded(tolerance=1)),
+        predict_gradients(predictor=Secants(window=8, dtype=np.dtype("float32")), phases=None),
+        phase_switched(
+            optax.adamw(1.0),
+            predictor=Window(length=4, dtype=None),
+            phases=Guarded(tolerance=0.1, longest=4, warmup_steps=3),
         ),
-        phase_switched(optax.adamw(1.0), predict_in=None, history=None, guard=False, guard_tolerance=1),
-        predict_gradients(history_dtype=np.dtype("float32")),
-        predict_gradients(history_dtype=None),
         phase_switched(optax.adamw(1.0)),
         phase_switched(optax.adamw(1.0), learning_rate=0.1),
         phase_switched(optax.adamw(1.0), learning_rate=schedule),
@@ -98,22 +93,16 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
         phase_switched(
             optax.sgd(1.0),
             learning_rate=lambda count: 0.1 / (1.0 + count),
-            predict_in="gradient",
-            warmup_steps=2,
-            full_steps=1,
-            predict_steps=4,
-            correct_every=2,
-            history="window",
-            history_window=4,
-            history_decay=0.9,
-            history_dtype=None,
-            history_codec=TritCodec(trits=3),
-            residual=True,
-            residual_decay=0.5,
-            adaptive=True,
-            loss_threshold=0.2,
-            calibrate=False,
-            guard=False,
+            predictor=Window(
+                4,
+                decay=0.9,
+                predicts="update",
+                calibrate=False,
+                residual_decay=None,
+                dtype=None,
+                codec=TritCodec(trits=3),
+            ),
+            phases=Cycle(warmup_steps=2, full_steps=1, predict_steps=4, correct_every=2),
         ),
     ]
 
@@ -177,16 +166,20 @@ def use_queries(state: optax.OptState) -> PhaseStats:
         stats.cycles,
         stats.nonfinite_count,
     ]
-    measures: list[jax.Array] = [stats.speedup, stats.mean_prediction_error, stats.last_prediction_error]
+    measures: list[jax.Array] = [stats.steps_per_backward, stats.mean_prediction_error, stats.last_prediction_error]
     assert all(x.shape == () for x in [*counts, *measures])
     phase: Phase = Phase(int(stats.phase))
     name: str = phase.name
     assert name in {p.name for p in (Phase.WARMUP, Phase.FULL, Phase.PREDICT, Phase.CORRECT)}
     number: int = Phase.PREDICT  # A Phase is an int.
-    if stats.guard is not None and stats.quality is not None:
-        action: GuardAction = GuardAction(int(stats.guard.action))
-        worth: jax.Array = stats.quality.r_squared
-        ridge: jax.Array | None = stats.quality.ridge
+    guard: GuardStats | None = stats.guard
+    quality: PredictionQuality | None = stats.quality
+    if guard is not None and quality is not None:
+        assert_type(guard, GuardStats)
+        assert_type(quality, PredictionQuality)
+        action: GuardAction = GuardAction(int(guard.action))
+        worth: jax.Array = quality.r_squared
+        ridge: jax.Array | None = quality.ridge
         assert ridge is None or ridge.shape == ()
         assert action in GuardAction
         assert worth.ndim == 1
@@ -202,8 +195,9 @@ def use_value_and_grad(params: Params, x: jax.Array, state: optax.OptState) -> N
     assert value.shape == ()
     assert grads["w"].shape == params["w"].shape
     value, grads = value_and_grad_by_phase(loss, 0)(params, x, state=state)
-    value, grads = value_and_grad_by_phase(loss, argnums=(0, 1))(params, x, state=state)
-    value, grads = value_and_grad_by_phase(loss, [1])(params, x, state=state)
+    of_both = phase_switched(optax.sgd(0.1)).init((params, x))
+    value, grads = value_and_grad_by_phase(loss, argnums=(0, 1))(params, x, state=of_both)
+    value, grads = value_and_grad_by_phase(loss, [1], allow_int=True)(params, x, state=of_both)
     value, grads = value_and_grad_by_phase(loss, value_in_predict=True)(params, x, state=state)
     aux = {"mean": jnp.zeros([])}
     (value, aux), grads = value_and_grad_by_phase(loss_with_aux, has_aux=True)(

@@ -15,18 +15,29 @@ if _typing.TYPE_CHECKING:
     from vsa_optax.prediction.api import phase_switched, predict_gradients
     from vsa_optax.prediction.guard import GuardAction
     from vsa_optax.prediction.machine import Phase
+    from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
+    from vsa_optax.prediction.predictors.base import PredictionQuality
+    from vsa_optax.prediction.predictors.factory import Recursive, Secants, Window
     from vsa_optax.prediction.presets import aggressive, balanced, conservative
-    from vsa_optax.prediction.stats import PhaseStats, needs_backward, phase_stats
+    from vsa_optax.prediction.stats import GuardStats, PhaseStats, needs_backward, phase_stats
     from vsa_optax.prediction.value_and_grad import value_and_grad_by_phase
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveCycle",
+    "Cycle",
     "GuardAction",
+    "GuardStats",
+    "Guarded",
     "HypervectorCodec",
     "Phase",
     "PhaseStats",
+    "PredictionQuality",
+    "Recursive",
+    "Secants",
     "TritCodec",
+    "Window",
     "accumulate_ternary",
     "aggressive",
     "balanced",
@@ -48,11 +59,19 @@ __all__ = [
 
 # Where each name lives. A module is imported when a name of it is first asked for: all together are slow to import.
 _HOMES = {
+    "AdaptiveCycle": "prediction.phases",
+    "Cycle": "prediction.phases",
     "GuardAction": "prediction.guard",
+    "GuardStats": "prediction.stats",
+    "Guarded": "prediction.phases",
     "HypervectorCodec": "codecs.hypervector",
     "Phase": "prediction.machine",
     "PhaseStats": "prediction.stats",
+    "PredictionQuality": "prediction.predictors.base",
+    "Recursive": "prediction.predictors.factory",
+    "Secants": "prediction.predictors.factory",
     "TritCodec": "codecs.trit",
+    "Window": "prediction.predictors.factory",
     "accumulate_ternary": "accumulation.multi_steps",
     "aggressive": "prediction.presets",
     "balanced": "prediction.presets",

@@ -22,9 +22,9 @@ Flax linen, whose ``TrainState`` is a tree of arrays once its step is one:
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, vsa_optax
     >>> from flax.training.train_state import TrainState
     >>> from vsa_optax import checkpoint
-    >>> settings = dict(learning_rate=0.1, warmup_steps=2, full_steps=1, predict_steps=4)
+    >>> settings = dict(warmup_steps=2, full_steps=1, predict_steps=4)
     >>> def fresh_state():
-    ...     net, opt = nn.Dense(1), vsa_optax.phase_switched(optax.adamw(1.0), **settings)
+    ...     net, opt = nn.Dense(1), vsa_optax.phase_switched(optax.adamw(0.1), phases=vsa_optax.Cycle(**settings))
     ...     params = net.init(jax.random.key(0), jnp.ones((1, 3)))["params"]
     ...     return TrainState.create(apply_fn=net.apply, params=params, tx=opt).replace(step=jnp.int32(0))
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +38,7 @@ Flax nnx, whose objects give their arrays and take them back:
     >>> from flax import nnx
     >>> def fresh_model():
     ...     model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
-    ...     opt = vsa_optax.phase_switched(optax.adamw(1.0), **settings)
+    ...     opt = vsa_optax.phase_switched(optax.adamw(0.1), phases=vsa_optax.Cycle(**settings))
     ...     return model, nnx.Optimizer(model, opt, wrt=nnx.Param)
     >>> def arrays(model, optimizer):
     ...     return nnx.to_pure_dict(nnx.state((model, optimizer)))
@@ -167,7 +167,8 @@ def restore(
 
     Everything is checked before any array is read: the format version, the settings, every leaf's place, shape and
     dtype, and the hash of every file. A damaged checkpoint is refused, not passed over for an older one, which can be
-    asked for by its step. The hashes find accidents; they are no signature.
+    asked for by its step. The hashes find accidents; they are no signature. A counter that states did not have when the
+    checkpoint was made (``ignored_gradients``) is restored as 0.
 
     Args:
         directory: the folder given to `save`.
@@ -192,7 +193,7 @@ def restore(
         >>> import jax, jax.numpy as jnp, optax, vsa_optax
         >>> from vsa_optax import checkpoint
         >>> settings = dict(warmup_steps=2, predict_steps=4)
-        >>> opt = vsa_optax.phase_switched(optax.sgd(0.1), **settings)
+        >>> opt = vsa_optax.phase_switched(optax.sgd(0.1), phases=vsa_optax.Cycle(**settings))
         >>> params = {"w": jnp.arange(3.0)}
         >>> state = {"params": params, "opt_state": opt.init(params)}
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -227,7 +228,8 @@ def restore(
     checkpoint_manifest.refuse(
         folder, "other settings", checkpoint_manifest.config_differences(manifest["config"], settings)
     )
-    entries = {entry["path"]: entry for entry in manifest["leaves"]}
+    stored = {entry["path"]: entry for entry in manifest["leaves"]}
+    entries = checkpoint_leaves.with_added_counters(stored, wanted)
     checkpoint_manifest.refuse(folder, "other leaves", checkpoint_leaves.differences(entries, wanted))
     checkpoint_manifest.refuse(folder, "damaged", checkpoint_files.differences(folder, manifest["files"]))
 

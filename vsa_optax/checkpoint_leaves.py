@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 _DTYPES = (np.bool_, np.number, jax.dtypes.prng_key)
+# Counters that states have had since some release, by the ends of their paths in a NamedTuple and in a dict: in a
+# checkpoint that was made before, they stand at 0.
+_ADDED_COUNTERS = (".ignored_gradients", "['ignored_gradients']")
 
 
 class Leaf(NamedTuple):
@@ -61,7 +64,7 @@ class Leaf(NamedTuple):
         """The leaf that the template asks for; ``data`` is None for what Orbax does not hold."""
         if self.value is None:
             return None
-        if data is None:  # There is nothing in it.
+        if data is None:  # There is nothing in it, or it is a counter at 0.
             bare = jax.ShapeDtypeStruct(self.value.shape, self.value.dtype)
             like = jax.eval_shape(jax.random.key_data, bare) if self.is_key else bare
             data = np.zeros(like.shape, like.dtype)
@@ -101,6 +104,16 @@ def flatten(tree: Any, *, values: bool = True) -> tuple[list[Leaf], Any]:
     if len({leaf.path for leaf in leaves}) < len(leaves):
         raise ValueError("two leaves of the tree have the same path; a checkpoint tells leaves apart by it")
     return leaves, treedef
+
+
+def with_added_counters(entries: dict[str, dict[str, Any]], wanted: list[Leaf]) -> dict[str, dict[str, Any]]:
+    """``entries``, and zeros for the wanted counters that did not exist when the checkpoint was made."""
+    added = {}
+    for leaf in wanted:
+        entry = leaf._replace(key=None).entry()
+        if leaf.path not in entries and leaf.path.endswith(_ADDED_COUNTERS) and _kind(entry) == "int32[]":
+            added[leaf.path] = entry | {"weak_type": False}
+    return entries | added
 
 
 def differences(entries: dict[str, dict[str, Any]], wanted: list[Leaf]) -> list[str]:

@@ -63,3 +63,26 @@ def test_an_accumulator_leaves_out_what_is_not_finite():
     assert relative_error(mean, others) < 0.02
     assert np.isnan(through_a_carry(accumulator, jnp.full((4, 2048), jnp.nan))).all()
     np.testing.assert_allclose(accumulator.aggregate(gradients), gradients.mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("expected", [3, 6, 12])
+def test_the_mean_is_that_of_the_micro_batches_that_came(expected):
+    """Whatever number was expected: Optax says it to no accumulator; all of six, or the first two."""
+    gradients = noise(6, (3,))
+    in_pieces = optax.microbatching.microbatch
+    for num, theirs in ((None, MEAN), (2, optax.microbatching.AccumulationType.RUNNING_MEAN)):
+        mean = in_pieces(lambda x: x[0], 0, 1, ternary_accumulator(expected), num_real_microbatches=num)
+        wanted = in_pieces(lambda x: x[0], 0, 1, theirs, num_real_microbatches=num)
+        np.testing.assert_allclose(mean(gradients), wanted(gradients), rtol=1e-5, atol=1e-6)
+
+
+def test_each_device_of_a_shard_map_has_an_accumulator_of_its_own():
+    """With replication checked; a NaN on one is left out there."""
+    devices = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+    gradients = noise(6, (40,)).at[1, 3].set(jnp.nan)
+    mean = optax.microbatching.microbatch(lambda x: x[0], 0, 1, ternary_accumulator(3, trits=3, block_size=32))
+    layout = jax.sharding.PartitionSpec("data")
+    run = jax.shard_map(lambda x: mean(x)[None], mesh=devices, in_specs=layout, out_specs=layout)
+    found = jax.jit(run, **CHEAP)(gradients)
+    for own, rows in zip(found, ([0, 2], [3, 4, 5]), strict=True):
+        assert relative_error(own, gradients[np.array(rows)].mean(axis=0)) < 0.03

@@ -172,7 +172,7 @@ def test_extra_arguments_reach_the_inner_optimizer():
 
 def test_phases_inside_skip_all_micro_batches_of_a_predicted_step():
     phases = blind.phase_switched(
-        optax.sgd(0.1), warmup_steps=2, full_steps=1, predict_steps=2, correct_every=2, history_window=2
+        optax.sgd(0.1), warmup_steps=2, full_steps=1, predict_steps=2, correct_every=2, length=2
     )
     opt = ternary_multi_steps(phases, 2)
     params = jnp.full(2048, 1.0)
@@ -214,6 +214,42 @@ def test_float64_is_summed_in_float64_where_it_is_not_coded():
         np.testing.assert_allclose(updates["small"][-1], -gradients["small"].mean(axis=0), rtol=1e-14)
         assert updates["large"].dtype == jnp.float64
         assert relative_error(updates["large"][-1], -gradients["large"].mean(axis=0)) < 0.1
+
+
+@pytest.mark.parametrize(("param_dtype", "gradient_dtype"), [("bfloat16", "float32"), ("float32", "float64")])
+@pytest.mark.parametrize("inner", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9)], ids=["adam", "momentum"])
+def test_gradients_may_be_wider_than_parameters(param_dtype, gradient_dtype, inner):
+    """In a scan, too, as with optax.MultiSteps: the optimizer's state keeps its dtypes."""
+    with jax.enable_x64(gradient_dtype == "float64"):
+        params, gradients = jnp.ones(5, param_dtype), noise(4, (5,)).astype(gradient_dtype)
+
+        def train(opt):
+            def step(state, gradient):
+                updates, state = opt.update(gradient, state, params)
+                return state, updates
+
+            return jax.jit(lambda state: jax.lax.scan(step, state, gradients), **CHEAP)(opt.init(params))
+
+        ours, theirs = train(ternary_multi_steps(inner, 2)), train(optax.MultiSteps(inner, 2))
+        assert ours[1].dtype == theirs[1].dtype
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-2 if param_dtype == "bfloat16" else 1e-5)
+        assert [x.dtype for x in jax.tree.leaves(ours[0].inner_opt_state)] == [
+            x.dtype for x in jax.tree.leaves(theirs[0].inner_opt_state)
+        ]
+
+
+def test_the_swap_of_one_line_works_for_a_chain():
+    """optax.MultiSteps is no transformation, and has to be made one."""
+    ours, theirs = (
+        optax.chain(steps(optax.sgd(0.1), 2).gradient_transformation())
+        for steps in (ternary_multi_steps, optax.MultiSteps)
+    )
+    params = jnp.ones(3)
+    mine, other = ours.init(params), theirs.init(params)
+    for _ in range(2):
+        (updates, mine), (wanted, other) = ours.update(params, mine, params), theirs.update(params, other, params)
+        np.testing.assert_allclose(updates, wanted)
+    assert ternary_multi_steps(optax.sgd(0.1), 2).gradient_transformation().has_updated(mine[0])
 
 
 def test_updates_leave_in_the_dtype_that_the_inner_optimizer_emits():
@@ -315,3 +351,26 @@ def test_other_mistakes_are_named():
         opt.has_updated(())
     with pytest.raises(TypeError, match="int32"):
         accumulate_ternary(2).init(jnp.ones(3, jnp.int32))
+    theirs = optax.MultiSteps(optax.sgd(0.1), 2).init(jnp.ones(3))
+    for ours in (opt, accumulate_ternary(2)):
+        with pytest.raises(ValueError, match=r"made by optax\.MultiSteps: start from opt\.init\(params\)"):
+            ours.update(jnp.ones(3), theirs)
+        with pytest.raises(ValueError, match=r"state must be a .*State, got EmptyState: start from"):
+            ours.update(jnp.ones(3), optax.EmptyState())
+
+
+def test_what_cannot_be_injected_is_named():
+    params, words = (
+        jnp.ones(3),
+        r"must be Python's own integer, .* inject only what opt takes: inject_hyperparams\(lambda",
+    )
+    for opt in (
+        optax.inject_hyperparams(ternary_multi_steps)(optax.sgd(0.1), 2),
+        optax.inject_hyperparams(accumulate_ternary)(2),
+    ):
+        with pytest.raises(ValueError, match=f"block_size {words}"):
+            opt.init(params)
+        with pytest.raises(ValueError, match=f"every_k_schedule {words}"):
+            jax.eval_shape(opt.init, params)
+    opt = optax.inject_hyperparams(lambda learning_rate: ternary_multi_steps(optax.sgd(learning_rate), 1))(0.5)
+    np.testing.assert_allclose(opt.update(params, opt.init(params), params)[0], -0.5)

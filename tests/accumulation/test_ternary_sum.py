@@ -2,10 +2,11 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from vsa_optax import TritCodec, accumulate_ternary, ternary_accumulator
-from vsa_optax.accumulation.ternary_sum import SummedLeaf
+from vsa_optax.accumulation.ternary_sum import SummedLeaf, make_ternary_sum
 from vsa_optax.codecs.trit import CodedLeaf, RawLeaf
 
 
@@ -52,3 +53,21 @@ def test_a_gradient_of_another_size_is_refused_by_its_name():
         opt.update({"small": params["small"]}, state)
     with pytest.raises(ValueError, match=r"leaf \['more'\] was not among"):
         opt.update(params | {"more": jnp.ones(3)}, state)
+
+
+def test_the_default_is_two_trits_up_to_eight_micro_batches():
+    for make in (accumulate_ternary, ternary_accumulator):
+        found = [
+            jax.eval_shape(make(k).init, jnp.zeros(5 * 1024)).acc_grads.codes.shape[0] for k in (7, 8, 9, 31, 32, 33)
+        ]
+        assert found == [2, 2, 3, 3, 3, 3]
+
+
+def test_the_largest_number_that_may_be_summed():
+    """Times 2^16 it has to be finite: in a coded leaf the largest that is, and not the next one."""
+    total = make_ternary_sum(2, trits=2, rounding="nearest", block_size=4, seed=0)
+    zeros = {"coded": jnp.zeros(4), "raw": jnp.zeros(3)}
+    largest = np.float32(jnp.finfo(jnp.float32).max / 2**16)
+    for number, is_taken in ((largest, True), (np.nextafter(largest, np.float32(np.inf)), False)):
+        gradients = {"coded": zeros["coded"].at[1].set(number), "raw": zeros["raw"].at[1].set(3e38)}
+        assert bool(total.takes(total.zeros(zeros), gradients)) == is_taken

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from samples import CHEAP
 
 from vsa_optax import HypervectorCodec, TritCodec, compressed_pmean, state_specs
+from vsa_optax.compression import exchange
 from vsa_optax.core.mesh import as_varying
 
 ONE, TWO = TritCodec(1, block_size=32), TritCodec(2, block_size=32, unbiased=True)
@@ -192,7 +193,7 @@ def test_a_codec_that_hides_a_nan():
     opt = compressed_pmean("data", Halves(), error_feedback=True)
     grads = draw(0, 3, 50)
     state = opt.init(grads[0])
-    specs = state_specs(state, "data")
+    specs = state_specs(jax.eval_shape(opt.init, grads[0]), "data")
     step = mapped(lambda g, s: opt.update(g[0], s), mesh_of(3), (P("data"), specs), (P(), specs))
     state = mapped(opt.init, mesh_of(3), P(), specs)(grads[0])
     sent, state = step(grads, state)
@@ -414,5 +415,87 @@ def test_bad_arguments():
 def test_gradients_that_jax_has_summed_are_refused():
     opt = compressed_pmean("data", ONE)
     run = mapped(lambda g, s: opt.update(lax.pmean(g, "data"), s), mesh_of(2), (P("data"), P()), P())
-    with pytest.raises(ValueError, match=r"gradients must be those of each device.* the same along \['data'\]"):
+    words = r"gradients must be those of each device.* the same along \['data'\].* or remove the jax\.lax\.pmean before"
+    with pytest.raises(ValueError, match=words):
         run(draw(0, 2, 4), opt.init(jnp.zeros(4)))
+
+
+def test_a_state_made_outside_shard_map_is_refused_with_the_line_that_makes_it_inside():
+    """JAX would say that one array does not divide over eight devices."""
+    opt = optax.chain(compressed_pmean("data", ONE, error_feedback=True), optax.adam(0.1))
+    state, line = (
+        opt.init(jnp.zeros(3)),
+        r"jax\.jit\(jax\.shard_map\(opt\.init, mesh=mesh, .*out_specs=specs\)\)\(params\)",
+    )
+    with pytest.raises(
+        ValueError, match=rf"opt_state must be made inside .* gets residual of its own.*, 'data'\).*{line}"
+    ):
+        state_specs(state, "data")
+    with pytest.raises(ValueError, match="opt_state must be made inside"):
+        state_specs(jax.tree.map(np.asarray, state), "data")
+    for num in (1, 2):
+        specs = state_specs(jax.eval_shape(opt.init, jnp.zeros(3)), "data")
+        inside = jax.shard_map(opt.init, mesh=mesh_of(num), in_specs=P(), out_specs=specs)(jnp.zeros(3))
+        assert state_specs(inside, "data") == specs
+    # Without residuals there is nothing that devices have for themselves.
+    assert state_specs(compressed_pmean("data", ONE).init(jnp.zeros(3)), "data").step == P()
+
+
+def test_residuals_go_on_on_another_number_of_devices(tmp_path):
+    """By the lines of the docstring: nothing that entered is lost."""
+    checkpoint = pytest.importorskip("vsa_optax.checkpoint")
+    opt = compressed_pmean("data", Halves(), error_feedback=True)
+    specs = state_specs(jax.eval_shape(opt.init, jnp.zeros(50)), "data")
+
+    def on(num):
+        init = mapped(opt.init, mesh_of(num), P(), specs)
+        return init(jnp.zeros(50)), mapped(
+            lambda g, s: opt.update(g[0], s), mesh_of(num), (P("data"), specs), (P(), specs)
+        )
+
+    grads, more = draw(0, 3, 50), draw(1, 2, 50)
+    state, step = on(3)
+    sent, state = step(grads, state)
+    checkpoint.save(tmp_path, 1, state)
+
+    fresh, step = on(2)
+    of_3 = jax.tree.map(lambda e: np.zeros((3, *e.shape[1:]), e.dtype), fresh.residual)
+    _, saved = checkpoint.restore(tmp_path, fresh._replace(residual=of_3))
+    means = jax.tree.map(lambda e, new: np.broadcast_to(e.mean(0), new.shape), saved.residual, fresh.residual)
+    state = saved._replace(residual=jax.device_put(means, jax.tree.map(lambda new: new.sharding, fresh.residual)))
+
+    assert np.max(np.abs(state.residual)) > 1e-4
+    last, state = step(more, state)
+    left = np.asarray(sent) + np.asarray(last) + np.mean(state.residual, axis=0)
+    np.testing.assert_allclose(left, grads.mean(axis=0) + more.mean(axis=0), atol=1e-6)
+    assert state.step == 2
+
+
+def test_residuals_of_other_devices_are_refused():
+    opt = compressed_pmean("data", ONE, error_feedback=True)
+    state = opt.init(jnp.zeros(4))._replace(residual=jnp.zeros((4, 4)))  # Of four devices; here are two.
+    run = jax.shard_map(
+        lambda s: opt.update(jnp.ones(4), s)[0],
+        mesh=mesh_of(2),
+        in_specs=(state_specs(state, "data"),),
+        out_specs=P(),
+        check_vma=False,
+    )
+    with pytest.raises(ValueError, match=r"residual in the state must be that of this device alone.* got \(2, 4\)"):
+        jax.eval_shape(run, state)
+
+
+def test_leaves_of_as_many_blocks_as_devices_are_cut_alone():
+    """And a shard that is worth it is padded to a block: on either side of each border."""
+    num, block = 3, 32
+    worth = -(-ONE.nbytes(np.zeros(block, np.float32)) // 4)
+
+    def widths(*sizes):
+        layout = exchange._ShardLayout.for_codec(ONE, sizes, num)
+        return [x.shape[1] for x in layout.cut([jnp.zeros(size) for size in sizes])]
+
+    assert widths(num * block - 1, 1) == [block]  # Together.
+    assert widths(num * block, 1) == [block, 1]
+    assert widths(num * block + 1, 1) == [block + 1, 1]
+    assert widths(num * (worth - 1)) == [worth - 1]
+    assert widths(num * (worth - 1) + 1) == widths(num * worth) == widths(num * (block - 1)) == [block]

@@ -8,18 +8,19 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import blind
 import jax
 import jax.numpy as jnp
 import optax
 
 import vsa_optax
+from vsa_optax import AdaptiveCycle, Guarded, Recursive, Secants, Window
 
 Factory = Callable[..., optax.GradientTransformationExtraArgs]
 
 # Short phases, so that a cycle takes five steps, of which two are predicted: after two of WARMUP,
 # FULL, FULL, PREDICT, PREDICT, CORRECT.
-LENGTHS = {"warmup_steps": 2, "full_steps": 2, "predict_steps": 3, "correct_every": 2, "history_window": 3}
-SETTINGS = LENGTHS | {"calibrate": False, "guard": False}
+SETTINGS = {"warmup_steps": 2, "full_steps": 2, "predict_steps": 3, "correct_every": 2, "length": 3}
 # SGD with momentum: FULL, FULL, PREDICT, CORRECT. It oscillates in Rosenbrock's valley, and extrapolated by
 # two steps it does so with growing amplitude.
 ONE_STEP_AHEAD = {"predict_steps": 2, "correct_every": 1}
@@ -57,16 +58,16 @@ def switched(optimizer: Callable[[float], optax.GradientTransformation], **setti
     """`phase_switched` round ``optimizer`` at rate 1."""
 
     def factory(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-        return vsa_optax.phase_switched(optimizer(1.0), learning_rate=learning_rate, **settings)
+        return blind.phase_switched(optimizer(1.0), learning_rate=learning_rate, **settings)
 
     return factory
 
 
 def rate_inside(**settings: Any) -> Factory:
-    """`phase_switched` round Adam, which has the learning rate itself."""
+    """`phase_switched` round Adam, which has the learning rate itself and runs at every step."""
 
     def factory(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-        return vsa_optax.phase_switched(optax.adam(learning_rate), **settings)
+        return blind.phase_switched(optax.adam(learning_rate), predicts="gradient", **settings)
 
     return factory
 
@@ -75,7 +76,7 @@ def head_of_chain(**settings: Any) -> Factory:
     """`predict_gradients` before Adam."""
 
     def factory(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-        return optax.chain(vsa_optax.predict_gradients(**settings), optax.adam(learning_rate))
+        return optax.chain(blind.predict_gradients(**settings), optax.adam(learning_rate))
 
     return factory
 
@@ -136,30 +137,31 @@ _CASES = [
     ("momentum", "gradient", "window"),
 ]
 
+_LINES = {"window": Window, "recursive": Recursive}
 VARIANTS: dict[str, Variant] = {}
 for _name, _domain, _history in _CASES:
     _optimizer, _rate, _settings = _SWITCHED[_name]
-    _factory = switched(_optimizer, predict_in=_domain, history=_history, **_settings)
+    _factory = switched(_optimizer, predicts=_domain, line=_LINES[_history], **_settings)
     _variant = Variant(_factory, _rate)
     _name = f"{_name}_{_domain}_{_history}"
     VARIANTS[_name] = _variant if _name in _EACH_ONCE else _variant._replace(suites=frozenset({"float64"}))
-VARIANTS["head_window"] = Variant(head_of_chain(history="window", **SETTINGS), 3e-3)
+VARIANTS["head_window"] = Variant(head_of_chain(**SETTINGS), 3e-3)
 VARIANTS["rate_inside"] = Variant(rate_inside(**SETTINGS), 3e-3, optimizes=False, suites=_NOT_REPEATED)
 # Blocks of two, so that even the two parameters of Optax's test problems are coded.
 _TRITS = vsa_optax.TritCodec(trits=3, block_size=2)
 _UNBIASED = vsa_optax.TritCodec(trits=2, block_size=2, unbiased=True)
 _SKETCH = vsa_optax.HypervectorCodec(compression_ratio=0.5)
 _FEW = frozenset({"float64", "sharding"})
-VARIANTS["head_recursive"] = Variant(head_of_chain(history="recursive", **SETTINGS), 3e-3, suites=_FEW)
-_LEAN = switched(optax.adam, history_dtype="bfloat16", residual=False, **SETTINGS)
+VARIANTS["head_recursive"] = Variant(head_of_chain(line=Recursive, **SETTINGS), 3e-3, suites=_FEW)
+_LEAN = switched(optax.adam, dtype="bfloat16", residual_decay=None, **SETTINGS)
 VARIANTS["lean"] = Variant(_LEAN, 3e-3, suites=_FEW)
-VARIANTS["coded_history"] = Variant(switched(optax.adam, history_codec=_TRITS, **SETTINGS), 3e-3, suites=_FEW)
+VARIANTS["coded_history"] = Variant(switched(optax.adam, codec=_TRITS, **SETTINGS), 3e-3, suites=_FEW)
 VARIANTS["compressed"] = Variant(compressed(_TRITS), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["compressed_unbiased"] = Variant(compressed(_UNBIASED, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["compressed_sketch"] = Variant(compressed(_SKETCH, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["accumulated"] = Variant(accumulated(trits=3, block_size=2), 1e-2, suites=_FEW | {"contrib"}, predicts=False)
-VARIANTS["defaults"] = Variant(switched(optax.adam), 1e-2, suites=_FEW)
-VARIANTS["default_lengths"] = Variant(switched(optax.adam, calibrate=False, guard=False), 1e-2, suites=frozenset())
+VARIANTS["defaults"] = Variant(switched(optax.adam, line=Secants, when=Guarded), 1e-2, suites=_FEW)
+VARIANTS["default_lengths"] = Variant(switched(optax.adam), 1e-2, suites=frozenset())
 for _name, _suites in (
     ("adam_update_recursive", _NOT_REPEATED | {"sharding"}),
     ("momentum_gradient_window", _NOT_REPEATED),
@@ -168,12 +170,12 @@ for _name, _suites in (
     VARIANTS[f"started_{_name}"] = Variant(_factory, VARIANTS[_name].learning_rate, False, _suites, is_started=True)
 
 # It needs the loss at every step, which Optax's tests give only to optimizers of certain names.
-ADAPTIVE = Variant(switched(optax.adam, adaptive=True, **SETTINGS), 3e-3)
+ADAPTIVE = Variant(switched(optax.adam, when=AdaptiveCycle, **SETTINGS), 3e-3)
 
 # Transformations that are no optimizers by themselves.
 BARE: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
-    f"predict_gradients_{history}": functools.partial(vsa_optax.predict_gradients, history=history, **SETTINGS)
-    for history in ("window", "recursive")
+    f"predict_gradients_{history}": functools.partial(blind.predict_gradients, line=line, **SETTINGS)
+    for history, line in _LINES.items()
 }
 BARE_CODECS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
     "compress_gradients": functools.partial(vsa_optax.compress_gradients, _TRITS),

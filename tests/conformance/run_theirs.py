@@ -211,6 +211,8 @@ def main(suite: str, *pytest_args: str) -> int:
     unittest.TestCase.subTest = lambda self, *args, **kwargs: contextlib.nullcontext()
     # Optax's tests of sharding skip themselves for JAX < 0.7.2, compared as strings: for JAX 0.10, that is.
     jax.__version__ = _Release(jax.__version__)
+    # Before Optax's tests of sharding set XLA_FLAGS: with those of this run, compilation takes half the time.
+    jax.devices()
     site = pathlib.Path(optax.__file__).parents[1]
     arguments = [
         spec.origin,

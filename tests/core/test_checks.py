@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from blind import MAKERS
 
+from vsa_optax import AdaptiveCycle, Cycle, Recursive, Window
+
 PARAMS = {"layer": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}
 WRONG = {
     "shape": (
@@ -20,12 +22,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-@pytest.mark.parametrize("history", ["window", "recursive"])
+@pytest.mark.parametrize("line", [Window, Recursive])
 @pytest.mark.parametrize("predict_steps", [0, 5])
 @pytest.mark.parametrize("case", WRONG)
-def test_gradients_unlike_the_parameters_name_the_leaf(maker, history, predict_steps, case):
+def test_gradients_unlike_the_parameters_name_the_leaf(maker, line, predict_steps, case):
     gradients, message = WRONG[case]
-    opt = MAKERS[maker](history=history, predict_steps=predict_steps)
+    opt = MAKERS[maker](line=line, predict_steps=predict_steps)
     with pytest.raises(ValueError, match=message):
         opt.update(gradients, opt.init(PARAMS), PARAMS)
 
@@ -37,9 +39,9 @@ def test_integer_leaves_are_refused_by_name(maker):
 
 
 @pytest.mark.parametrize("value", [np.ones(1), jnp.ones(2), "abc", 1j, True, 2**70, object()])
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_a_loss_that_is_no_real_number(value, adaptive):
-    opt = blind.predict_gradients(adaptive=adaptive)
+@pytest.mark.parametrize("when", [Cycle, AdaptiveCycle])
+def test_a_loss_that_is_no_real_number(value, when):
+    opt = blind.predict_gradients(when=when)
     with pytest.raises(ValueError, match="value must be one real number"):
         opt.update(PARAMS, opt.init(PARAMS), value=value)
 

@@ -1,5 +1,7 @@
 """What devices are asked; how they decide together is in ``test_collective_phases.py``."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,3 +51,48 @@ def test_devices_agree_on_a_flag_and_a_mean():
         agreed, _, finite = run(np.arange(num) != device, np.where(np.arange(num) == device, np.nan, values))
         assert not agreed
         assert not finite
+
+
+def test_what_a_device_has_for_itself_has_an_axis_in_front():
+    tree = {"a": jnp.ones((2, 3)), "b": jnp.float32(4.0)}
+    kept = mesh.with_axis_in_front(tree)
+    assert [x.shape for x in jax.tree.leaves(kept)] == [(1, 2, 3), (1,)]
+    jax.tree.map(np.testing.assert_array_equal, mesh.of_this_device("sum", kept), tree)
+    for shape in ((2, 3), (0, 3), ()):
+        with pytest.raises(ValueError, match=rf"sum in the state must .* \(1, \.\.\.\), got {re.escape(str(shape))}"):
+            mesh.of_this_device("sum", {"a": jnp.ones(shape)})
+
+
+@pytest.mark.parametrize("is_checked", [True, False], ids=["checked", "unchecked"])
+def test_what_a_program_communicates_over_is_found_wherever_it_does(is_checked):
+    def in_a_branch(x):
+        def branch(x):
+            return jax.lax.scan(lambda carry, _: (jax.lax.all_gather(carry, "data").sum(0), None), x, length=2)[0]
+
+        return jax.lax.cond(x[0] > 0, branch, branch, x)
+
+    def place(x):
+        return x * jax.lax.axis_index("data"), jnp.sum(x, axis=0)
+
+    def step(x):
+        for fun, found in ((in_a_branch, DATA), (jax.jit(jnp.cos), frozenset()), (place, frozenset())):
+            assert mesh.axes_communicated_over(jax.make_jaxpr(fun)(x)) == found
+        return x
+
+    devices = Mesh(np.array(jax.devices()[:2]), ("data",))
+    run = jax.shard_map(step, mesh=devices, in_specs=P("data"), out_specs=P("data"), check_vma=is_checked)
+    jax.eval_shape(run, jnp.ones(4))
+
+
+def test_a_window_is_remembered_for_one_program_only():
+    def step(x):
+        assert not mesh.follows_window({"x": x})
+        mesh.note_window({"x": x})
+        assert mesh.follows_window({"x": 2 * x})
+        assert not mesh.follows_window({"x": x[None]})
+        assert not mesh.follows_window([x])
+        return x
+
+    for _ in range(2):
+        jax.eval_shape(step, jnp.ones(3))
+    assert not mesh.follows_window({"x": jnp.ones(3)})

@@ -16,6 +16,17 @@ def test_one_number_makes_a_tree_not_finite(bad):
             assert not trees.all_finite(tree | {name: leaf.at[(-1,) * leaf.ndim].set(bad)}), name
 
 
+@pytest.mark.parametrize("number", [1e-30, -2.0, np.nan, -np.inf])
+def test_one_number_makes_a_tree_nonzero(number):
+    tree = tree_of(np.zeros_like(gradient_stream(1)[0]))
+    assert not trees.any_nonzero(tree)
+    assert not trees.any_nonzero({})
+    for name, leaf in tree.items():
+        if leaf.size:
+            assert trees.any_nonzero(tree | {name: leaf.at[(-1,) * leaf.ndim].set(number)}), name
+    assert trees.any_nonzero([jnp.zeros(3), jnp.array([0, 1j]), jnp.zeros(2, jnp.float16)])
+
+
 @pytest.mark.parametrize("condition", [True, False])
 def test_of_two_trees_one_is_kept_in_the_dtypes_of_the_old_one(condition):
     new = {"half": jnp.full(3, 1.5), "float": jnp.full(2, 7, jnp.int32)}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vsa_optax
-from vsa_optax import Phase
+from vsa_optax import AdaptiveCycle, Cycle, Phase
 from vsa_optax.prediction import machine
 
 TRACES = json.loads(pathlib.Path(__file__).with_name("phase_traces.json").read_text())["traces"]
@@ -43,7 +43,9 @@ def walk_loop(update, opt, losses):
 
 @pytest.mark.parametrize("trace", TRACES, ids=range(len(TRACES)))
 def test_traces(trace):
-    opt = blind.predict_gradients(**trace["config"])
+    config = dict(trace["config"])
+    when = AdaptiveCycle if config.pop("adaptive", False) else Cycle
+    opt = blind.predict_gradients(when=when, **config)
     losses = trace["losses"] or [1.0] * trace["steps"]
     update = jax.jit(lambda g, state, loss: opt.update(g, state, value=loss))
     by_scan, scanned = walk_scan(opt, losses)
@@ -79,7 +81,9 @@ def test_short_cycles(config, expected):
         expected.count(letter) for letter in LETTERS
     ]
     assert stats.total_steps == len(expected)
-    np.testing.assert_allclose(stats.speedup, len(expected) / (len(expected) - expected.count("P")), rtol=1e-6)
+    np.testing.assert_allclose(
+        stats.steps_per_backward, len(expected) / (len(expected) - expected.count("P")), rtol=1e-6
+    )
 
 
 @given(
@@ -90,20 +94,19 @@ def test_short_cycles(config, expected):
     skipped=st.sets(st.integers(0, 59), max_size=20),
 )
 def test_walk_equals_twin(skipped, **config):
-    schedule = machine.PhaseSchedule(adaptive=False, loss_threshold=0.1, **config)
+    phases = Cycle(**config)
 
     def step(state, is_finite):
-        return machine.advance(
-            schedule, None, state, is_finite=is_finite | (state.phase == Phase.PREDICT), value=None
-        ), (state.phase)
+        is_finite |= state.phase == Phase.PREDICT
+        return machine.advance(phases, state, is_finite=is_finite, value=None), state.phase
 
-    _, walked = jax.lax.scan(step, machine.init(schedule), jnp.array([i not in skipped for i in range(60)]))
+    _, walked = jax.lax.scan(step, machine.init(phases), jnp.array([i not in skipped for i in range(60)]))
     expected = reference.walk_phases(60, skipped=skipped, **config)
     assert "".join(LETTERS[i] for i in np.asarray(walked)) == expected
 
 
 def test_warmup_longer_than_the_window_ends():
-    opt = blind.predict_gradients(warmup_steps=25, history_window=4, full_steps=3, predict_steps=6)
+    opt = blind.predict_gradients(warmup_steps=25, length=4, full_steps=3, predict_steps=6)
     walked, _ = walk_scan(opt, [1.0] * 40)
     assert walked.startswith("W" * 25 + "FFFPP")
 
@@ -119,7 +122,7 @@ def test_skipped_gradients_prolong_the_warmup_only():
 
 def adaptive_lengths(losses, **config):
     config = dict(warmup_steps=2, full_steps=5, predict_steps=20, correct_every=5) | config
-    opt = blind.predict_gradients(adaptive=True, **config)
+    opt = blind.predict_gradients(when=AdaptiveCycle, **config)
     _, state = walk_scan(opt, losses)
     return int(state.machine.adaptive.full_length), int(state.machine.adaptive.predict_length)
 
@@ -149,7 +152,7 @@ def test_adaptive_handles_losses_below_zero():
 
 
 def test_nonfinite_values_are_not_remembered():
-    opt = blind.predict_gradients(adaptive=True)
+    opt = blind.predict_gradients(when=AdaptiveCycle)
     _, state = walk_scan(opt, [2.0, np.nan, np.inf])
     assert state.machine.value == 2.0
     assert state.machine.adaptive.num_losses == 1
@@ -157,18 +160,18 @@ def test_nonfinite_values_are_not_remembered():
 
 
 def test_adaptive_needs_the_loss():
-    opt = blind.predict_gradients(adaptive=True)
-    with pytest.raises(ValueError, match=r"adaptive=True needs the loss.*value=None"):
+    opt = blind.predict_gradients(when=AdaptiveCycle)
+    with pytest.raises(ValueError, match=r"AdaptiveCycle needs the loss.*value=None"):
         opt.update(jnp.ones(2), opt.init(jnp.zeros(2)))
 
 
 def test_a_cycle_is_counted_when_its_predict_phase_ends():
     """WW, then FPPC over and over: nothing is counted for the warm-up, nor before the correction is done."""
-    schedule = machine.PhaseSchedule(2, 1, 2, 2, adaptive=False, loss_threshold=0.1)
+    phases = Cycle(warmup_steps=2, full_steps=1, predict_steps=2, correct_every=2)
 
     def step(state, _):
-        state = machine.advance(schedule, None, state, is_finite=jnp.array(True), value=None)
+        state = machine.advance(phases, state, is_finite=jnp.array(True), value=None)
         return state, state.cycles
 
-    _, cycles = jax.lax.scan(step, machine.init(schedule), None, length=15)
+    _, cycles = jax.lax.scan(step, machine.init(phases), None, length=15)
     assert cycles.tolist() == [0, 0, *[0, 0, 0, 1], *[1, 1, 1, 2], *[2, 2, 2, 3], 3]

@@ -1,5 +1,7 @@
 """The presets: what they are made of, what they skip, and what they cost."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import optax
 import pytest
 
 import vsa_optax
+from vsa_optax import Guarded, Secants
+from vsa_optax.prediction import presets
 
 PRESETS = {preset.__name__: preset for preset in (vsa_optax.conservative, vsa_optax.balanced, vsa_optax.aggressive)}
 STEPS = 300
@@ -75,3 +79,17 @@ def test_a_rate_that_is_none_is_named(name):
     for wrong in (None, -1e-3, "1e-3"):
         with pytest.raises((TypeError, ValueError), match="learning_rate must be"):
             PRESETS[name](wrong)
+
+
+def test_they_are_what_their_docstrings_say():
+    """The settings, and that each docstring names them as one would write them."""
+    wanted = {
+        "conservative": (Secants(window=8), Guarded(tolerance=0.07)),
+        "balanced": (Secants(), Guarded()),
+        "aggressive": (Secants(window=24), Guarded(tolerance=0.32, longest=40)),
+    }
+    for name, settings in wanted.items():
+        assert getattr(presets, name.upper()) == settings
+        written = re.search(r"``phase_switched\((.*?)\)``", " ".join(PRESETS[name].__doc__.split()))[1]
+        given = eval(f"dict(opt={written})", {"optax": optax, "learning_rate": 1e-3} | vars(vsa_optax))
+        assert (given.get("predictor", Secants()), given.get("phases", Guarded())) == settings

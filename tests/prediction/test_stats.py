@@ -9,7 +9,10 @@ import pytest
 
 import vsa_optax
 from vsa_optax import Phase
-from vsa_optax.prediction import stats
+from vsa_optax.core import trees
+from vsa_optax.prediction import stats, step
+
+SWITCHED = blind.phase_switched(optax.sgd(0.1), warmup_steps=2, full_steps=1, predict_steps=4)
 
 
 def state_in(phase):
@@ -27,7 +30,7 @@ def test_a_nested_machine_answers(phase):
     found = vsa_optax.phase_stats(nested)
     assert found.phase == phase
     assert (found.total_steps, found.predict_steps) == (10, 4)
-    np.testing.assert_allclose(found.speedup, 10 / 6, rtol=1e-6)
+    np.testing.assert_allclose(found.steps_per_backward, 10 / 6, rtol=1e-6)
     assert (found.quality, found.guard) == (None, None)
 
 
@@ -42,5 +45,46 @@ def test_none_or_several_machines_cannot_be_asked(question, num):
 
 def test_before_any_step_nothing_is_faster():
     fresh = vsa_optax.phase_stats(vsa_optax.predict_gradients().init(jnp.ones(2)))
-    assert (fresh.total_steps, fresh.speedup, fresh.mean_prediction_error) == (0, 1, 0)
+    assert (fresh.total_steps, fresh.steps_per_backward, fresh.mean_prediction_error) == (0, 1, 0)
     assert fresh.guard is not None
+
+
+def test_gradients_in_predict_are_counted_as_ignored():
+    """Of a run that computes each of them, of one that skips them, and a single number among zeros, or a NaN."""
+    params = {"w": jnp.arange(1.0, 4.0), "b": jnp.zeros((2, 2)), "empty": jnp.zeros((0, 2))}
+    opt = SWITCHED
+
+    @jax.jit
+    def run(grads_in_predict):
+        def one_step(state, _):
+            ones = jax.tree.map(jnp.ones_like, params)
+            grads = trees.tree_where(vsa_optax.needs_backward(state), ones, grads_in_predict)
+            return opt.update(grads, state, params)[1], None
+
+        return vsa_optax.phase_stats(jax.lax.scan(one_step, opt.init(params), None, length=12)[0])
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for grads, is_ignored in (
+        (zeros, False),
+        (jax.tree.map(jnp.ones_like, params), True),
+        (zeros | {"b": zeros["b"].at[1, 1].set(-1e-30)}, True),
+        (zeros | {"w": zeros["w"].at[0].set(jnp.nan)}, True),
+    ):
+        found = run(grads)
+        assert found.predict_steps > 4
+        assert found.ignored_gradients == (found.predict_steps if is_ignored else 0)
+        assert found.nonfinite_count == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "looked_at"),
+    [
+        ([0, 3], [3]),
+        ([65537, 2, 65536, 9, 7, 5], [5, 7, 9, 65536]),
+        ([70000, 65537], [65537]),
+        ([0], []),
+    ],
+)
+def test_a_look_at_the_gradient_of_a_predicted_step_is_at_few_numbers(sizes, looked_at):
+    leaves = [jax.ShapeDtypeStruct((size,), jnp.float32) for size in sizes]
+    assert [leaf.size for leaf in step._telling_leaves(leaves)] == looked_at

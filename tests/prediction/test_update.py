@@ -1,4 +1,5 @@
 import functools
+import types
 
 import blind
 import jax
@@ -6,19 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from samples import AS_USERS_DO, PARAMS, SIZES, flat_of, gradient_stream, tree_of
+from samples import AS_USERS_DO, PARAMS, SIZES, compiled_once, flat_of, gradient_stream, tree_of
 
 import vsa_optax
+from vsa_optax import AdaptiveCycle, Recursive, Window
 from vsa_optax.prediction import stats
 
 SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2)
 
 
-@pytest.mark.parametrize("history", ["window", "recursive"])
-@pytest.mark.parametrize("predict_in", ["update", "gradient"])
-def test_bad_gradients_leave_no_trace(history, predict_in):
+@pytest.mark.parametrize("line", [Window, Recursive])
+@pytest.mark.parametrize("predicts", ["update", "gradient"])
+def test_bad_gradients_leave_no_trace(line, predicts):
     """With bad steps in between, optimizer, history and residual hold what they hold without them."""
-    opt = blind.phase_switched(optax.adam(0.1), history=history, predict_in=predict_in, **SHORT)
+    opt = blind.phase_switched(optax.adam(0.1), line=line, predicts=predicts, **SHORT)
     update = jax.jit(opt.update)
     state = opt.init(PARAMS)
     for step, gradient in enumerate(gradient_stream(40)):
@@ -55,7 +57,9 @@ def quadratic(params):
     return jnp.sum((params["w"] - 3.0) ** 2) + 0.5 * jnp.sum((params["b"] + 1.0) ** 4)
 
 
-def train(opt, steps, *, by_scan=False, loss=quadratic):
+def train(opt, steps, *, runs=1, by_scan=False, options=types.MappingProxyType({}), loss=quadratic):
+    """Parameters and state after these steps, and the updates of each; of several runs of one program, a list."""
+
     def step(carry, _):
         params, state = carry
         if stats.contains_machine(state):
@@ -67,16 +71,22 @@ def train(opt, steps, *, by_scan=False, loss=quadratic):
         return (optax.apply_updates(params, updates), state), updates
 
     params = {"w": jnp.linspace(-1, 1, 50).reshape(5, 10), "b": jnp.linspace(0, 2, 7)}
-    carry = params, opt.init(params)
+    start = params, opt.init(params)
     if by_scan:
-        scan = jax.jit(lambda c: jax.lax.scan(step, c, None, length=steps), **AS_USERS_DO)
-        (params, state), updates = scan(carry)
-        return params, state, updates
-    compiled, history = jax.jit(step, **AS_USERS_DO), []
-    for _ in range(steps):
-        carry, updates = compiled(carry, None)
-        history.append(updates)
-    return *carry, jax.tree.map(lambda *x: jnp.stack(x), *history)
+        scan = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=steps))
+        run = compiled_once(scan.lower(start), **options)
+    else:
+        one_step = compiled_once(jax.jit(step).lower(start, None), **options)
+
+        def run(carry):
+            history = []
+            for _ in range(steps):
+                carry, updates = one_step(carry, None)
+                history.append(updates)
+            return carry, jax.tree.map(lambda *x: jnp.stack(x), *history)
+
+    trained = [(*carry, updates) for carry, updates in (run(start) for _ in range(runs))]
+    return trained if runs > 1 else trained[0]
 
 
 OPTIMIZERS = {
@@ -97,36 +107,36 @@ RATE = optax.cosine_decay_schedule(0.05, 30)
 
 @functools.cache
 def trained_plainly(name, by_scan):
-    return train(OPTIMIZERS[name](RATE), 30, by_scan=by_scan)[0]
+    return train(OPTIMIZERS[name](RATE), 30, by_scan=by_scan, options=AS_USERS_DO)[0]
 
 
-@pytest.mark.parametrize("predict_in", ["update", "gradient"])
+@pytest.mark.parametrize("predicts", ["update", "gradient"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("by_scan", [False, True], ids=["jit", "scan"])
-def test_without_predictions_the_bits_are_plain_optax(name, predict_in, by_scan):
-    opt = blind.phase_switched(OPTIMIZERS[name](RATE), predict_steps=0, predict_in=predict_in)
-    ours, state, _ = train(opt, 30, by_scan=by_scan)
+def test_without_predictions_the_bits_are_plain_optax(name, predicts, by_scan):
+    opt = blind.phase_switched(OPTIMIZERS[name](RATE), predict_steps=0, predicts=predicts)
+    ours, state, _ = train(opt, 30, by_scan=by_scan, options=AS_USERS_DO)
     jax.tree.map(np.testing.assert_array_equal, ours, trained_plainly(name, by_scan))
     assert state.history is None
     assert state.residual is None
     assert state.machine.errors is None
 
 
-@pytest.mark.parametrize("predict_in", ["update", "gradient"])
-def test_learning_rate_without_predictions_equals_plain_optax(predict_in):
+@pytest.mark.parametrize("predicts", ["update", "gradient"])
+def test_learning_rate_without_predictions_equals_plain_optax(predicts):
     rate = optax.warmup_cosine_decay_schedule(0.0, 0.05, 5, 40)
     plain, _, _ = train(optax.adamw(rate), 40)
-    opt = blind.phase_switched(optax.adamw(1.0), learning_rate=rate, predict_steps=0, predict_in=predict_in)
+    opt = blind.phase_switched(optax.adamw(1.0), learning_rate=rate, predict_steps=0, predicts=predicts)
     ours, _, _ = train(opt, 40)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, plain)
 
 
-@pytest.mark.parametrize("predict_in", ["update", "gradient"])
-def test_the_rate_of_step_t_applies_in_every_phase(predict_in):
+@pytest.mark.parametrize("predicts", ["update", "gradient"])
+def test_the_rate_of_step_t_applies_in_every_phase(predicts):
     """With unit directions, what is emitted is the schedule, read at the number of the step."""
     sign = optax.stateless(lambda updates, params: jax.tree.map(lambda u: -jnp.sign(u), updates))
     schedule = optax.cosine_decay_schedule(0.3, 60)
-    opt = blind.phase_switched(sign, learning_rate=schedule, predict_in=predict_in, **SHORT)
+    opt = blind.phase_switched(sign, learning_rate=schedule, predicts=predicts, **SHORT)
     state, params = opt.init(jnp.zeros(3)), jnp.zeros(3)
     update = jax.jit(opt.update)
     for step in range(60):
@@ -136,8 +146,8 @@ def test_the_rate_of_step_t_applies_in_every_phase(predict_in):
 
 
 def test_inner_state_rests_in_predict_in_the_update_domain_only():
-    for predict_in, moves in (("update", False), ("gradient", True)):
-        opt = blind.phase_switched(optax.adam(0.1), predict_in=predict_in, **SHORT)
+    for predicts, moves in (("update", False), ("gradient", True)):
+        opt = blind.phase_switched(optax.adam(0.1), predicts=predicts, **SHORT)
         _, state, _ = train(opt, 40)
         counted = int(optax.tree.get(state.inner_state, "count"))
         stats = vsa_optax.phase_stats(state)
@@ -146,17 +156,18 @@ def test_inner_state_rests_in_predict_in_the_update_domain_only():
 
 def test_predict_gradients_in_a_chain_is_the_gradient_domain():
     chained, _, _ = train(optax.chain(blind.predict_gradients(**SHORT), optax.adam(0.1)), 40)
-    wrapped, _, _ = train(blind.phase_switched(optax.adam(0.1), predict_in="gradient", **SHORT), 40)
+    wrapped, _, _ = train(blind.phase_switched(optax.adam(0.1), predicts="gradient", **SHORT), 40)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), chained, wrapped)
 
 
-@pytest.mark.parametrize("history", ["window", "recursive"])
-@pytest.mark.parametrize("predict_in", ["update", "gradient"])
-def test_same_bits_twice_and_in_scan(history, predict_in):
+@pytest.mark.parametrize("line", [Window, Recursive])
+@pytest.mark.parametrize("predicts", ["update", "gradient"])
+def test_same_bits_twice_and_in_scan(line, predicts):
     opt = blind.phase_switched(
-        optax.adamw(1.0), learning_rate=0.05, history=history, predict_in=predict_in, adaptive=True, **SHORT
+        optax.adamw(1.0), learning_rate=0.05, line=line, predicts=predicts, when=AdaptiveCycle, **SHORT
     )
-    once, twice, scanned = train(opt, 60), train(opt, 60), train(opt, 60, by_scan=True)
+    once, twice = train(opt, 60, runs=2, options=AS_USERS_DO)
+    scanned = train(opt, 60, by_scan=True, options=AS_USERS_DO)
     jax.tree.map(np.testing.assert_array_equal, once, twice)
     jax.tree.map(np.testing.assert_array_equal, once, scanned)
 

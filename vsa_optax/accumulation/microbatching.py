@@ -10,6 +10,7 @@ from vsa_optax.accumulation.ternary_sum import Rounding, make_ternary_sum
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.core import checks
 from vsa_optax.core.conditional import in_place_if
+from vsa_optax.core.mesh import as_varying, varying_axes, varying_like
 from vsa_optax.core.types import Tree
 
 
@@ -20,11 +21,13 @@ class TernaryAccumulatorState(NamedTuple):
         nonfinite_count: ``[] int32``, micro-batches left out for a NaN or an infinity.
         acc_grads: tree like the gradients, with a coded sum for each.
         specs: static, tree like the gradients, with a `LeafSpec` for each.
+        num_seen: ``[] int32``, micro-batches so far, those left out included.
     """
 
     nonfinite_count: jax.Array
     acc_grads: Tree
     specs: Tree
+    num_seen: jax.Array
 
 
 def ternary_accumulator(
@@ -52,12 +55,15 @@ def ternary_accumulator(
 
     The rotation is the same in every step; another ``seed`` is another.
 
+    **How many.** The mean is that of the micro-batches that came, since ``optax.microbatch`` tells an accumulator no
+    number beforehand: with ``num_real_microbatches=``, of so many, as with ``AccumulationType.RUNNING_MEAN``. Another
+    number than ``num_microbatches`` is no error; what was chosen for the latter, the default of ``trits``, may be poor.
+
     **Not finite.** A micro-batch with a NaN or an infinity is left out, and the mean is that of the others; if none is
     left, NaN leaves.
 
     Args:
-        num_microbatches: ``>= 1``, how many make a step; the mean is over so many, as that of
-            ``AccumulationType.MEAN``.
+        num_microbatches: ``>= 1``, how many are expected in a step; it chooses the default of ``trits``.
         trits: see `accumulate_ternary`.
         rounding: see `accumulate_ternary`.
         block_size: see `accumulate_ternary`.
@@ -102,17 +108,22 @@ def ternary_accumulator(
 
     def init(like: optax.Updates) -> TernaryAccumulatorState:
         checks.check_inexact_leaves(like)
-        return TernaryAccumulatorState(jnp.zeros([], jnp.int32), total.zeros(like), jax.tree.map(codecs.spec_of, like))
+        # Inside shard_map, what this device has seen is its own if its gradients are.
+        own = as_varying(jnp.zeros([], jnp.int32), varying_axes(like))
+        acc_grads, specs = varying_like(total.zeros(like), like), jax.tree.map(codecs.spec_of, like)
+        return TernaryAccumulatorState(own, acc_grads, specs, jnp.zeros([], jnp.int32))
 
     def update(carry: TernaryAccumulatorState, value: optax.Updates, index: int | jax.Array) -> TernaryAccumulatorState:
         is_finite = total.takes(carry.acc_grads, value)
         acc_grads = grow_if(is_finite, carry.acc_grads, value, jnp.asarray(index, jnp.int32))
         nonfinite_count = carry.nonfinite_count + (~is_finite).astype(jnp.int32)
-        return TernaryAccumulatorState(nonfinite_count, acc_grads, carry.specs)
+        return TernaryAccumulatorState(nonfinite_count, acc_grads, carry.specs, carry.num_seen + 1)
 
     def finalize(carry: TernaryAccumulatorState) -> optax.Updates:
         nothing = jax.tree.map(codecs.zeros_of, carry.specs, is_leaf=codecs.is_spec)
-        left = num - carry.nonfinite_count
+        nothing = jax.tree.map(lambda x, part: as_varying(x, varying_axes(part)), nothing, carry.acc_grads)
+        # Optax tells nobody how many there are; so they are counted.
+        left = carry.num_seen - carry.nonfinite_count
         return total.finish(nothing, carry.acc_grads, window, left if use_grad_mean else jnp.minimum(left, 1))
 
     def aggregate(values: optax.Updates) -> optax.Updates:

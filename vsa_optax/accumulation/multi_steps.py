@@ -11,10 +11,12 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from vsa_optax.accumulation.ternary_sum import EveryK, Rounding, TernarySum, check_every_k, make_ternary_sum
-from vsa_optax.core import checks
+from vsa_optax.core import checks, mesh
 from vsa_optax.core.conditional import in_place_if, split_extra_args
+from vsa_optax.core.mesh import as_varying, varying_axes
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 
@@ -47,6 +49,9 @@ class TernaryMultiStepsState(NamedTuple):
         acc_grads: tree like the parameters, with a coded sum for each.
         skip_state: what ``should_skip_update_fn`` said last.
         nonfinite_count: ``[] int32``, micro-batches left out for a NaN or an infinity.
+
+    With `vsa_optax.compressed_pmean` inside, each device has its own ``acc_grads`` and ``skip_state``, whose arrays
+    have an axis of one device in front; the other fields are the same on all devices.
     """
 
     mini_step: jax.Array
@@ -55,6 +60,10 @@ class TernaryMultiStepsState(NamedTuple):
     acc_grads: Tree
     skip_state: Tree
     nonfinite_count: jax.Array
+
+    def fields_of_each_device(self) -> tuple[str, ...]:
+        """As `core.mesh.OfEachDevice` asks for."""
+        return ("acc_grads", "skip_state") if mesh.axes_in(self.inner_opt_state) else ()
 
 
 class _WindowStep(NamedTuple):
@@ -126,12 +135,41 @@ class _Window:
         return mean, jax.tree.map(lambda x: jnp.where(True, jnp.zeros_like(x), x), acc_grads)
 
 
+class _Outcome(NamedTuple):
+    """What an update of the inner optimizer would come to.
+
+    Attributes:
+        updates: tree of ``jax.ShapeDtypeStruct``.
+        inner_state: likewise.
+        axes: of the mesh, over which it communicates.
+    """
+
+    updates: Tree
+    inner_state: Tree
+    axes: frozenset[str]
+
+
 class _RunInner:
-    """The inner optimizer's update where the window is complete, else what came in, which is zeros."""
+    """The inner optimizer's update where the window is complete, else zeros."""
 
     def __init__(self, inner: optax.GradientTransformationExtraArgs) -> None:
         self._inner = inner
         self._functions_for = functools.lru_cache(maxsize=16)(self._functions)
+
+    def look(
+        self,
+        updates: optax.Updates,
+        inner_state: optax.OptState,
+        params: optax.Params | None,
+        extra_args: dict[str, object],
+    ) -> _Outcome:
+        """What would come of such updates."""
+        traced_args, static_args = split_extra_args(extra_args)
+        update = functools.partial(self._inner.update, **static_args)
+        program, (emitted, new_state) = jax.make_jaxpr(lambda g, s, p, e: update(g, s, p, **e), return_shape=True)(
+            updates, inner_state, params, traced_args
+        )
+        return _Outcome(emitted, new_state, mesh.axes_in(inner_state) | mesh.axes_communicated_over(program))
 
     def __call__(
         self,
@@ -140,33 +178,58 @@ class _RunInner:
         inner_state: optax.OptState,
         params: optax.Params | None,
         extra_args: dict[str, object],
+        outcome: _Outcome,
     ) -> _Emission:
-        """Updates in the dtypes that the optimizer emits, and its state."""
+        """Updates in the dtypes that the optimizer emits, and its state in those that it has."""
         traced_args, static_args = split_extra_args(extra_args)
-        update = functools.partial(self._inner.update, **static_args)
-        emitted, _ = jax.eval_shape(lambda g, s, p, e: update(g, s, p, **e), mean, inner_state, params, traced_args)
-        # One tree for both, so that updates can take the mean's place in memory.
-        wide = jax.tree.map(lambda g, u: g.astype(numerics.promoted(g.dtype, u.dtype)), mean, emitted)
+        emitted = outcome.updates
+        inner_state = mesh.varying_like(inner_state, outcome.inner_state)
         dtypes = tuple(g.dtype for g in jax.tree.leaves(mean))
         step, step_if = self._functions_for(dtypes)
         if static_args:
             step_if = in_place_if(functools.partial(step, **static_args))
-        updates, inner_state = step_if(emits, (wide, inner_state), params, traced_args)
+        operand = None
+        if varying_axes(mean) - varying_axes(emitted):
+            # Means of each device become updates that are the same on all: one array cannot be of both types.
+            operand, held = mean, jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), emitted)
+        else:
+            # One tree for both, so that updates can take the mean's place in memory.
+            held = jax.tree.map(lambda g, u: g.astype(numerics.promoted(g.dtype, u.dtype)), mean, emitted)
+        held = mesh.varying_like(held, emitted)
+        updates, inner_state = step_if(emits, (held, inner_state), operand, params, traced_args)
         return jax.tree.map(lambda x, u: x.astype(u.dtype), updates, emitted), inner_state
 
     def _functions(self, dtypes: tuple[jnp.dtype, ...]) -> tuple[Callable[..., _Emission], Callable[..., _Emission]]:
         """The update of means of these dtypes, and the conditional one."""
 
         def step(
-            carry: _Emission, params: optax.Params | None, traced_args: dict[str, object], **static_args: object
+            carry: _Emission,
+            mean: optax.Updates | None,
+            params: optax.Params | None,
+            traced_args: dict[str, object],
+            **static_args: object,
         ) -> _Emission:
-            wide, inner_state = carry
-            leaves, treedef = jax.tree.flatten(wide)
-            mean = jax.tree.unflatten(treedef, [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
-            updates, inner_state = self._inner.update(mean, inner_state, params, **traced_args, **static_args)
-            return jax.tree.map(lambda u, w: u.astype(w.dtype), updates, wide), inner_state
+            held, inner_state = carry
+            if mean is None:
+                leaves, treedef = jax.tree.flatten(held)
+                mean = jax.tree.unflatten(treedef, [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
+            updates, new_state = self._inner.update(mean, inner_state, params, **traced_args, **static_args)
+            # As in optax.MultiSteps, the state keeps its dtypes whatever those of the gradients.
+            done = jax.tree.map(lambda u, w: u.astype(w.dtype), updates, held), _in_dtypes_of(inner_state, new_state)
+            return mesh.varying_like(done, carry)
 
         return step, in_place_if(step)  # type: ignore[arg-type] # It is run without keywords.
+
+
+def _in_dtypes_of(old: Tree, new: Tree) -> Tree:
+    """``new``, but in the dtypes of ``old``."""
+
+    def cast(o: jax.Array, n: ArrayLike) -> jax.Array:
+        array = jnp.asarray(n)
+        # An imaginary part is not dropped: let JAX say that the types differ.
+        return array if jnp.iscomplexobj(array) and not jnp.iscomplexobj(o) else array.astype(o.dtype)
+
+    return jax.tree.map(lambda o, n: n if jnp.result_type(o) == jnp.result_type(n) else cast(o, n), old, new)
 
 
 class TernaryMultiSteps(optax.GradientTransformationExtraArgs):  # type: ignore[misc] # Optax ships no types.
@@ -178,6 +241,10 @@ class TernaryMultiSteps(optax.GradientTransformationExtraArgs):  # type: ignore[
         if not isinstance(state, TernaryMultiStepsState):
             raise ValueError(f"state must be a TernaryMultiStepsState, got {type(state).__name__}")
         return (state.mini_step == 0) & (state.gradient_step > 0)
+
+    def gradient_transformation(self) -> "TernaryMultiSteps":
+        """Itself, for programs that were written for ``optax.MultiSteps``, which is no transformation."""
+        return self
 
 
 def accumulate_ternary(
@@ -216,7 +283,9 @@ def accumulate_ternary(
 
     **Many devices.** With parameters replicated, so is the sum. With parameters sharded it lies whole on every device
     all the same, and each micro-batch's gradient is gathered for it (see `TritCodec`): in two trits, over more than
-    ten devices, ``optax.MultiSteps`` takes less. Inside ``jax.shard_map`` each device can sum its own shard.
+    ten devices, ``optax.MultiSteps`` takes less. Inside ``jax.shard_map`` each device can sum its own shard. Gradients
+    that differ between devices which share the state are to be averaged before; to average means of windows instead,
+    take `ternary_multi_steps`.
 
     Args:
         every_k_schedule: K, an integer ``>= 1``, or a function of the gradient step that returns one, as in
@@ -237,7 +306,7 @@ def accumulate_ternary(
 
     Raises:
         ValueError: an argument outside its range; at ``update``, gradients whose structure or shapes are not those
-            given to ``init``.
+            given to ``init``, or that differ between devices which share the state; a state that was made otherwise.
         TypeError: a leaf that is neither floating point nor complex.
 
     Warns:
@@ -263,14 +332,19 @@ def accumulate_ternary(
 
     def init_fn(params: optax.Params) -> AccumulateTernaryState:
         checks.check_inexact_leaves(params)
-        return AccumulateTernaryState(_zero(), _zero(), total.zeros(params), _zero())
+        # Of parameters that are shards, each device has its own sum.
+        return AccumulateTernaryState(_zero(), _zero(), mesh.varying_like(total.zeros(params), params), _zero())
 
     def update_fn(
         updates: optax.Updates, state: AccumulateTernaryState, params: optax.Params | None = None, **extra_args: object
     ) -> tuple[optax.Updates, AccumulateTernaryState]:
         del params, extra_args
+        _check_state(state, AccumulateTernaryState)
         is_finite = total.takes(state.acc_grads, updates)
-        step = window(updates, state, is_finite)
+        updates, acc_grads = _on_each_device(updates, state.acc_grads, state.mini_step)
+        mesh.note_window(updates)
+        is_finite = mesh.all_devices_agree(is_finite, _axes_to_agree_over(updates, state.mini_step))
+        step = window(updates, state._replace(acc_grads=acc_grads), is_finite)
         nonfinite_count = _count_if(~is_finite, state.nonfinite_count)
         return step.mean, AccumulateTernaryState(step.mini_step, step.gradient_step, step.acc_grads, nonfinite_count)
 
@@ -296,6 +370,23 @@ def ternary_multi_steps(
 
     With `vsa_optax.phase_switched` inside, its steps are emissions: all micro-batches of a PREDICT step are skipped.
 
+    **Many devices.** In data-parallel training each device sums its own micro-batches, and only the mean of a window is
+    sent, inside ``jax.shard_map`` or ``jax.pmap``, by an optimizer that averages::
+
+        opt = ternary_multi_steps(optax.chain(compressed_pmean("data", TritCodec()), optax.adam(1e-3)), 8)
+
+    All devices come to the end of a window at the same micro-batch: one that is not finite on some device, or that
+    ``should_skip_update_fn`` wants skipped there, is left out on all, and counted by all. Otherwise some devices would
+    wait in ``opt``'s collectives, for ever, for those whose window is not complete. To agree costs one number sent a
+    micro-batch. The axes to agree over are those over which gradients vary, if ``shard_map`` checks replication;
+    without the check, those over which ``opt`` communicates, as its state or its program says. ``jax.lax.pmean`` of the
+    gradients before ``update`` needs no agreement, but sends each of them.
+
+    With `compressed_pmean` inside, each device's sum, and what ``should_skip_update_fn`` keeps, has an axis of the
+    devices in front: let `state_specs` say how ``shard_map`` lays out the state, and make it inside. A sum cannot go to
+    another number of devices: there, take ``mini_step``, ``acc_grads`` and ``skip_state`` from a fresh state, which
+    begins the window anew (for the residuals see `compressed_pmean`).
+
     Args:
         opt: the optimizer.
         every_k_schedule: see `accumulate_ternary`.
@@ -308,15 +399,18 @@ def ternary_multi_steps(
         seed: see `accumulate_ternary`.
 
     Returns:
-        A transformation that hands extra arguments to ``opt`` and has a function ``has_updated(state)``. Its state has
-        the fields of ``MultiStepsState`` and ``nonfinite_count``.
+        A transformation that hands extra arguments to ``opt`` and has a function ``has_updated(state)``, and
+        ``gradient_transformation()``, as ``MultiSteps`` has, which returns itself. Its state has the fields of
+        ``MultiStepsState`` and ``nonfinite_count``. ``opt``'s state keeps its dtypes where gradients are wider than
+        parameters.
 
     State cost:
         that of `accumulate_ternary` and ``opt``'s own.
 
     Raises:
-        ValueError: as `accumulate_ternary`; an ``opt`` that is none; a ``should_skip_update_fn`` that does not return a
-            bool.
+        ValueError: as `accumulate_ternary`; an ``opt`` that is not a gradient transformation; a
+            ``should_skip_update_fn`` that does not return a bool; at ``update``, a state that was made by
+            ``optax.MultiSteps``, or for another number of devices.
         TypeError: as `accumulate_ternary`.
 
     Example:
@@ -343,25 +437,80 @@ def ternary_multi_steps(
         checks.check_inexact_leaves(params)
         zeros = optax.tree.zeros_like(params)
         skip_state = _ask(should_skip_update_fn, zeros, jnp.zeros([], jnp.int32), params)[1]
-        return TernaryMultiStepsState(_zero(), _zero(), opt.init(params), total.zeros(params), skip_state, _zero())
+        inner_opt_state = opt.init(params)
+        own = mesh.varying_like(total.zeros(params), params), skip_state
+        if axes := mesh.axes_in(inner_opt_state):
+            own = mesh.with_axis_in_front(own)
+            # Else a loop inside shard_map could not carry it.
+            if mesh.is_mapped(tuple(axes)) and mesh.is_checked(axes):
+                own = jax.tree.map(lambda x: as_varying(x, axes), own)
+        return TernaryMultiStepsState(_zero(), _zero(), inner_opt_state, *own, _zero())
 
     def update_fn(
         updates: optax.Updates, state: TernaryMultiStepsState, params: optax.Params | None = None, **extra_args: object
     ) -> tuple[optax.Updates, TernaryMultiStepsState]:
+        _check_state(state, TernaryMultiStepsState)
+        acc_grads, is_of_each_device = state.acc_grads, bool(state.fields_of_each_device())
+        if is_of_each_device:
+            acc_grads = mesh.of_this_device("acc_grads", acc_grads)
         should_skip, skip_state = _ask(should_skip_update_fn, updates, state.gradient_step, params)
-        is_finite = total.takes(state.acc_grads, updates)
-        step = window(updates, state, is_finite & ~should_skip)
-        new_updates, inner_opt_state = run_inner(step.emits, step.mean, state.inner_opt_state, params, extra_args)
+        is_finite = total.takes(acc_grads, updates)
+        updates, acc_grads = _on_each_device(updates, acc_grads, state.mini_step)
+        outcome = run_inner.look(updates, state.inner_opt_state, params, extra_args)
+        is_accepted = is_finite & ~should_skip
+        if axes := _axes_to_agree_over((updates, is_accepted), state.mini_step, outcome.axes):
+            is_finite, is_accepted = mesh.all_devices_agree(jnp.stack([is_finite, is_accepted]), axes)
+        else:
+            mesh.note_window(updates)
+        step = window(updates, state._replace(acc_grads=acc_grads), is_accepted)
+        new_updates, inner_opt_state = run_inner(
+            step.emits, step.mean, state.inner_opt_state, params, extra_args, outcome
+        )
+        own = step.acc_grads, skip_state
+        if is_of_each_device:
+            own = mesh.varying_like(mesh.with_axis_in_front(own), (state.acc_grads, state.skip_state))
         return new_updates, TernaryMultiStepsState(
-            step.mini_step,
-            step.gradient_step,
-            inner_opt_state,
-            step.acc_grads,
-            skip_state,
-            _count_if(~is_finite, state.nonfinite_count),
+            step.mini_step, step.gradient_step, inner_opt_state, *own, _count_if(~is_finite, state.nonfinite_count)
         )
 
     return TernaryMultiSteps(init_fn, update_fn)
+
+
+def _check_state(state: object, kind: type) -> None:
+    if isinstance(state, kind):
+        return
+    is_theirs = isinstance(state, optax.MultiStepsState)
+    found = "one that was made by optax.MultiSteps" if is_theirs else type(state).__name__
+    raise ValueError(f"state must be a {kind.__name__}, got {found}: start from opt.init(params)")
+
+
+def _on_each_device(updates: optax.Updates, acc_grads: Tree, mini_step: jax.Array) -> tuple[optax.Updates, Tree]:
+    """Both, varying over the same axes; ``ValueError`` if gradients vary over more than the sum."""
+
+    def varying(gradient: jax.Array, part: Tree) -> jax.Array:
+        if differing := varying_axes(gradient) - varying_axes(part) - varying_axes(mini_step):
+            raise ValueError(
+                f"gradients differ between the devices along {sorted(differing)}, but the state has one sum for all. "
+                "Average them before update (jax.lax.pmean), or only once a window is complete: "
+                "ternary_multi_steps(optax.chain(compressed_pmean(...), opt), k), with a state made inside shard_map "
+                "and laid out by state_specs, which has a sum for each device"
+            )
+        return as_varying(gradient, varying_axes(part))
+
+    if not varying_axes((updates, acc_grads)):
+        return updates, acc_grads
+    updates = jax.tree.map(varying, updates, acc_grads)
+    return updates, mesh.varying_like(acc_grads, updates)
+
+
+def _axes_to_agree_over(tree: Tree, mini_step: jax.Array, communicated: frozenset[str] = frozenset()) -> frozenset[str]:
+    """The mesh axes along which a window has to be one, but ``tree`` may differ.
+
+    These are the axes along which devices share the window, and those along which they communicate when it is complete:
+    without a check of replication nothing else is known.
+    """
+    shared = varying_axes(tree) - varying_axes(mini_step)
+    return shared | (communicated & varying_axes((tree, mini_step)) if mesh.is_checked(communicated) else communicated)
 
 
 def _ask(

@@ -209,6 +209,7 @@ def make_ternary_sum(
     Without ``trits`` two, or three where the micro-batches are many or their number is a function. Warns where the sum
     is known to come out badly.
     """
+    _check_static("block_size", block_size, jax.Array)
     num = None if callable(every_k_schedule) else int(every_k_schedule)
     if trits is None:
         trits = 2 if num is not None and num <= _FEW_ENOUGH_FOR_TWO_TRITS else 3
@@ -229,8 +230,19 @@ def check_every_k(every_k_schedule: int | EveryK) -> EveryK:
     """``every_k_schedule`` as a function of the gradient step."""
     if callable(every_k_schedule):
         return every_k_schedule
+    _check_static("every_k_schedule", every_k_schedule, jax.core.Tracer)
     num = checks.check_integer("every_k_schedule", every_k_schedule, 1)
     return lambda gradient_step: num
+
+
+def _check_static(name: str, value: object, refused: type) -> None:
+    """``ValueError`` for a number that ``optax.inject_hyperparams`` has made an array of."""
+    if isinstance(value, refused):
+        raise ValueError(
+            f"{name} must be Python's own integer, since it is part of the program, got {value!r}. Let "
+            "optax.inject_hyperparams inject only what opt takes: inject_hyperparams(lambda learning_rate: "
+            "ternary_multi_steps(optax.adam(learning_rate), 4))(learning_rate=1e-3)"
+        )
 
 
 def _holds_arrays(node: Tree) -> bool:

@@ -9,15 +9,26 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.compression import exchange
 from vsa_optax.compression.gradients import check_feedback
 from vsa_optax.core import checks
-from vsa_optax.core.mesh import MeshAxes, all_devices_agree, as_varying, is_checked, is_mapped, varying_axes
+from vsa_optax.core.mesh import (
+    MeshAxes,
+    OfEachDevice,
+    all_devices_agree,
+    as_varying,
+    follows_window,
+    is_checked,
+    is_mapped,
+    of_this_device,
+    varying_axes,
+)
 from vsa_optax.core.trees import tree_where
 from vsa_optax.core.types import Tree
 
@@ -39,6 +50,10 @@ class CompressedPmeanState(NamedTuple):
     nonfinite_count: jax.Array
     residual: Tree
     axes: MeshAxes
+
+    def fields_of_each_device(self) -> tuple[str, ...]:
+        """As `core.mesh.OfEachDevice` asks for."""
+        return ("residual",)
 
 
 def compressed_pmean(
@@ -83,11 +98,24 @@ def compressed_pmean(
     **Gradients of each device.** Inside ``shard_map`` JAX sums up, in full, gradients of parameters that are the same
     on all devices. Make the parameters vary first (see the example); gradients that do not vary are refused.
 
-    **With phases**, ``phase_switched(optax.chain(compressed_pmean(...), optax.adamw(1.0)), predict_in="update")``
-    communicates in true steps only.
+    **With phases**, ``phase_switched(optax.chain(compressed_pmean(...), optax.adamw(1.0)), learning_rate=...,
+    predictor=Window())`` communicates in true steps only.
+
+    **With micro-batches**, each device sums its own, and one mean of a window is sent instead of K:
+    ``ternary_multi_steps(optax.chain(compressed_pmean(...), opt), k)``. Gradients of a window that does not know which
+    devices share it, as that of `accumulate_ternary` before this in a chain, are refused.
 
     **State on many devices.** Residuals differ by device. Let `state_specs` say how ``shard_map`` lays out a state, and
     make it by ``jax.shard_map(opt.init, mesh=mesh, in_specs=P(), out_specs=specs)``.
+
+    **Another number of devices.** Only the residuals' mean over devices matters, so each device may start with it. With
+    ``fresh``, the state made on the new devices, a checkpoint of eight devices goes on by::
+
+        of_8 = jax.tree.map(lambda e: np.zeros((8, *e.shape[1:]), e.dtype), fresh.residual)
+        step, saved = checkpoint.restore(folder, fresh._replace(residual=of_8))
+        means = jax.tree.map(lambda e, new: np.broadcast_to(e.mean(0), new.shape), saved.residual, fresh.residual)
+        layouts = jax.tree.map(lambda new: new.sharding, fresh.residual)
+        state = saved._replace(residual=jax.device_put(means, layouts))
 
     **Before JAX 0.10.0**, whose ``all_gather`` cannot promise that its result is the same everywhere, the second stage
     takes twice the bytes unless ``shard_map`` is told not to check replication.
@@ -109,8 +137,9 @@ def compressed_pmean(
 
     Raises:
         ValueError: an argument outside its range; at ``update``, outside ``shard_map`` over ``axis_name``, gradients
-            that are already the same on all devices, or whose structure or shapes are not those given to ``init``, if
-            there is a residual to compare them with.
+            that are already the same on all devices, that come out of a window of micro-batches, or whose structure or
+            shapes are not those given to ``init``, if there is a residual to compare them with; a residual of another
+            number of devices.
         TypeError: a leaf that is neither floating point nor complex.
 
     Example:
@@ -157,11 +186,11 @@ def compressed_pmean(
         if error_feedback:
             checks.check_same_tree(state.residual, updates, what="gradients", leading_axes=1)
         leaves, treedef = jax.tree.flatten(updates)
-        _check_variable(leaves, axes)
+        _check_of_each_device(updates, axes)
         specs = [codecs.spec_of(leaf) for leaf in leaves]
         pending = [codecs.as_reals(leaf) for leaf in leaves]
         if error_feedback:
-            kept = [codecs.as_reals(e) for e in jax.tree.leaves(state.residual)]
+            kept = [codecs.as_reals(e) for e in jax.tree.leaves(of_this_device("residual", state.residual))]
             pending = [x + e for x, e in zip(pending, kept, strict=True)]
 
         groups = _alike(leaves, axes)
@@ -200,11 +229,13 @@ def compressed_pmean(
 def state_specs(opt_state: Tree, axis_name: str | tuple[str, ...]) -> Tree:
     """For each array of an optimizer's state, how ``shard_map`` has to lay it out.
 
-    What `compressed_pmean` keeps for each device has the axis in front, ``PartitionSpec(axis_name)``, and everything
-    else is the same on all devices, ``PartitionSpec()``.
+    What a device keeps for itself has the axis in front, ``PartitionSpec(axis_name)``: the residuals of
+    `compressed_pmean`, and the sum of a `ternary_multi_steps` around it. Everything else is the same on all devices,
+    ``PartitionSpec()``.
 
     Args:
-        opt_state: the state, or its shapes as ``jax.eval_shape(opt.init, params)`` gives them.
+        opt_state: the state's shapes, as ``jax.eval_shape(opt.init, params)`` gives them, or a state that was made
+            inside ``shard_map``.
         axis_name: as given to `compressed_pmean`.
 
     Returns:
@@ -219,24 +250,56 @@ def state_specs(opt_state: Tree, axis_name: str | tuple[str, ...]) -> Tree:
         (True, True)
 
     Raises:
-        ValueError: an ``axis_name`` that is not the one a `compressed_pmean` in the state was made with.
+        ValueError: an ``axis_name`` that is not the one a `compressed_pmean` in the state was made with; on several
+            devices, a state that was made outside ``shard_map`` and has but one device's residuals or sum.
     """
     axes = _check_axis_name(axis_name)
 
     def specs_of(node: Tree) -> Tree:
-        specs = jax.tree.map(lambda _: PartitionSpec(), node)
-        if not _is_state(node):
-            return specs
-        if node.axes.names != axes:
+        if not _is_of_each_device(node):
+            return PartitionSpec()
+        if isinstance(node, CompressedPmeanState) and node.axes.names != axes:
             made_with = ", ".join(map(repr, node.axes.names))
             raise ValueError(f"axis_name must be {made_with}, with which the state was made, got {axis_name!r}")
-        return specs._replace(residual=jax.tree.map(lambda _: PartitionSpec(axis_name), node.residual))
+        own = node.fields_of_each_device()
+        specs = {
+            name: jax.tree.map(specs_of, part, is_leaf=_is_of_each_device)
+            for name, part in node._asdict().items()
+            if name not in own
+        }
+        for name in own:
+            _check_made_inside(name, getattr(node, name), axes)
+            specs[name] = jax.tree.map(lambda _: PartitionSpec(axis_name), getattr(node, name))
+        return node._replace(**specs)
 
-    return jax.tree.map(specs_of, opt_state, is_leaf=_is_state)
+    return jax.tree.map(specs_of, opt_state, is_leaf=_is_of_each_device)
 
 
-def _is_state(node: object) -> bool:
-    return isinstance(node, CompressedPmeanState)
+def _is_of_each_device(node: object) -> bool:
+    return isinstance(node, OfEachDevice)
+
+
+def _check_made_inside(name: str, part: Tree, axes: tuple[str, ...]) -> None:
+    """``ValueError`` if there is one device's array where each of several devices has to have one.
+
+    Shapes, as ``jax.eval_shape`` gives them, do not tell; nor is there a difference if there is but one device.
+    """
+    for leaf in jax.tree.leaves(part):
+        is_known = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
+        if is_known and leaf.shape[0] == 1 and not _is_laid_out_on_one(leaf, axes) and jax.device_count() > 1:
+            raise ValueError(
+                f"opt_state must be made inside jax.shard_map, where each device gets {name} of its own; here is that "
+                "of one device. Write specs = state_specs(jax.eval_shape(opt.init, params), "
+                f"{(axes[0] if len(axes) == 1 else axes)!r}) and "
+                "opt_state = jax.jit(jax.shard_map(opt.init, mesh=mesh, in_specs=PartitionSpec(), out_specs=specs))"
+                "(params)"
+            )
+
+
+def _is_laid_out_on_one(leaf: ArrayLike, axes: tuple[str, ...]) -> bool:
+    """Whether the array lies on a mesh that has one device along ``axes``."""
+    sharding = getattr(leaf, "sharding", None)
+    return isinstance(sharding, NamedSharding) and all(sharding.mesh.shape.get(name) == 1 for name in axes)
 
 
 def _no_residual(leaf: ArrayLike) -> jax.Array:
@@ -265,12 +328,22 @@ def _check_axis_name(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _check_variable(leaves: Sequence[jax.Array], axes: tuple[str, ...]) -> None:
-    """``ValueError`` if gradients are the same on all devices already: JAX has summed them, in full."""
+def _check_of_each_device(updates: optax.Updates, axes: tuple[str, ...]) -> None:
+    """``ValueError`` if gradients are the same on all devices already, or are not of the same steps on all."""
+    is_known = is_checked(frozenset(axes))
+    if follows_window(updates):
+        raise ValueError(
+            "gradients must be those of the same micro-batches on all devices, got those of accumulate_ternary or "
+            "ternary_multi_steps, which do not know which devices share their window: it is complete later on one that "
+            "leaves out a NaN. Average inside, where they know: "
+            "ternary_multi_steps(optax.chain(compressed_pmean(...), opt), k)"
+        )
+    # JAX has summed them, in full.
+    leaves = jax.tree.leaves(updates)
     summed = set(axes) - varying_axes(leaves)
-    if is_checked(frozenset(axes)) and summed and leaves:
+    if is_known and summed and leaves:
         raise ValueError(
             f"gradients must be those of each device, got some that are the same along {sorted(summed)}. JAX sums up "
             "the gradients of parameters that are: make those vary before differentiating, with jax.lax.pcast(params, "
-            "axis_name, to='varying')"
+            "axis_name, to='varying'); or remove the jax.lax.pmean before update, if there is one"
         )

@@ -6,16 +6,22 @@ over which axes a transformation in it averages.
 """
 
 import functools
+import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from vsa_optax.core import versions
 from vsa_optax.core.trees import all_finite
 from vsa_optax.core.types import Tree
+
+# Operations that have an axis, but send nothing along it.
+_SILENT = frozenset(["axis_index", "pcast", "pvary"])
+_noted = threading.local()
 
 
 @jax.tree_util.register_static
@@ -23,6 +29,14 @@ class MeshAxes(NamedTuple):
     """Names of mesh axes, in their place in a state: a pytree node without children."""
 
     names: tuple[str, ...]
+
+
+@runtime_checkable
+class OfEachDevice(Protocol):
+    """A state of which each device has some fields for itself: their arrays have in front an axis of the devices."""
+
+    def fields_of_each_device(self) -> tuple[str, ...]:
+        """Names of these fields; the others are the same on all devices, or say so themselves."""
 
 
 def axes_in(state: Tree) -> frozenset[str]:
@@ -33,7 +47,26 @@ def axes_in(state: Tree) -> frozenset[str]:
 
 def varying_axes(tree: Tree) -> frozenset[str]:
     """The axes over which some leaf of ``tree`` varies, as far as JAX knows; none outside ``shard_map``."""
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return frozenset()
     return frozenset[str]().union(*map(versions.varying_axes, jax.tree.leaves(tree)))
+
+
+def with_axis_in_front(tree: Tree) -> Tree:
+    """What this device has for itself, as `OfEachDevice` lays it out."""
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
+
+
+def of_this_device(name: str, tree: Tree) -> Tree:
+    """The inverse of `with_axis_in_front`; ``ValueError`` if the arrays are those of more devices than this one."""
+    for leaf in jax.tree.leaves(tree):
+        if jnp.shape(leaf)[:1] != (1,):
+            raise ValueError(
+                f"{name} in the state must be that of this device alone, with shape (1, ...), got {jnp.shape(leaf)}: "
+                "the state was made for another number of devices, or is laid out otherwise than state_specs says. The "
+                "docstring of compressed_pmean has the lines that bring a state to another number of devices"
+            )
+    return jax.tree.map(lambda x: jnp.reshape(x, jnp.shape(x)[1:]), tree)
 
 
 def axis_size(axes: tuple[str, ...]) -> int:
@@ -65,6 +98,18 @@ def as_varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     return lax.pcast(x, more, to="varying") if more else x
 
 
+def varying_like(tree: Tree, like: Tree) -> Tree:
+    """``tree``, each part of it taken to vary over the axes over which the leaf of ``like`` in its place does, too."""
+    if not varying_axes(like):
+        return tree
+
+    def part_like(leaf: jax.Array, part: Tree) -> Tree:
+        axes = varying_axes(leaf)
+        return jax.tree.map(lambda x: as_varying(x, axes), part)
+
+    return jax.tree.map(part_like, like, tree)
+
+
 def all_devices_agree(flag: jax.Array, axes: frozenset[str]) -> jax.Array:
     """``[] bool``: whether ``flag`` is true on all devices along ``axes``."""
     return lax.pmin(flag.astype(jnp.int32), tuple(sorted(axes))) > 0 if axes else flag
@@ -79,3 +124,46 @@ def mean_over(x: jax.Array, axes: frozenset[str]) -> jax.Array:
 def all_finite_over(axes: frozenset[str]) -> Callable[[Tree], jax.Array]:
     """`all_finite`, of the trees of all devices along ``axes`` together; one function object for the same axes."""
     return lambda tree: all_devices_agree(all_finite(tree), axes)
+
+
+def axes_communicated_over(program: ClosedJaxpr) -> frozenset[str]:
+    """The axes of the ``shard_map`` or ``pmap`` around us over which a program communicates, in whatever it calls.
+
+    A device that runs such a program while another does not waits for ever.
+    """
+    return frozenset(name for name in _axes_named_in(program) if is_mapped((name,)))
+
+
+def _axes_named_in(program: ClosedJaxpr | Jaxpr) -> set[str]:
+    found: set[str] = set()
+    for eqn in program.eqns:
+        if eqn.primitive.name not in _SILENT:
+            axes = eqn.params.get("axes", ()), eqn.params.get("axis_name", ())
+            found |= {name for name in jax.tree.leaves(axes) if isinstance(name, str)}
+        for value in eqn.params.values():  # Branches are in a tuple.
+            for part in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(part, ClosedJaxpr | Jaxpr):
+                    found |= _axes_named_in(part)
+    return found
+
+
+def note_window(updates: Tree) -> None:
+    """Remembers, while a program is traced, that gradients which may differ between devices have entered a window.
+
+    They are not to be averaged behind it: on a device that has left something out the window is complete later. But
+    links of a chain do not see each other, and without a check of replication such gradients look like averaged ones,
+    which may enter any window. So the link that averages asks by `follows_window`, and refuses by name.
+    """
+    around = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    is_known_as_same = around and is_checked(around) and not varying_axes(updates)
+    if not is_known_as_same:
+        _noted.window = versions.present_trace(), _kind_of(updates)
+
+
+def follows_window(updates: Tree) -> bool:
+    """Whether such gradients were noted in the program that is being traced."""
+    return getattr(_noted, "window", None) == (versions.present_trace(), _kind_of(updates))
+
+
+def _kind_of(tree: Tree) -> tuple[object, ...]:
+    return jax.tree.structure(tree), *map(jnp.shape, jax.tree.leaves(tree))

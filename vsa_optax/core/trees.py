@@ -24,6 +24,15 @@ def all_finite(tree: Tree) -> jax.Array:
     return finite
 
 
+def any_nonzero(tree: Tree) -> jax.Array:
+    """``[] bool``: some number in some leaf is not zero, a NaN included; false for an empty tree."""
+    found = jnp.array(False)
+    for leaf in jax.tree.leaves(tree):
+        # A sum of magnitudes is one pass; ``any`` writes a mask first on a CPU.
+        found |= jnp.sum(jnp.abs(leaf)) != 0
+    return found
+
+
 def tree_where(condition: jax.Array, new: Alike, old: Alike) -> Alike:
     """``new`` where ``condition``, else ``old``, in the dtypes of ``old``; one ``[] bool`` for all leaves.
 

@@ -1,6 +1,7 @@
 """What older releases lack of what is used here, and from which release on each function can go."""
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax import lax
 
@@ -26,3 +27,9 @@ def all_gather_invarying(own: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         return lax.all_gather(own, axes, to="invarying")
     every = jnp.zeros((lax.axis_size(axes), own.size), own.dtype)
     return lax.psum(lax.dynamic_update_index_in_dim(every, own, lax.axis_index(axes), 0), axes)
+
+
+def present_trace() -> object:
+    """Equal for all that is being traced into one and the same program; JAX 0.8.2 has it in another module."""
+    is_extended = hasattr(jax.extend.core, "get_opaque_trace_state")
+    return (jax.extend.core if is_extended else jax.core).get_opaque_trace_state(convention="vsa_optax")

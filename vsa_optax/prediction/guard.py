@@ -3,10 +3,10 @@
 A leap is what is predicted between two true steps. At the true step that ends a leap of P predictions, and at every
 other one, what came is compared with what was predicted of it: ``e = ||x - x̂||² / ||x||²``. The error is taken for
 one of second order in the distance, ``||x - x̂|| ~ h²`` after h = P + 1 steps; its constant is the worst of late, and
-the next leap is as long as keeps the error at the tolerance τ:
+the next leap is as long as keeps the error at τ, the square of the tolerance:
 
     κ <- max(e / h⁴, 3/4 κ)
-    P + 1 <- min(1.6 h, 0.9 (τ / κ)^(1/4)),       P <= predict_steps
+    P + 1 <- min(1.6 h, 0.9 (τ / κ)^(1/4)),       P <= longest
 
 Below 3/4 there is no leap, and every step is the optimizer's own, until ``κ < τ / 4``; then it starts with a leap of
 one. So on mini-batches, whose gradients nothing predicts to within τ, it never leaps, and the steps are those of the
@@ -18,14 +18,14 @@ compared for the next 64, twice as many each time, up to 1024, until a leap has 
 A few scalars, the same on every device; the loss is not needed.
 """
 
-import dataclasses
 import enum
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-DEFAULT_TOLERANCE = 0.02  # τ, of the squared error: 14 % of the norm.
+from vsa_optax.prediction.phases import Guarded
+
 # Growth and safety factor as in the step-size control of ODE solvers: Hairer, Nørsett and Wanner, "Solving ordinary
 # differential equations I" (1993), section II.4, has 1.5 to 5 and 0.8 to 0.9. All others are chosen by hand.
 # benchmarks/constants.log has each of them moved; those of sleeping change no loss and no pass there.
@@ -40,9 +40,21 @@ _SHORTEST_SLEEP, _LONGEST_SLEEP = 64, 1024
 
 
 class GuardAction(enum.IntEnum):
-    """What the guard did last."""
+    """What the guard did last.
 
-    NONE, GREW, SHRANK, GAVE_UP, SLEPT = 0, 1, 2, 3, 4
+    Attributes:
+        NONE: nothing yet.
+        GREW: it lengthened the next leap, or started one.
+        SHRANK: it shortened the next leap.
+        GAVE_UP: it predicts nothing for now, since the last prediction was too far off.
+        SLEPT: it stopped recording and comparing for a while, since nothing was predictable for long.
+    """
+
+    NONE = 0
+    GREW = 1
+    SHRANK = 2
+    GAVE_UP = 3
+    SLEPT = 4
 
 
 class GuardState(NamedTuple):
@@ -79,69 +91,66 @@ class Plan(NamedTuple):
     length: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Guard:
-    """The guard of PREDICT phases of at most ``predict_steps``, with τ for tolerance."""
+def init() -> GuardState:
+    """It starts without a leap."""
+    return GuardState(
+        length=jnp.zeros([], jnp.float32),
+        constant=jnp.zeros([], jnp.float32),
+        leap=jnp.zeros([], jnp.int32),
+        hopeless=jnp.zeros([], jnp.int32),
+        asleep=jnp.zeros([], jnp.int32),
+        sleep=jnp.asarray(_SHORTEST_SLEEP, jnp.int32),
+        action=jnp.asarray(GuardAction.NONE, jnp.int32),
+    )
 
-    predict_steps: int
-    tolerance: float
 
-    def init(self) -> GuardState:
-        """It starts without a leap."""
-        return GuardState(
-            length=jnp.zeros([], jnp.float32),
-            constant=jnp.zeros([], jnp.float32),
-            leap=jnp.zeros([], jnp.int32),
-            hopeless=jnp.zeros([], jnp.int32),
-            asleep=jnp.zeros([], jnp.int32),
-            sleep=jnp.asarray(_SHORTEST_SLEEP, jnp.int32),
-            action=jnp.asarray(GuardAction.NONE, jnp.int32),
-        )
+def after(
+    settings: Guarded, state: GuardState, is_predict: jax.Array, error: jax.Array, is_measured: jax.Array
+) -> tuple[GuardState, Plan]:
+    """The guard after a step, and what it wants.
 
-    def after(
-        self, state: GuardState, is_predict: jax.Array, error: jax.Array, is_measured: jax.Array
-    ) -> tuple[GuardState, Plan]:
-        """The guard after a step, and what it wants.
+    Args:
+        settings: the static ones.
+        state: before the step.
+        is_predict: ``[] bool``, whether the step was predicted.
+        error: ``[] float32``, ``||x - x̂|| / ||x||`` of a true one.
+        is_measured: ``[] bool``, whether that is known; if not, there is no leap, and nothing is learned.
+    """
+    predicted = state._replace(leap=state.leap + 1)
+    unknown = state._replace(length=jnp.zeros_like(state.length), leap=jnp.zeros_like(state.leap))
+    judged = jax.tree.map(lambda j, u: jnp.where(is_measured, j, u), _judged(settings, state, error**2), unknown)
+    slept = state._replace(asleep=state.asleep - 1)
+    judged = jax.tree.map(lambda s, j: jnp.where(state.asleep > 0, s, j), slept, judged)
+    state = jax.tree.map(lambda p, j: jnp.where(is_predict, p, j), predicted, judged)
+    length = jnp.clip(jnp.round(state.length), 1, settings.longest).astype(jnp.int32)
+    return state, Plan(leaps=state.length > 0, length=length)
 
-        Args:
-            state: before it.
-            is_predict: ``[] bool``, whether the step was predicted.
-            error: ``[] float32``, ``||x - x̂|| / ||x||`` of a true one.
-            is_measured: ``[] bool``, whether that is known; if not, there is no leap, and nothing is learned.
-        """
-        predicted = state._replace(leap=state.leap + 1)
-        unknown = state._replace(length=jnp.zeros_like(state.length), leap=jnp.zeros_like(state.leap))
-        judged = jax.tree.map(lambda j, u: jnp.where(is_measured, j, u), self._judged(state, error**2), unknown)
-        slept = state._replace(asleep=state.asleep - 1)
-        judged = jax.tree.map(lambda s, j: jnp.where(state.asleep > 0, s, j), slept, judged)
-        state = jax.tree.map(lambda p, j: jnp.where(is_predict, p, j), predicted, judged)
-        length = jnp.clip(jnp.round(state.length), 1, self.predict_steps).astype(jnp.int32)
-        return state, Plan(leaps=state.length > 0, length=length)
 
-    def _judged(self, state: GuardState, error: jax.Array) -> GuardState:
-        """After a true step with this squared error."""
-        distance = (state.leap + 1).astype(jnp.float32)
-        constant = jnp.maximum(jnp.minimum(error, _MOST_ERROR) / distance**4, _FORGET * state.constant)
-        reach = _SAFETY * (self.tolerance / jnp.maximum(constant, jnp.finfo(jnp.float32).tiny)) ** 0.25
-        length = jnp.minimum(reach, _GROWTH * distance) - 1
-        length = jnp.where(length < _SHORTEST_LEAP, 0, jnp.minimum(length, self.predict_steps))
-        ends_leap = state.leap > 0
-        length = jnp.where(ends_leap, length, jnp.where(constant < _START * self.tolerance, 1.0, 0.0))
-        hopeless = jnp.where(error > _HOPELESS_ERROR, state.hopeless + 1, 0)
-        falls_asleep = hopeless >= _HOPELESS_STEPS
-        sleep = jnp.where(ends_leap & (error < self.tolerance), _SHORTEST_SLEEP, state.sleep)
-        action = jnp.select(
-            [length > state.length, length == state.length, length > 0],
-            [GuardAction.GREW, state.action, GuardAction.SHRANK],
-            GuardAction.GAVE_UP,
-        )
-        action = jnp.where(falls_asleep, GuardAction.SLEPT, action)
-        return GuardState(
-            length=length,
-            constant=constant,
-            leap=jnp.zeros_like(state.leap),
-            hopeless=jnp.where(falls_asleep, 0, hopeless),
-            asleep=jnp.where(falls_asleep, sleep, 0),
-            sleep=jnp.where(falls_asleep, jnp.minimum(2 * sleep, _LONGEST_SLEEP), sleep),
-            action=action.astype(jnp.int32),
-        )
+def _judged(settings: Guarded, state: GuardState, error: jax.Array) -> GuardState:
+    """After a true step with this squared error."""
+    tolerated = settings.tolerance**2
+    distance = (state.leap + 1).astype(jnp.float32)
+    constant = jnp.maximum(jnp.minimum(error, _MOST_ERROR) / distance**4, _FORGET * state.constant)
+    reach = _SAFETY * (tolerated / jnp.maximum(constant, jnp.finfo(jnp.float32).tiny)) ** 0.25
+    length = jnp.minimum(reach, _GROWTH * distance) - 1
+    length = jnp.where(length < _SHORTEST_LEAP, 0, jnp.minimum(length, settings.longest))
+    ends_leap = state.leap > 0
+    length = jnp.where(ends_leap, length, jnp.where(constant < _START * tolerated, 1.0, 0.0))
+    hopeless = jnp.where(error > _HOPELESS_ERROR, state.hopeless + 1, 0)
+    falls_asleep = hopeless >= _HOPELESS_STEPS
+    sleep = jnp.where(ends_leap & (error < tolerated), _SHORTEST_SLEEP, state.sleep)
+    action = jnp.select(
+        [length > state.length, length == state.length, length > 0],
+        [GuardAction.GREW, state.action, GuardAction.SHRANK],
+        GuardAction.GAVE_UP,
+    )
+    action = jnp.where(falls_asleep, GuardAction.SLEPT, action)
+    return GuardState(
+        length=length,
+        constant=constant,
+        leap=jnp.zeros_like(state.leap),
+        hopeless=jnp.where(falls_asleep, 0, hopeless),
+        asleep=jnp.where(falls_asleep, sleep, 0),
+        sleep=jnp.where(falls_asleep, jnp.minimum(2 * sleep, _LONGEST_SLEEP), sleep),
+        action=action.astype(jnp.int32),
+    )

@@ -7,23 +7,24 @@
 
 ``phase`` is the phase of the *coming* step: `advance` is called when that step is done and decides the next one. Steps
 of PREDICT and CORRECT count together; CORRECT takes precedence over the end of the phase (20 steps corrected every 5
-take 21), and two CORRECT steps never adjoin. ``predict_steps=0`` stays in FULL. With a guard, FULL lasts until it wants
-to predict, PREDICT as long as it wants to, and nothing is corrected: the FULL step behind it does that.
+take 21), and two CORRECT steps never adjoin. ``predict_steps=0`` stays in FULL. With `Guarded`, FULL lasts until the
+guard wants to predict, PREDICT as long as it wants to, and nothing is corrected: the FULL step behind it does that.
 
 The machine reads replicated scalars only, so devices that run the same program agree on the phase.
 """
 
-import dataclasses
 import enum
+import weakref
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vsa_optax.core import checks
 from vsa_optax.kernels import numerics
-from vsa_optax.prediction.guard import Guard, GuardState, Plan
+from vsa_optax.prediction import guard as guards
+from vsa_optax.prediction.guard import GuardState, Plan
+from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
 from vsa_optax.prediction.predictors.base import Calibration, Comparison
 
 # The adaptive rule is that of the Rust crate vsa-optim-rs 0.1.1, its numbers included.
@@ -32,6 +33,8 @@ _COMPARED_LOSSES = 10
 _BETTER = 0.05  # Relative fall of the loss.
 _SHORTEST_FULL, _LONGEST_FULL = 3, 30
 _SHORTEST_PREDICT, _LONGEST_PREDICT = 5, 50
+# The phases, by id, of machines whose loss is repeated in PREDICT: see `note_repeated_loss`.
+_repeating: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
 
 
 class Phase(enum.IntEnum):
@@ -87,12 +90,14 @@ class PhaseMachineState(NamedTuple):
         correct_steps: ``[] int32``.
         cycles: ``[] int32``, PREDICT phases completed.
         nonfinite_count: ``[] int32``, steps skipped for a NaN or an infinity.
-        errors: `PredictionErrorState`, or None with ``predict_steps=0``.
-        value: ``[] float32``, the last finite ``value=`` received; meaningless before ``has_value``.
+        errors: `PredictionErrorState`, or None if no step is ever predicted.
+        value: ``[] float32``, the last finite ``value=`` that a true step received; meaningless before ``has_value``.
         has_value: ``[] bool``, whether one was received.
-        adaptive: `AdaptiveLengthsState`, or None with ``adaptive=False``.
+        adaptive: `AdaptiveLengthsState` with `AdaptiveCycle`, else None.
         calibration: `CalibrationState` or `SecantCalibrationState`; None with a line that is not calibrated.
-        guard: `GuardState`, or None with ``guard=False``.
+        guard: `GuardState` with `Guarded`, else None.
+        ignored_gradients: ``[] int32``, PREDICT steps that were handed a gradient that is not zero. The field is the
+            last, because `vsa_optax.checkpoint` takes it for 0 in a checkpoint that was made before it existed.
     """
 
     phase: jax.Array
@@ -107,49 +112,27 @@ class PhaseMachineState(NamedTuple):
     value: jax.Array
     has_value: jax.Array
     adaptive: AdaptiveLengthsState | None
-    calibration: Calibration | None = None
-    guard: GuardState | None = None
+    calibration: Calibration | None
+    guard: GuardState | None
+    ignored_gradients: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class PhaseSchedule:
-    """The machine's static settings, checked; ranges as in `vsa_optax.predict_gradients`."""
-
-    warmup_steps: int
-    full_steps: int
-    predict_steps: int
-    correct_every: int
-    adaptive: bool
-    loss_threshold: float
-
-    def __post_init__(self) -> None:
-        checks.check_integer("warmup_steps", self.warmup_steps, 2)
-        checks.check_integer("full_steps", self.full_steps, 1)
-        checks.check_integer("predict_steps", self.predict_steps, 0)
-        checks.check_integer("correct_every", self.correct_every, 1)
-        checks.check_bool("adaptive", self.adaptive)
-        threshold = checks.check_real("loss_threshold", self.loss_threshold, low=0.0, high=float("inf"))
-        object.__setattr__(self, "loss_threshold", threshold)
-
-    @property
-    def ever_predicts(self) -> bool:
-        """False if no step will ever be predicted."""
-        return self.predict_steps > 0
+def ever_predicts(phases: Guarded | Cycle) -> bool:
+    """False if no step will ever be predicted."""
+    return isinstance(phases, Guarded) or phases.predict_steps > 0
 
 
-def init(
-    schedule: PhaseSchedule, guard: Guard | None = None, calibration: Calibration | None = None
-) -> PhaseMachineState:
-    """The machine before its first step, with the guard and the calibration that it is to carry."""
+def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> PhaseMachineState:
+    """The machine before its first step, with the calibration that it is to carry."""
 
     def zero() -> jax.Array:
         return jnp.zeros([], jnp.int32)
 
     adaptive = None
-    if schedule.adaptive:
+    if isinstance(phases, AdaptiveCycle):
         adaptive = AdaptiveLengthsState(
-            full_length=jnp.asarray(schedule.full_steps, jnp.int32),
-            predict_length=jnp.asarray(schedule.predict_steps, jnp.int32),
+            full_length=jnp.asarray(phases.full_steps, jnp.int32),
+            predict_length=jnp.asarray(phases.predict_steps, jnp.int32),
             losses=jnp.zeros([_RECENT_LOSSES], jnp.float32),
             num_losses=zero(),
         )
@@ -162,12 +145,13 @@ def init(
         correct_steps=zero(),
         cycles=zero(),
         nonfinite_count=zero(),
-        errors=PredictionErrorState(zero(), *jnp.zeros([2], jnp.float32)) if schedule.ever_predicts else None,
+        errors=PredictionErrorState(zero(), *jnp.zeros([2], jnp.float32)) if ever_predicts(phases) else None,
         value=jnp.zeros([], jnp.float32),
         has_value=jnp.zeros([], jnp.bool_),
         adaptive=adaptive,
         calibration=calibration,
-        guard=guard.init() if guard else None,
+        guard=guards.init() if isinstance(phases, Guarded) else None,
+        ignored_gradients=zero(),
     )
 
 
@@ -185,12 +169,26 @@ def last_value(state: PhaseMachineState) -> jax.Array:
     return jnp.where(state.has_value, state.value, unknown)
 
 
+def note_repeated_loss(state: PhaseMachineState) -> None:
+    """Remembers, as long as a trace lasts, that no forward pass runs in this machine's PREDICT steps.
+
+    `value_and_grad_by_phase` and ``update`` see the same machine, and its arrays are the same Python objects as long as
+    both are called in one trace. So the one tells the other, on which nothing depends but warnings and errors.
+    """
+    _repeating[id(state.phase)] = state.phase
+
+
+def repeats_loss(state: PhaseMachineState) -> bool:
+    """Whether it is known that this machine's PREDICT steps have no loss of their own."""
+    return _repeating.get(id(state.phase)) is state.phase
+
+
 def advance(
-    schedule: PhaseSchedule,
-    guard: Guard | None,
+    phases: Guarded | Cycle,
     state: PhaseMachineState,
     *,
     is_finite: jax.Array,
+    is_ignored: jax.Array | bool = False,
     value: jax.Array | None,
     horizon: jax.Array | None = None,
     comparison: Comparison | None = None,
@@ -198,10 +196,10 @@ def advance(
     """Counts the step that was just done, learns from its comparison, and decides the phase of the next.
 
     Args:
-        schedule: the static settings.
-        guard: by which the phases follow the errors of the predictions, or None.
+        phases: the static settings.
         state: the machine whose ``phase`` was just performed.
         is_finite: ``[] bool``, false if the step's gradient was skipped. It does not count towards the warm-up.
+        is_ignored: ``[] bool``, true if the step was predicted and was handed a gradient all the same.
         value: ``[]``, the step's loss, or None.
         horizon: ``[] float32``, steps since the newest record.
         comparison: of what came with its prediction; None if no step is ever predicted, and then the horizon is None.
@@ -209,7 +207,7 @@ def advance(
     plan = None
     if comparison is not None:
         assert horizon is not None
-        state, plan = _learn(guard, state, horizon, comparison)
+        state, plan = _learn(phases, state, horizon, comparison)
     phase, adaptive = state.phase, state.adaptive
     recorded_or_later = is_finite | (phase != Phase.WARMUP)
     done = state.steps_in_phase + recorded_or_later.astype(jnp.int32)
@@ -217,16 +215,20 @@ def advance(
     if value is not None:
         loss = jnp.asarray(value, jnp.float32)
         is_known = jnp.isfinite(loss)
-        has_value, last_value = has_value | is_known, jnp.where(is_known, loss, last_value)
+        # In PREDICT the caller has only what `value_and_grad_by_phase` made of the last value. If that came back
+        # changed (divided by a loss scale, say), it would be changed anew at every step.
+        is_measured = is_known & (phase != Phase.PREDICT)
+        has_value, last_value = has_value | is_measured, jnp.where(is_measured, loss, last_value)
         if adaptive is not None:
             adaptive = _remember_loss(adaptive, loss, is_known)
 
-    following = _following(schedule, plan, adaptive, phase, done)
+    following = _following(phases, plan, adaptive, phase, done)
     was_leap = phase >= Phase.PREDICT
     starts_full = (following == Phase.FULL) & (phase != Phase.FULL)
     starts_leap = (following == Phase.PREDICT) & (phase == Phase.FULL)
     if adaptive is not None:
-        adaptive = _adapt(schedule, adaptive, starts_full)
+        assert isinstance(phases, AdaptiveCycle)
+        adaptive = _adapt(phases, adaptive, starts_full)
     return state._replace(
         phase=following,
         steps_in_phase=jnp.where(starts_full | starts_leap, 0, done),
@@ -239,48 +241,44 @@ def advance(
         value=last_value,
         has_value=has_value,
         adaptive=adaptive,
+        ignored_gradients=state.ignored_gradients + is_ignored,
     )
 
 
 def _following(
-    schedule: PhaseSchedule,
+    phases: Guarded | Cycle,
     plan: Plan | None,
     adaptive: AdaptiveLengthsState | None,
     phase: jax.Array,
     done: jax.Array,
 ) -> jax.Array:
     """``[] int32``, the phase after ``phase`` of which ``done`` steps are done."""
-    full_length: int | jax.Array = schedule.full_steps if adaptive is None else adaptive.full_length
-    predict_length: int | jax.Array = schedule.predict_steps if adaptive is None else adaptive.predict_length
-    after_full: Phase | jax.Array = Phase.PREDICT if schedule.ever_predicts else Phase.FULL
-    if plan is not None:
-        full_length, predict_length = 1, plan.length
-        after_full = jnp.where(plan.leaps, Phase.PREDICT, Phase.FULL)
-    in_leap = jnp.where(done >= predict_length, Phase.FULL, Phase.PREDICT)
-    if plan is None:
-        wants_correction = (done % schedule.correct_every == 0) & (phase != Phase.CORRECT)
+    if isinstance(phases, Guarded):
+        assert plan is not None
+        in_full = jnp.where(plan.leaps, Phase.PREDICT, Phase.FULL)
+        in_leap = jnp.where(done >= plan.length, Phase.FULL, Phase.PREDICT)
+    else:
+        full_length: int | jax.Array = phases.full_steps if adaptive is None else adaptive.full_length
+        predict_length: int | jax.Array = phases.predict_steps if adaptive is None else adaptive.predict_length
+        after_full = Phase.PREDICT if ever_predicts(phases) else Phase.FULL
+        in_full = jnp.where(done >= full_length, after_full, Phase.FULL)
+        in_leap = jnp.where(done >= predict_length, Phase.FULL, Phase.PREDICT)
+        wants_correction = (done % phases.correct_every == 0) & (phase != Phase.CORRECT)
         in_leap = jnp.where(wants_correction, Phase.CORRECT, in_leap)
     return jnp.select(
         [phase == Phase.WARMUP, phase == Phase.FULL],
-        [
-            jnp.where(done >= schedule.warmup_steps, Phase.FULL, Phase.WARMUP),
-            jnp.where(done >= full_length, after_full, Phase.FULL),
-        ],
+        [jnp.where(done >= phases.warmup_steps, Phase.FULL, Phase.WARMUP), in_full],
         in_leap,
     ).astype(jnp.int32)
 
 
 def _learn(
-    guard: Guard | None, state: PhaseMachineState, horizon: jax.Array, comparison: Comparison
+    phases: Guarded | Cycle, state: PhaseMachineState, horizon: jax.Array, comparison: Comparison
 ) -> tuple[PhaseMachineState, Plan | None]:
     """The machine with the step's error in its mean and in the guard, and what that plans."""
     assert state.errors is not None
     error, plan = comparison.error, None
-    if guard is None:
-        is_after_leap = (horizon > 1) | (state.phase == Phase.CORRECT)
-    else:
-        assert state.guard is not None
-        is_after_leap = state.guard.leap > 0
+    is_after_leap = (horizon > 1) | (state.phase == Phase.CORRECT) if state.guard is None else state.guard.leap > 0
     is_counted = comparison.is_measured & is_after_leap
     num_measured = _count_if(is_counted, state.errors.num_measured)
     mean = state.errors.mean + (error - state.errors.mean) / jnp.maximum(num_measured, 1).astype(jnp.float32)
@@ -289,9 +287,9 @@ def _learn(
         mean=jnp.where(is_counted, numerics.saturating_cast(mean, jnp.float32), state.errors.mean),
         last=jnp.where(is_counted, error, state.errors.last),
     )
-    if guard is not None:
+    if isinstance(phases, Guarded):
         assert state.guard is not None
-        watched, plan = guard.after(state.guard, state.phase == Phase.PREDICT, error, comparison.is_measured)
+        watched, plan = guards.after(phases, state.guard, state.phase == Phase.PREDICT, error, comparison.is_measured)
         state = state._replace(guard=watched)
     return state._replace(errors=errors, calibration=comparison.experience.calibration), plan
 
@@ -308,7 +306,7 @@ def _remember_loss(state: AdaptiveLengthsState, loss: jax.Array, is_known: jax.A
     )
 
 
-def _adapt(schedule: PhaseSchedule, state: AdaptiveLengthsState, is_due: jax.Array) -> AdaptiveLengthsState:
+def _adapt(phases: AdaptiveCycle, state: AdaptiveLengthsState, is_due: jax.Array) -> AdaptiveLengthsState:
     """The reference's rule: longer FULL and shorter PREDICT while the loss rises, the reverse while it falls.
 
     The mean of the first ten of the recent losses is compared with that of the last ten. A setting of the user's
@@ -319,14 +317,14 @@ def _adapt(schedule: PhaseSchedule, state: AdaptiveLengthsState, is_due: jax.Arr
     first = jnp.mean(state.losses[(state.num_losses - known + offsets) % _RECENT_LOSSES])
     last = jnp.mean(state.losses[(state.num_losses - _COMPARED_LOSSES + offsets) % _RECENT_LOSSES])
     is_due &= known >= 2 * _COMPARED_LOSSES
-    is_worse = is_due & (last - first > schedule.loss_threshold * jnp.abs(first))
+    is_worse = is_due & (last - first > phases.loss_threshold * jnp.abs(first))
     is_better = is_due & ~is_worse & (first - last > _BETTER * jnp.abs(first))
 
     def moved(length: jax.Array, worse: int, better: int, low: int, high: int) -> jax.Array:
         step = jnp.where(is_worse, worse, jnp.where(is_better, better, 0))
         return jnp.clip(length + step, low, high).astype(jnp.int32)
 
-    full, predict = schedule.full_steps, schedule.predict_steps
+    full, predict = phases.full_steps, phases.predict_steps
     return state._replace(
         full_length=moved(state.full_length, 2, -1, min(_SHORTEST_FULL, full), max(_LONGEST_FULL, full)),
         predict_length=moved(

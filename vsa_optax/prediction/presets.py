@@ -1,20 +1,35 @@
 """Ready-made optimizers: AdamW that skips backward passes, with more or less trust in what it predicts.
 
-All three are `vsa_optax.phase_switched` around ``optax.adamw(1.0)``, and differ in how large an error the guard bears
-and in how many changes predictions are made of. State cost: AdamW's 8 bytes a parameter, and 4 times ``2 W + 2``.
+All three are `vsa_optax.phase_switched` around ``optax.adamw``, and differ in how large an error the guard bears and in
+how many changes predictions are made of. State cost: AdamW's 8 bytes a parameter, and 4 times ``2 W + 2``.
 """
 
-from types import MappingProxyType
-from typing import Any
+from typing import NamedTuple
 
 import optax
 
 from vsa_optax.prediction.api import phase_switched
+from vsa_optax.prediction.learning_rate import check_learning_rate
+from vsa_optax.prediction.phases import Guarded
+from vsa_optax.prediction.predictors.factory import Secants
+
+
+class Preset(NamedTuple):
+    """What a ready-made optimizer gives to `phase_switched`.
+
+    Attributes:
+        predictor: what predicts.
+        phases: when.
+    """
+
+    predictor: Secants
+    phases: Guarded
+
 
 # benchmarks/prediction.log has all three beside each other; other settings were not searched there.
-CONSERVATIVE = MappingProxyType(dict(history_window=8, guard_tolerance=0.005))
-BALANCED: MappingProxyType[str, float] = MappingProxyType({})
-AGGRESSIVE = MappingProxyType(dict(history_window=24, predict_steps=40, guard_tolerance=0.1))
+CONSERVATIVE = Preset(Secants(window=8), Guarded(tolerance=0.07))
+BALANCED = Preset(Secants(), Guarded())
+AGGRESSIVE = Preset(Secants(window=24), Guarded(tolerance=0.32, longest=40))
 
 
 def conservative(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
@@ -24,7 +39,7 @@ def conservative(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransfo
         learning_rate: a number, or a schedule over all steps, skipped ones included.
 
     Returns:
-        ``phase_switched(optax.adamw(1.0), learning_rate=learning_rate, history_window=8, guard_tolerance=0.005)``: use
+        ``phase_switched(optax.adamw(learning_rate), predictor=Secants(window=8), phases=Guarded(tolerance=0.07))``: use
         it with `vsa_optax.value_and_grad_by_phase`, and give ``params`` to ``update``.
 
     State cost:
@@ -49,7 +64,7 @@ def balanced(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformat
         learning_rate: a number, or a schedule over all steps, skipped ones included.
 
     Returns:
-        ``phase_switched(optax.adamw(1.0), learning_rate=learning_rate)``.
+        ``phase_switched(optax.adamw(learning_rate))``.
 
     State cost:
         144 bytes a float32 parameter: AdamW's 8, and 34 copies of the parameters.
@@ -76,8 +91,8 @@ def aggressive(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransform
         learning_rate: a number, or a schedule over all steps, skipped ones included.
 
     Returns:
-        ``phase_switched(optax.adamw(1.0), learning_rate=learning_rate, history_window=24, predict_steps=40,
-        guard_tolerance=0.1)``.
+        ``phase_switched(optax.adamw(learning_rate), predictor=Secants(window=24), phases=Guarded(tolerance=0.32,
+        longest=40))``.
 
     State cost:
         208 bytes a float32 parameter: AdamW's 8, and 50 copies of the parameters.
@@ -94,10 +109,8 @@ def aggressive(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransform
     return _adamw(learning_rate, AGGRESSIVE)
 
 
-# Each setting is of a type of its own.
-def _adamw(
-    learning_rate: optax.ScalarOrSchedule, settings: MappingProxyType[str, Any]
-) -> optax.GradientTransformationExtraArgs:
+def _adamw(learning_rate: optax.ScalarOrSchedule, preset: Preset) -> optax.GradientTransformationExtraArgs:
     if learning_rate is None:
         raise ValueError("learning_rate must be a number >= 0 or a schedule, got None")
-    return phase_switched(optax.adamw(1.0), learning_rate=learning_rate, **settings)
+    check_learning_rate(learning_rate)
+    return phase_switched(optax.adamw(learning_rate), predictor=preset.predictor, phases=preset.phases)

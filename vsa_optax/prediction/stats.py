@@ -39,14 +39,23 @@ class PhaseStats(NamedTuple):
         predict_steps: int32, the steps without a backward pass.
         correct_steps: int32.
         cycles: int32, PREDICT phases completed.
-        speedup: float32, all steps / steps with a backward pass; 1 before any step. A count, not a time.
+        steps_per_backward: float32, all steps / steps that needed a backward pass; 1 before any step. Not a time: that
+            is saved only if ``ignored_gradients`` is 0. Passes that an optimizer runs inside its own update are not
+            counted (``optax.contrib.sophia``, ``sam`` with ``opaque_mode=True``): where gradients are predicted they
+            run in PREDICT, too, where updates are predicted they do not.
         nonfinite_count: int32, steps skipped for a NaN or an infinity.
+        ignored_gradients: int32, PREDICT steps that were handed a gradient that is not zero: a backward pass in vain,
+            as of ``jax.value_and_grad`` where `vsa_optax.value_and_grad_by_phase` belongs. To cost nothing, a step
+            looks at the four largest leaves of at most 65536 coordinates (at the smallest leaf, if all have more) and
+            takes them for the whole. What an earlier link of a chain adds to the zeros of a skipped step (weight decay,
+            noise) counts, too. Inside ``jax.shard_map``, gradients that differ between devices are not counted, since
+            devices do not communicate in PREDICT.
         mean_prediction_error: float32, mean over CORRECT steps of ``||x - x̂|| / ||x||``, x being what is predicted, a
             gradient or an update; 0 before the first. With the guard, or calibrated, over all true steps that follow a
             prediction.
         last_prediction_error: float32, the same at the latest such step.
-        quality: `PredictionQuality`, or None with ``calibrate=False``.
-        guard: `GuardStats`, or None with ``guard=False``.
+        quality: `PredictionQuality`, or None where nothing is calibrated.
+        guard: `GuardStats` with `vsa_optax.Guarded`, else None.
     """
 
     phase: jax.Array
@@ -56,8 +65,9 @@ class PhaseStats(NamedTuple):
     predict_steps: jax.Array
     correct_steps: jax.Array
     cycles: jax.Array
-    speedup: jax.Array
+    steps_per_backward: jax.Array
     nonfinite_count: jax.Array
+    ignored_gradients: jax.Array
     mean_prediction_error: jax.Array
     last_prediction_error: jax.Array
     quality: PredictionQuality | None = None
@@ -79,7 +89,8 @@ def find_machine(state: Tree) -> PhaseMachineState:
     if len(found) != 1:
         raise ValueError(
             f"expected one phase machine in the optimizer state, found {len(found)}: pass the state of an optimizer "
-            "made with predict_gradients or phase_switched, and use one of them, once"
+            "made with predict_gradients or phase_switched, and use one of them, once. For several groups of "
+            "parameters write one around all of them: phase_switched(optax.multi_transform({...}, labels))"
         )
     return jax.tree.map(_unwrapped, found[0], is_leaf=_is_wrapped)
 
@@ -107,9 +118,9 @@ def phase_stats(opt_state: Tree) -> PhaseStats:
 
     Example:
         >>> import jax.numpy as jnp, optax, vsa_optax
-        >>> opt = vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=1e-3)
+        >>> opt = vsa_optax.phase_switched(optax.adamw(1e-3))
         >>> stats = vsa_optax.phase_stats(opt.init({"w": jnp.ones(3)}))
-        >>> vsa_optax.Phase(int(stats.phase)).name, float(stats.speedup)
+        >>> vsa_optax.Phase(int(stats.phase)).name, float(stats.steps_per_backward)
         ('WARMUP', 1.0)
     """
     machine = find_machine(opt_state)
@@ -124,8 +135,9 @@ def phase_stats(opt_state: Tree) -> PhaseStats:
         predict_steps=machine.predict_steps,
         correct_steps=machine.correct_steps,
         cycles=machine.cycles,
-        speedup=jnp.where(total > 0, total / jnp.maximum(backward, 1), 1.0).astype(jnp.float32),
+        steps_per_backward=jnp.where(total > 0, total / jnp.maximum(backward, 1), 1.0).astype(jnp.float32),
         nonfinite_count=machine.nonfinite_count,
+        ignored_gradients=machine.ignored_gradients,
         mean_prediction_error=jnp.zeros([], jnp.float32) if errors is None else errors.mean,
         last_prediction_error=jnp.zeros([], jnp.float32) if errors is None else errors.last,
         quality=None if machine.calibration is None else machine.calibration.quality(),

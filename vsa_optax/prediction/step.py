@@ -11,12 +11,15 @@ from jax import lax
 
 from vsa_optax.core.conditional import in_place_if, split_extra_args
 from vsa_optax.core.mesh import all_finite_over, varying_axes
-from vsa_optax.core.trees import all_finite, tree_where
+from vsa_optax.core.trees import all_finite, any_nonzero, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction.machine import Phase
 from vsa_optax.prediction.predictors.base import Comparison, Experience, HistoryState, Predictor, Scalars
 
+# To see whether a gradient is zero: so many leaves, and coordinates in each, unless all leaves have more.
+_NUM_LOOKED_AT, _LOOKED_AT = 4, 65536
+_Look: TypeAlias = Callable[[optax.Updates], tuple[jax.Array, jax.Array]]
 _PredictIf: TypeAlias = Callable[[jax.Array, HistoryState, Tree, Scalars, jax.Array | None], optax.Updates]
 
 
@@ -29,11 +32,15 @@ class StepResult(NamedTuple):
         is_finite: ``[] bool``, false if a gradient, or what the transformation made of it, holds a NaN or an infinity.
         comparison: of the target with its prediction: measured at CORRECT steps, or, calibrated or with the guard, at
             all true steps. None if no step is ever predicted.
+        is_ignored: ``[] bool``, whether this was PREDICT and a gradient that is not zero came all the same, as far as
+            a few leaves tell. Always false where devices would have to ask each other, since in PREDICT they do not
+            communicate.
     """
 
     target: optax.Updates
     inner_state: optax.OptState
     is_finite: jax.Array
+    is_ignored: jax.Array
     comparison: Comparison | None = None
 
 
@@ -83,11 +90,12 @@ class PhaseStep:
         predict_if, step, step_if = self._functions_for(treedef, tuple(leaves))
         is_predict = phase == Phase.PREDICT
         weights = self._predictor.weights(experience.calibration, scalars)
-        has_gradient = lax.cond(is_predict, _true, all_finite_over(axes), updates)
+        has_gradient, is_ignored = lax.cond(is_predict, *_looks_over(axes), updates)
         result = StepResult(
             target=predict_if(is_predict, history, experience.residual, scalars, weights),
             inner_state=inner_state,
             is_finite=has_gradient,
+            is_ignored=is_ignored,
             comparison=Comparison(experience, error=jnp.zeros([], jnp.float32), is_measured=jnp.array(False)),
         )
         if static_args:
@@ -152,14 +160,32 @@ class PhaseStep:
             is_due = watches & is_finite
             assert result.comparison is not None
             comparison = compare_if(is_due, result.comparison, is_due, target, history, scalars)
-            return StepResult(target, inner_state, is_finite, comparison)
+            return StepResult(target, inner_state, is_finite, result.is_ignored, comparison)
 
         return predict_if, step, in_place_if(step)  # type: ignore[arg-type] # It is run without keywords.
 
 
-def _true(updates: optax.Updates) -> jax.Array:
-    del updates
-    return jnp.array(True)
+def _telling_leaves(tree: Tree) -> list[jax.Array]:
+    """Some leaves that are not zero if a gradient was computed: a few, and small, so that a look at them costs nothing.
+
+    The whole gradient would be one of about twelve transfers of the parameters' size in a PREDICT step.
+    """
+    by_size = sorted((leaf for leaf in jax.tree.leaves(tree) if leaf.size), key=lambda leaf: leaf.size)
+    small = [leaf for leaf in by_size if leaf.size <= _LOOKED_AT]
+    return small[-_NUM_LOOKED_AT:] or by_size[:1]
+
+
+@functools.cache
+def _looks_over(axes: frozenset[str]) -> tuple[_Look, _Look]:
+    """What gradients are asked in PREDICT and in true phases: are they finite, and are they ignored."""
+
+    def in_predict(updates: optax.Updates) -> tuple[jax.Array, jax.Array]:
+        return jnp.array(True), jnp.array(False) if axes else any_nonzero(_telling_leaves(updates))
+
+    def in_true_phases(updates: optax.Updates) -> tuple[jax.Array, jax.Array]:
+        return all_finite_over(axes)(updates), jnp.array(False)
+
+    return in_predict, in_true_phases
 
 
 def _check_same_everywhere(target: optax.Updates, axes: frozenset[str]) -> None:
@@ -168,6 +194,6 @@ def _check_same_everywhere(target: optax.Updates, axes: frozenset[str]) -> None:
     if differing:
         raise ValueError(
             f"gradients differ between the devices along {sorted(differing)}, and so would what is recorded of them: "
-            "average them before (jax.lax.pmean), or inside opt (compressed_pmean) with predict_in='update'; if the "
-            "parameters themselves are sharded, leave that to jax.jit"
+            "average them before (jax.lax.pmean), or inside opt (compressed_pmean) with predictor=Window(...), which "
+            "predicts updates; if the parameters themselves are sharded, leave that to jax.jit"
         )

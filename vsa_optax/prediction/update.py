@@ -1,5 +1,6 @@
 """The transformation behind `predict_gradients` and `phase_switched`, of checked settings: its state and its update."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,9 +15,10 @@ from vsa_optax.core.trees import all_finite, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction import machine as machines
-from vsa_optax.prediction import stats
-from vsa_optax.prediction.guard import Guard
-from vsa_optax.prediction.machine import Phase, PhaseMachineState, PhaseSchedule
+from vsa_optax.prediction import stats, unmeasured
+from vsa_optax.prediction.learning_rate import check_one_rate
+from vsa_optax.prediction.machine import Phase, PhaseMachineState
+from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
 from vsa_optax.prediction.predictors.base import (
     Experience,
     HistoryState,
@@ -27,6 +29,18 @@ from vsa_optax.prediction.predictors.base import (
 )
 from vsa_optax.prediction.step import PhaseStep, StepResult
 
+# What emits rarely, by the name of its state, since the rooms of this package do not import each other.
+_RARE_EMITTERS = {
+    "MultiStepsState": "optax.MultiSteps",
+    "TernaryMultiStepsState": "ternary_multi_steps",
+    "AccumulateTernaryState": "accumulate_ternary",
+    "ApplyEvery": "optax.apply_every",
+}
+_THE_OTHER_WAY_ROUND = (
+    "what is predicted would leave between its emissions, too. Wrap the other way round, "
+    "ternary_multi_steps(phase_switched(...), k) or optax.MultiSteps(phase_switched(...), k)"
+)
+
 
 class PhaseSwitchedState(NamedTuple):
     """State of `predict_gradients` and `phase_switched`.
@@ -34,7 +48,7 @@ class PhaseSwitchedState(NamedTuple):
     Attributes:
         machine: `PhaseMachineState`, scalars.
         history: `SecantHistoryState`, `WindowHistoryState`, `CodedWindowHistoryState` or `RecursiveHistoryState`; None
-            with ``predict_steps=0``.
+            if no step is ever predicted.
         residual: tree of ``[*shape]`` in the history's dtype, the averaged prediction error, or a codec's payload of
             it; None if switched off.
         inner_state: the wrapped optimizer's state.
@@ -48,10 +62,9 @@ class PhaseSwitchedState(NamedTuple):
 
 def switched(
     opt: optax.GradientTransformationExtraArgs,
-    schedule: PhaseSchedule,
+    phases: Guarded | Cycle,
     predictor: Predictor,
     *,
-    guard: Guard | None,
     predicts_updates: bool,
     learning_rate: optax.ScalarOrSchedule | None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -59,13 +72,14 @@ def switched(
 
     Args:
         opt: the optimizer.
-        schedule: of the phases.
+        phases: when to predict.
         predictor: of what is recorded.
-        guard: by which the phases follow the errors of the predictions, or None.
         predicts_updates: whether what ``opt`` emits is recorded and predicted; else the gradients are.
         learning_rate: multiplies what leaves, in every phase; a number, a schedule over all steps, or None.
     """
-    ever_predicts = schedule.ever_predicts
+    _refuse_rare_emissions(opt)
+    ever_predicts = machines.ever_predicts(phases)
+    is_adaptive = isinstance(phases, AdaptiveCycle)
     recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
     run = PhaseStep(recorded, predictor)
     look = _Look(predictor)
@@ -74,13 +88,15 @@ def switched(
     def init_fn(params: optax.Params) -> PhaseSwitchedState:
         checks.check_inexact_leaves(params)
         inner_state = opt.init(params)
-        _check_inner_state(inner_state)
-        _check_domain(inner_state, predicts_updates)
+        _check_inner_state(inner_state, predicts_updates=predicts_updates)
+        _check_domain(inner_state, predicts_updates, predictor)
+        rests = predicts_updates and ever_predicts
+        check_one_rate(inner_state, learning_rate, rests=rests)
         if not ever_predicts:
-            return PhaseSwitchedState(machines.init(schedule), None, None, inner_state)
+            return PhaseSwitchedState(machines.init(phases), None, None, inner_state)
         experience = predictor.init_experience(params)
         return PhaseSwitchedState(
-            machine=machines.init(schedule, guard, experience.calibration),
+            machine=machines.init(phases, experience.calibration),
             history=predictor.history.init(params),
             residual=experience.residual,
             inner_state=inner_state,
@@ -95,15 +111,20 @@ def switched(
         value = None
         if extra_args.get("value") is not None:
             value = extra_args["value"] = checks.check_scalar("value", extra_args["value"])
-        elif schedule.adaptive:
-            raise ValueError("adaptive=True needs the loss at every step: update(..., value=loss), got value=None")
-        _check_state(state, schedule, predictor, has_guard=guard is not None)
+        elif is_adaptive:
+            raise ValueError("AdaptiveCycle needs the loss at every step: update(..., value=loss), got value=None")
+        _check_state(state, phases, predictor)
         _check_trees(updates, params, state, predictor)
+        if machines.repeats_loss(state.machine):
+            if value is None:
+                unmeasured.warn_without_value()
+            if not predicts_updates:
+                unmeasured.check_no_reader(state.inner_state)
 
         machine, history, residual = state.machine, state.history, state.residual
         axes = _axes_to_agree_over(updates, state)
         if value is not None:
-            value = extra_args["value"] = _agreed_value(value, state, in_all_phases=schedule.adaptive)
+            value = extra_args["value"] = _agreed_value(value, state, in_all_phases=is_adaptive)
         count = machines.total_steps(machine)
         recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
         horizon = None
@@ -125,7 +146,7 @@ def switched(
             history = record_if(is_recorded, history, result.target, seen_params, count, scalars)
         else:
             target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
-            result = StepResult(target, inner_state, all_finite_over(axes)(updates))
+            result = StepResult(target, inner_state, all_finite_over(axes)(updates), jnp.array(False))
 
         is_finite = result.is_finite
         if predicts_updates:
@@ -140,7 +161,13 @@ def switched(
             rate = learning_rate(count) if callable(learning_rate) else learning_rate
             new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
         machine = machines.advance(
-            schedule, guard, machine, is_finite=is_finite, value=value, horizon=horizon, comparison=result.comparison
+            phases,
+            machine,
+            is_finite=is_finite,
+            is_ignored=result.is_ignored,
+            value=value,
+            horizon=horizon,
+            comparison=result.comparison,
         )
         return new_updates, PhaseSwitchedState(machine, history, residual, inner_state)
 
@@ -197,31 +224,47 @@ def _agreed_value(value: jax.Array, state: PhaseSwitchedState, *, in_all_phases:
     )
 
 
-def _check_domain(inner_state: optax.OptState, predicts_updates: bool) -> None:
+def _check_domain(inner_state: optax.OptState, predicts_updates: bool, predictor: Predictor) -> None:
     axes = axes_in(inner_state)
     if axes and not predicts_updates:
+        which = "secants predict gradients" if predictor.reads_params else "predicts='gradient' predicts gradients"
         raise ValueError(
-            f"predict_in must be 'update' where opt averages gradients over devices, here along {sorted(axes)}: those "
-            "that enter differ, and so would what is recorded of them. Secants, the default, predict gradients; a line "
-            "(history='window' or 'recursive') can predict updates"
+            f"predictor must predict updates where opt averages gradients over devices, along {sorted(axes)}: {which}, "
+            "which differ between devices here: use predictor=Window(...), whose updates are the same on all"
         )
 
 
-def _check_inner_state(inner_state: optax.OptState) -> None:
+def _check_inner_state(inner_state: optax.OptState, *, predicts_updates: bool) -> None:
     if stats.contains_machine(inner_state):
         raise ValueError(
             "opt must not contain a phase machine of its own: use predict_gradients or phase_switched once"
         )
-    refused = {
-        optax.MultiStepsState: "optax.MultiSteps: wrap the other way round, MultiSteps(phase_switched(...))",
-        optax.ScaleByBacktrackingLinesearchState: "a line search: it evaluates the loss itself at every step",
-        optax.ScaleByZoomLinesearchState: "a line search: it evaluates the loss itself at every step",
-    }
-    types = tuple(refused)
-    for leaf in jax.tree.leaves(inner_state, is_leaf=lambda x: isinstance(x, types)):
-        for kind, reason in refused.items():
-            if isinstance(leaf, kind):
-                raise ValueError(f"opt must not contain {reason}")
+    searches = optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState
+    if _find(inner_state, lambda node: isinstance(node, searches)):
+        raise ValueError("opt must not contain a line search: it evaluates the loss itself at every step")
+    for node in _find(inner_state, _emits_rarely):
+        name = _RARE_EMITTERS.get(type(node).__name__, type(node).__name__)
+        raise ValueError(f"opt must not contain {name}, which emits rarely: {_THE_OTHER_WAY_ROUND}")
+    if predicts_updates and _find(inner_state, lambda node: isinstance(node, optax.ConditionallyMaskState)):
+        raise ValueError(
+            "opt must not contain optax.transforms.conditionally_mask where its updates are predicted: predictions "
+            "would leave in the steps that it masks, too. Mask what phase_switched emits, or predict gradients"
+        )
+
+
+def _find(state: Tree, is_meant: Callable[[object], bool]) -> list[Tree]:
+    return [node for node in jax.tree.leaves(state, is_leaf=is_meant) if is_meant(node)]
+
+
+def _emits_rarely(node: object) -> bool:
+    """Whether it is the state of what counts micro-batches, as those of MultiSteps and of `accumulation` do."""
+    return isinstance(node, optax.ApplyEvery) or "mini_step" in getattr(node, "_fields", ())
+
+
+def _refuse_rare_emissions(opt: optax.GradientTransformation) -> None:
+    """``ValueError``, where it is made, for what says of itself that it emits rarely; ``init`` finds what is inside."""
+    if hasattr(opt, "has_updated"):
+        raise ValueError(f"opt must not be {type(opt).__name__}, which emits rarely: {_THE_OTHER_WAY_ROUND}")
 
 
 def _check_trees(
@@ -237,24 +280,32 @@ def _check_trees(
     if predictor.reads_params:
         if params is None and tree is not None:
             raise ValueError(
-                "params must be given with history='secant', which is what guard=True takes: update(updates, state, "
-                "params); got None. history='window' needs none"
+                "params must be given with predictor=Secants(), the default: update(updates, state, params); got None. "
+                "A Window or Recursive needs none"
             )
         checks.check_same_tree(tree, params, what="params", leading_axes=leading)
 
 
-def _check_state(state: optax.OptState, schedule: PhaseSchedule, predictor: Predictor, *, has_guard: bool) -> None:
+def _check_state(state: optax.OptState, phases: Guarded | Cycle, predictor: Predictor) -> None:
     """``ValueError`` if the state was made by a transformation with other settings."""
     if not isinstance(state, PhaseSwitchedState):
         raise ValueError(f"state must be what init returned, a PhaseSwitchedState, got {type(state).__name__}")
-    machine, ever_predicts = state.machine, schedule.ever_predicts
-    settings: dict[str, tuple[object, object]] = {"adaptive": (machine.adaptive is not None, schedule.adaptive)}
-    if ever_predicts:
-        predictor.history.check_state(state.history)
-        settings["guard"] = machine.guard is not None, has_guard
-        settings["calibrate"] = machine.calibration is not None, predictor.calibrates
-        if predictor.history.example(state.history)[0] is not None:  # A tree may be None itself.
-            settings["residual"] = state.residual is not None, predictor.has_residual
-    else:
+    machine, ever_predicts = state.machine, machines.ever_predicts(phases)
+    check_settings(phases=(_phases_of(machine), type(phases).__name__ if ever_predicts else None))
+    if not ever_predicts:
         check_history(state.history, None)
-    check_settings(**settings)
+        return
+    predictor.history.check_state(state.history)
+    check_settings(calibrate=(machine.calibration is not None, predictor.calibrates))
+    if predictor.history.example(state.history)[0] is not None:  # A tree may be None itself.
+        had = None if state.residual is None else "a number"
+        check_settings(residual_decay=(had, "a number" if predictor.has_residual else None))
+
+
+def _phases_of(machine: PhaseMachineState) -> str | None:
+    """The class of the settings that the machine was made with; None if it never predicts."""
+    if machine.errors is None:
+        return None
+    if machine.guard is not None:
+        return Guarded.__name__
+    return Cycle.__name__ if machine.adaptive is None else AdaptiveCycle.__name__

@@ -1,5 +1,7 @@
 """The backward pass inside a conditional, so that PREDICT steps really do not run it."""
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -11,19 +13,24 @@ from jax import lax
 
 from vsa_optax.core.mesh import as_varying, varying_axes
 from vsa_optax.core.types import Tree
-from vsa_optax.prediction.machine import Phase, last_value
-from vsa_optax.prediction.stats import find_machine
+from vsa_optax.prediction import unmeasured
+from vsa_optax.prediction.coverage import check_covers
+from vsa_optax.prediction.machine import Phase, last_value, note_repeated_loss
+from vsa_optax.prediction.predictors.secant import SecantHistoryState
+from vsa_optax.prediction.stats import contains_machine, find_machine
+from vsa_optax.prediction.update import PhaseSwitchedState
 
 Value = TypeVar("Value")
 Value_co = TypeVar("Value_co", covariant=True)
 Result = TypeVar("Result")
 Array: TypeAlias = jax.Array | np.ndarray | np.generic
+_NOT_GIVEN: Any = object()  # None may be the state of an optimizer, or aux.
 
 
 class ValueAndGradByPhase(Protocol[Value_co]):
     """What `value_and_grad_by_phase` returns: the function's arguments go in, and by keyword the optimizer's state."""
 
-    def __call__(self, *args: Any, state: Tree, aux_in_predict: Tree = None, **kwargs: Any) -> tuple[Value_co, Tree]:
+    def __call__(self, *args: Any, state: Tree, aux_in_predict: Tree = ..., **kwargs: Any) -> tuple[Value_co, Tree]:
         """What the function returns, or in PREDICT what stands in its place; and the gradients, or zeros."""
 
 
@@ -33,13 +40,23 @@ def value_and_grad_by_phase(
     has_aux: bool = False,
     *,
     value_in_predict: bool = False,
+    allow_int: bool = False,
 ) -> ValueAndGradByPhase[Value]:
     """Like ``jax.value_and_grad``, but PREDICT steps run neither the backward nor, by default, the forward pass.
 
     In WARMUP, FULL and CORRECT the returned function does what ``jax.value_and_grad(fun, argnums, has_aux)`` does. In
     PREDICT it returns zero gradients, which `vsa_optax.phase_switched` and `vsa_optax.predict_gradients` ignore, and as
-    the value the last finite ``value=`` that an ``update`` received (NaN until one did, or infinity with
-    ``jax_debug_nans``), or, with ``value_in_predict=True``, the value that a forward pass gives.
+    the value the last finite ``value=`` that an ``update`` received in a true step (NaN until one did, or infinity with
+    ``jax_debug_nans``), or, with ``value_in_predict=True``, the value that a forward pass gives. It cannot be the last
+    value that this function computed: a pure function keeps nothing, and of what it returns only what ``update`` is
+    given reaches the state. Where ``update`` was not given it, a warning says so.
+
+    **A repeated value is no news.** What takes it for news (early stopping, a loss scale that is divided out again, a
+    schedule that follows the loss) goes wrong without an error: ``reduce_on_plateau`` counts repeated losses as no
+    progress, until the rate is 0. A NaN in its place would count likewise. So, where something reads the value at every
+    step, pay for the forward pass, ``value_in_predict=True``; or look only at steps for which
+    ``vsa_optax.needs_backward(state)``, asked before the update, was true. A state that holds ``reduce_on_plateau`` or
+    ``momo`` is refused without it.
 
     The choice is one ``lax.cond`` on the phase in ``state``; a single compiled step serves all phases. Under
     ``jax.vmap`` both sides run.
@@ -53,18 +70,26 @@ def value_and_grad_by_phase(
         argnums: positions of the arguments to differentiate.
         has_aux: whether ``fun`` returns ``(value, aux)``.
         value_in_predict: whether PREDICT runs the forward pass.
+        allow_int: as in ``jax.value_and_grad``.
 
     Returns:
-        ``f(*args, state, aux_in_predict=None, **kwargs)``, which returns ``(value, grads)`` or
+        ``f(*args, state, aux_in_predict, **kwargs)``, which returns ``(value, grads)`` or
         ``((value, aux), grads)``. ``state`` is the optimizer's state, with one phase machine anywhere inside.
         ``aux_in_predict`` is what stands for aux in PREDICT when no forward pass runs: a tree of aux's structure,
-        shapes and dtypes, e.g. the current batch statistics.
+        shapes and dtypes, e.g. the current batch statistics. It is not needed for an aux without arrays, such as None.
 
     Raises:
         ValueError: ``has_aux=True`` with neither ``value_in_predict=True`` nor ``aux_in_predict``; an
-            ``aux_in_predict`` that does not match aux; a ``state`` without exactly one phase machine.
-        TypeError: aux that is not made of arrays; a Flax nnx Module among the arguments, whose mutations inside a
+            ``aux_in_predict`` that does not match aux; a ``state`` without exactly one phase machine; gradients of
+            leaves that the machine does not cover, whose optimizer would take the zeros of a skipped step for news
+            (frozen ones are allowed); something in the state that follows the loss, without ``value_in_predict=True``.
+        TypeError: no ``state=``; a ``fun`` with an argument ``state`` or ``aux_in_predict`` of its own that was not
+            given by position; aux that is not made of arrays; an argument to differentiate with leaves that are no
+            arrays, such as an Equinox model; a Flax nnx Module among the arguments, whose mutations inside a
             conditional would be lost: split it (``nnx.split``) and return what changes as aux.
+
+    Warns:
+        UserWarning: at the ``update``, if it is given no ``value=``, and ``value_in_predict`` is False.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsa_optax
@@ -74,18 +99,25 @@ def value_and_grad_by_phase(
         >>> float(value), grads.tolist()
         (5.0, [0.0, 2.0, 4.0])
     """
-    differentiated = jax.value_and_grad(fun, argnums, has_aux)
+    differentiated = jax.value_and_grad(fun, argnums, has_aux, allow_int=allow_int)
 
-    def value_and_grads(*args: Any, state: Tree, aux_in_predict: Tree = None, **kwargs: Any) -> tuple[Value, Tree]:
-        if has_aux and not value_in_predict and aux_in_predict is None:
-            raise ValueError(
-                "has_aux=True needs value_in_predict=True, or aux_in_predict=, what to return as aux in PREDICT "
-                "(a tree of aux's structure), got aux_in_predict=None"
-            )
+    def value_and_grads(
+        *args: Any, state: Tree = _NOT_GIVEN, aux_in_predict: Tree = _NOT_GIVEN, **kwargs: Any
+    ) -> tuple[Value, Tree]:
+        _check_state_is_given(state, args)
+        _refuse_hidden_arguments(fun, args)
         _refuse_modules(fun, args, kwargs)
+        _refuse_what_is_no_array(args, argnums)
+        if has_aux and not value_in_predict and aux_in_predict is _NOT_GIVEN:
+            aux_in_predict = _aux_without_arrays(lambda: fun(*args, **kwargs))
+        elif not has_aux or value_in_predict:
+            aux_in_predict = None
         machine = find_machine(state)
-        if machine.errors is None:  # predict_steps=0: no step is ever predicted.
+        if machine.errors is None:  # No step is ever predicted.
             return differentiated(*args, **kwargs)
+        if not value_in_predict:
+            note_repeated_loss(machine)
+            unmeasured.check_no_reader(_run_in_predict(state))
 
         # Arrays enter the conditional as operands, so that containers which know where they were made (Flax's
         # Variables) are made anew inside; what is not an array is static.
@@ -110,6 +142,8 @@ def value_and_grad_by_phase(
             return out
 
         out_shapes, grad_shapes = jax.eval_shape(traced, arrays)
+        for switched in _switched(state):
+            check_covers(switched, state, grad_shapes)
         if has_aux and not value_in_predict:
             _check_aux_in_predict(out_shapes[1], aux_in_predict)
 
@@ -134,6 +168,80 @@ def value_and_grad_by_phase(
         return lax.cond(is_predict, without_backward, with_backward, arrays, aux_in_predict)
 
     return value_and_grads
+
+
+def _switched(state: Tree) -> list[PhaseSwitchedState]:
+    """The state of the transformation with the machine; none if the machine was given alone."""
+    return [node for node in _nodes(state) if isinstance(node, PhaseSwitchedState)]
+
+
+def _nodes(state: Tree) -> list[Tree]:
+    """What a state holds, the transformation with the machine, and transformations that follow the loss, as one."""
+    kinds = (PhaseSwitchedState, *unmeasured.READERS)
+    return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
+
+
+def _run_in_predict(state: Tree) -> list[Tree]:
+    """What of a state is updated in PREDICT, too: all around the machine, and what secants feed with gradients."""
+    found = [node for node in _nodes(state) if not isinstance(node, PhaseSwitchedState)]
+    return found + [node.inner_state for node in _switched(state) if isinstance(node.history, SecantHistoryState)]
+
+
+def _check_state_is_given(state: Tree, args: tuple[Tree, ...]) -> None:
+    if state is not _NOT_GIVEN:
+        return
+    places = [place for place, arg in enumerate(args) if contains_machine(arg)]
+    got = f"argument {places[0]} holds it" if places else "there is none"
+    raise TypeError(f"value_and_grad_by_phase(...) needs state=opt_state (keyword only), the optimizer's state: {got}")
+
+
+def _refuse_hidden_arguments(fun: Callable[..., object], args: tuple[Tree, ...]) -> None:
+    """``TypeError`` for an argument of ``fun`` that cannot be reached, since its name is taken."""
+    try:
+        signature = inspect.signature(fun)
+        filled = signature.bind_partial(*args).arguments
+    except (TypeError, ValueError):  # There is none, or ``fun`` itself will complain.
+        return
+    bound = fun.keywords if isinstance(fun, functools.partial) else {}
+    for name in ("state", "aux_in_predict"):
+        if name in signature.parameters and name not in filled and name not in bound:
+            raise TypeError(
+                f"fun has an argument {name!r} of its own, but {name}= is taken for value_and_grad_by_phase's: give it "
+                "by position, bind it (functools.partial), or rename it"
+            )
+
+
+def _refuse_what_is_no_array(args: tuple[Tree, ...], argnums: int | Sequence[int]) -> None:
+    for place in [argnums] if isinstance(argnums, int) else argnums:
+        if not -len(args) <= place < len(args):
+            return  # JAX says so.
+        for path, leaf in jax.tree_util.tree_leaves_with_path(args[place]):
+            if not (isinstance(leaf, Array | int | float | complex) or hasattr(leaf, "__jax_array__")):
+                raise TypeError(
+                    f"argument {place}, which is differentiated, must be made of arrays, but "
+                    f"{jax.tree_util.keystr(path) or 'itself'} is a {type(leaf).__name__}. Of an Equinox model give "
+                    "the arrays only: params, static = eqx.partition(model, eqx.is_inexact_array), and in the function "
+                    "model = eqx.combine(params, static)"
+                )
+
+
+def _aux_without_arrays(call: Callable[[], object]) -> Tree:
+    """What stands for an aux that holds no arrays, which is itself; ``ValueError`` if it does hold some."""
+    found: list[Tree] = []
+
+    def traced() -> int:
+        out = call()
+        if isinstance(out, tuple) and len(out) == 2:
+            found.append(out[1])
+        return 0
+
+    jax.eval_shape(traced)
+    if found and not jax.tree.leaves(found):
+        return found[0]
+    raise ValueError(
+        "has_aux=True needs value_in_predict=True, or aux_in_predict=, what to return as aux in PREDICT (a tree of "
+        "aux's structure), got neither"
+    )
 
 
 def _check_aux(call: Callable[[Sequence[Array]], object], arrays: Sequence[Array]) -> None:
@@ -182,5 +290,7 @@ def _refuse_modules(fun: Callable[..., object], args: tuple[Tree, ...], kwargs: 
     if any(is_module(x) for x in jax.tree.leaves(everything, is_leaf=is_module)):
         raise TypeError(
             "a Flax nnx Module was given, but what it changes inside a conditional (batch statistics, dropout counts) "
-            "would be lost: split it with nnx.split, pass the states, and return what changes as aux"
+            "would be lost: split it, graphdef, params, rest = nnx.split(model, nnx.Param, ...), pass the states, put "
+            "them together in the function, model = nnx.merge(graphdef, params, rest, copy=True), and return what "
+            "changes as aux, nnx.state(model, nnx.Not(nnx.Param))"
         )

@@ -8,13 +8,14 @@ import optax
 import pytest
 
 import vsa_optax
+from vsa_optax import Recursive, Window
 from vsa_optax.prediction.fits import calibration
 
 SETTINGS = {"warmup_steps": 4, "full_steps": 2, "predict_steps": 3, "correct_every": 2, "calibrate": True}
 HISTORIES = {
-    "window": {"history_window": 5},
-    "recursive": {"history": "recursive"},
-    "coded": {"history_window": 5, "history_codec": vsa_optax.TritCodec(3, block_size=8)},
+    "window": {"length": 5},
+    "recursive": {"line": Recursive},
+    "coded": {"length": 5, "codec": vsa_optax.TritCodec(3, block_size=8)},
 }
 
 
@@ -115,7 +116,7 @@ def test_in_noise_round_a_constant_the_slope_is_not_believed():
     rng = np.random.default_rng(2)
     constant = rng.normal(size=4096)
     noisy = (constant + rng.normal(size=(200, 4096))).astype(np.float32)
-    _, stats, _ = emitted(blind.predict_gradients(**SETTINGS, history="recursive", history_decay=1.0), noisy)
+    _, stats, _ = emitted(blind.predict_gradients(**SETTINGS, line=Recursive, decay=1.0), noisy)
     alpha, beta = np.asarray(stats.quality.coefficients[-1, 0])
     assert abs(beta) < 0.1
     assert 0.9 < alpha < 1.05
@@ -128,7 +129,7 @@ def test_an_oscillation_that_a_line_misses_is_found_with_the_newest_record():
     settings = {"warmup_steps": 39, "full_steps": 1, "predict_steps": 1}
     updates, stats, _ = emitted(blind.predict_gradients(calibrate=True, **settings), wave)
     assert int(stats.predict_steps[-1]) == 1
-    uncalibrated, _, _ = emitted(blind.predict_gradients(residual=False, **settings), wave)
+    uncalibrated, _, _ = emitted(blind.predict_gradients(residual_decay=None, **settings), wave)
     assert np.linalg.norm(updates[-1] - wave[-1]) < 0.2 * np.linalg.norm(uncalibrated[-1] - wave[-1])
 
 
@@ -146,7 +147,7 @@ def test_what_is_not_finite_or_out_of_range_is_not_measured():
     gradients = np.ones([40, 6], np.float32)
     gradients[2, 3] = np.nan
     gradients[20:26] = 1e30
-    updates, stats, state = emitted(blind.predict_gradients(**SETTINGS, history_window=4), gradients)
+    updates, stats, state = emitted(blind.predict_gradients(**SETTINGS, length=4), gradients)
     assert np.isfinite(updates).all()
     assert int(stats.nonfinite_count[-1]) == 1
     assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(state.machine.calibration.sums))
@@ -174,14 +175,14 @@ def test_the_products_kept_are_those_of_the_records():
 
 def test_the_state_costs_what_is_documented():
     params = {"a": jnp.zeros(100), "b": jnp.zeros([7, 3])}
-    for settings, per_leaf in (({"history_window": 6}, 4 * (36 + 14)), ({"history": "recursive"}, 32)):
+    for settings, per_leaf in (({"length": 6}, 4 * (36 + 14)), ({"line": Recursive}, 32)):
         state = blind.predict_gradients(**SETTINGS, **settings).init(params)
         assert state.residual is None
         assert sum(x.nbytes for x in jax.tree.leaves(state.machine.calibration)) == 2 * per_leaf
 
 
 def test_an_empty_tree_has_nothing_to_calibrate():
-    opt = vsa_optax.predict_gradients(**SETTINGS)
+    opt = vsa_optax.predict_gradients(predictor=Window(predicts="gradient"))
     state = opt.init({})
     for _ in range(12):
         _, state = opt.update({}, state)
@@ -190,8 +191,8 @@ def test_an_empty_tree_has_nothing_to_calibrate():
 
 
 def test_settings_that_exclude_each_other_are_named():
-    with pytest.raises(ValueError, match="residual must be False or None with calibrate=True"):
-        blind.predict_gradients(calibrate=True, residual=True)
+    with pytest.raises(ValueError, match=r"residual_decay must be None with calibrate=True.* got 0\.5"):
+        blind.predict_gradients(calibrate=True, residual_decay=0.5)
     with pytest.raises(ValueError, match="calibrate must be True or False"):
         blind.predict_gradients(calibrate=1)
     calibrated = blind.phase_switched(optax.sgd(0.1), calibrate=True)

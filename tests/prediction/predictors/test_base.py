@@ -3,17 +3,21 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from vsa_optax import AdaptiveCycle, Guarded, Recursive, Secants
+
 PARAMS = {"layer": {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}}
 
 
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [
-        (dict(history="recursive"), "history is 'RecursiveHistoryState', here 'WindowHistoryState'"),
-        (dict(history_window=3), "history_window is 3, here 8"),
-        (dict(predict_steps=0), "history is None, here 'WindowHistoryState'"),
-        (dict(residual=False), "residual is False, here True"),
-        (dict(adaptive=True), "adaptive is True, here False"),
+        (dict(line=Recursive), "predictor is Recursive, here Window"),
+        (dict(line=Secants), "predictor is Secants, here Window"),
+        (dict(length=3), "length is 3, here 8"),
+        (dict(predict_steps=0), "phases is None, here Cycle"),
+        (dict(residual_decay=None), "residual_decay is None, here a number"),
+        (dict(when=AdaptiveCycle), "phases is AdaptiveCycle, here Cycle"),
+        (dict(when=Guarded), "phases is Guarded, here Cycle"),
     ],
 )
 def test_a_state_of_other_settings(theirs, message):

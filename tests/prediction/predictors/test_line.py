@@ -8,24 +8,19 @@ import reference
 from samples import PARAMS, flat_of, gradient_stream, relative, tree_of
 
 import vsa_optax
+from vsa_optax import Recursive, Window
 from vsa_optax.prediction.machine import Phase
 
 SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2)
 
 
-@pytest.mark.parametrize("history", ["window", "recursive"])
+@pytest.mark.parametrize("line", [Window, Recursive])
 @pytest.mark.parametrize("has_residual", [True, False])
 @pytest.mark.parametrize("skip_rate", [0.0, 0.3])
-def test_predictions_equal_the_twin_over_a_hundred_steps(history, has_residual, skip_rate):
-    opt = blind.predict_gradients(
-        history=history,
-        residual=has_residual,
-        history_window=5,
-        history_decay=0.9,
-        residual_decay=0.8,
-        **SHORT,
-    )
-    window = 5 if history == "window" else None
+def test_predictions_equal_the_twin_over_a_hundred_steps(line, has_residual, skip_rate):
+    residual_decay = 0.8 if has_residual else None
+    opt = blind.predict_gradients(line=line, length=5, decay=0.9, residual_decay=residual_decay, **SHORT)
+    window = 5 if line is Window else None
     twin = reference.Predictor(window=window, decay=0.9, residual_decay=0.8, has_residual=has_residual)
     update = jax.jit(opt.update)
     state, predicted = opt.init(PARAMS), 0
@@ -50,9 +45,9 @@ def test_predictions_equal_the_twin_over_a_hundred_steps(history, has_residual, 
         assert relative(flat_of(state.residual), twin.residual) < 1e-4
 
 
-@pytest.mark.parametrize("history", ["window", "recursive"])
-def test_exact_on_gradients_that_move_on_a_line(history):
-    opt = blind.predict_gradients(history=history, **SHORT)
+@pytest.mark.parametrize("line", [Window, Recursive])
+def test_exact_on_gradients_that_move_on_a_line(line):
+    opt = blind.predict_gradients(line=line, **SHORT)
     start, slope = gradient_stream(2, seed=3)
     state = opt.init(PARAMS)
     update = jax.jit(opt.update)
@@ -66,10 +61,10 @@ def test_exact_on_gradients_that_move_on_a_line(history):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("history", ["window", "recursive"])
-def test_predictions_beyond_the_dtype_saturate(dtype, history):
+@pytest.mark.parametrize("line", [Window, Recursive])
+def test_predictions_beyond_the_dtype_saturate(dtype, line):
     top = float(jnp.finfo(dtype).max)
-    opt = blind.predict_gradients(history=history, warmup_steps=4, full_steps=1, predict_steps=9, correct_every=3)
+    opt = blind.predict_gradients(line=line, warmup_steps=4, full_steps=1, predict_steps=9, correct_every=3)
     state = opt.init(jnp.zeros(2, dtype))
     for step in range(14):
         gradient = jnp.asarray([(-1.0) ** step * top, top * step / 14], dtype)
@@ -84,7 +79,7 @@ def test_history_dtype_and_half_precision_parameters():
     opt = blind.phase_switched(optax.adamw(1.0), learning_rate=1e-2, **SHORT)
     state = opt.init(params)
     assert state.history.records["w"].dtype == state.residual["w"].dtype == jnp.bfloat16
-    narrow = blind.phase_switched(optax.adamw(1.0), history_dtype="bfloat16", **SHORT).init(params)
+    narrow = blind.phase_switched(optax.adamw(1.0), dtype="bfloat16", **SHORT).init(params)
     assert narrow.history.records["b"].dtype == jnp.bfloat16
     update = jax.jit(opt.update)
     for _ in range(20):

@@ -8,11 +8,11 @@ import pytest
 import reference
 
 import vsa_optax
-from vsa_optax import Phase
+from vsa_optax import Cycle, Phase, Secants
 from vsa_optax.prediction.fits import secant_fit
 
 SIZE = 13
-CYCLE = dict(history="secant", guard=False, warmup_steps=6, full_steps=2, predict_steps=3, correct_every=9)
+CYCLE = dict(phases=Cycle(warmup_steps=6, full_steps=2, predict_steps=3, correct_every=9))
 
 
 def tree_of(flat):
@@ -34,7 +34,7 @@ def curved(seed):
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_predictions_equal_the_twin_over_a_hundred_steps(noise):
-    opt = vsa_optax.predict_gradients(history_window=5, **CYCLE)
+    opt = vsa_optax.predict_gradients(predictor=Secants(5), **CYCLE)
     twin = reference.SecantPredictor(window=5, ridges=secant_fit.RIDGES, forget=0.9)
     gradient_at, rng = curved(1), np.random.default_rng(2)
     x, update = rng.normal(size=SIZE).astype(np.float32), jax.jit(opt.update)
@@ -67,7 +67,7 @@ def test_predictions_equal_the_twin_over_a_hundred_steps(noise):
 def test_a_quadratic_is_known_where_the_parameters_have_been():
     """Of four dimensions, after four steps and more, the gradient anywhere."""
     hessian = jnp.diag(jnp.array([1.0, 2.0, 5.0, 10.0]))
-    opt = vsa_optax.predict_gradients(history="secant", guard=False, warmup_steps=8, full_steps=1, predict_steps=50)
+    opt = vsa_optax.predict_gradients(phases=Cycle(warmup_steps=8, full_steps=1, predict_steps=50))
     update, rng = jax.jit(opt.update), np.random.default_rng(0)
     x = jnp.ones(4)
     state = opt.init(x)
@@ -120,7 +120,7 @@ def test_where_nothing_helps_the_newest_gradient_predicts():
 
 
 def test_the_products_kept_are_those_of_the_changes():
-    opt = vsa_optax.predict_gradients(history_window=4, **CYCLE)
+    opt = vsa_optax.predict_gradients(predictor=Secants(4), **CYCLE)
     update, rng = jax.jit(opt.update), np.random.default_rng(4)
     x = tree_of(np.zeros(SIZE))
     state = opt.init(x)
@@ -137,7 +137,7 @@ def test_the_products_kept_are_those_of_the_changes():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
 def test_dtypes_pass_through(dtype):
     params = {"a": jnp.ones((3, 2), dtype), "b": jnp.ones([], jnp.float32)}
-    opt = vsa_optax.predict_gradients(history_dtype=None if dtype == "complex64" else "bfloat16", **CYCLE)
+    opt = vsa_optax.predict_gradients(predictor=Secants(dtype=None if dtype == "complex64" else "bfloat16"), **CYCLE)
     update, state = jax.jit(opt.update), opt.init(params)
     kinds = jax.tree.map(lambda x: (x.dtype, x.weak_type), state)
     hessian = np.float32(0.3)
@@ -188,29 +188,17 @@ def test_the_state_costs_what_is_documented():
     params = {"a": jnp.zeros(1000), "b": jnp.zeros([70, 3])}
     size = 4 * 1210
     for window, dtype, trees in ((16, None, 34), (3, None, 8), (4, "bfloat16", 5.5)):
-        state = vsa_optax.predict_gradients(history_window=window, history_dtype=dtype).init(params)
+        state = vsa_optax.predict_gradients(predictor=Secants(window, dtype=dtype)).init(params)
         total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         per_leaf, besides = 4 * (window**2 + 1), 4 * window**2
         assert 0 < total - trees * size - 2 * per_leaf - besides < 150
         assert state.residual is None
 
 
-def test_what_only_a_line_has_is_refused_or_makes_it_a_line():
-    make = vsa_optax.phase_switched
-    for name, value in (("predict_in", "update"), ("calibrate", True), ("residual", True)):
-        with pytest.raises(ValueError, match=f"{name} must be left out with history='secant'"):
-            make(optax.sgd(0.1), history="secant", **{name: value})
-    for settings in ({"predict_in": "update"}, {"calibrate": True}, {"history_codec": vsa_optax.TritCodec()}):
-        state = make(optax.sgd(0.1), **settings).init(jnp.ones(3))
-        assert "WindowHistoryState" in type(state.history).__name__
-    assert type(make(optax.sgd(0.1)).init(jnp.ones(3)).history).__name__ == "SecantHistoryState"
-    assert type(make(optax.sgd(0.1), guard=False).init(jnp.ones(3)).history).__name__ == "WindowHistoryState"
-
-
 def test_parameters_are_asked_for():
     opt = vsa_optax.predict_gradients()
     state = opt.init(jnp.ones(3))
-    with pytest.raises(ValueError, match="params must be given with history='secant'"):
+    with pytest.raises(ValueError, match=r"params must be given with predictor=Secants\(\), the default"):
         opt.update(jnp.ones(3), state)
     with pytest.raises(ValueError, match="params: "):
         opt.update(jnp.ones(3), state, jnp.ones(4))

@@ -19,7 +19,7 @@ from vsa_optax.prediction.predictors.window import CodedWindowHistory, WindowHis
 # A leaf of 128 coordinates, and one that `TritCodec` leaves alone.
 CODECS = {"trits": TritCodec(3, block_size=64), "hypervector": HypervectorCodec(0.5)}
 every_codec = pytest.mark.parametrize("name", CODECS)
-SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, history_window=5, residual_decay=0.3)
+SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, length=5, residual_decay=0.3)
 PARAMS = {"w": jnp.zeros(128), "b": jnp.zeros(3)}
 STEPS = 30
 
@@ -49,7 +49,7 @@ def gradient_stream(steps=STEPS, noise=0.1):
 @functools.cache
 def compiled(name):
     """An optimizer and its update, compiled; the name of a codec, or None."""
-    opt = blind.predict_gradients(history_codec=CODECS.get(name), **SHORT)
+    opt = blind.predict_gradients(codec=CODECS.get(name), **SHORT)
     return opt, jax.jit(opt.update, **CHEAP)
 
 
@@ -156,12 +156,13 @@ def test_state_bytes_are_those_documented(name, residual):
     """W payloads, their steps and their number; one more payload for the residual; no record as it was."""
     codec = CODECS[name]
     params = {"w": jnp.zeros((100, 64)), "b": jnp.zeros(3, jnp.bfloat16), "none": None}
-    state = blind.predict_gradients(history_codec=codec, residual=residual, **SHORT).init(params)
+    settings = SHORT if residual else SHORT | {"residual_decay": None}
+    state = blind.predict_gradients(codec=codec, **settings).init(params)
     assert nbytes(state.history) == 5 * codec.nbytes(params) + 5 * 4 + 4
     assert nbytes(state.residual) == residual * codec.nbytes(params)
     assert nbytes(state.machine) < 100
     assert all(leaf.shape[0] == 5 for leaf in jax.tree.leaves(state.history.records))
-    off = blind.predict_gradients(history_codec=codec, predict_steps=0).init(params)
+    off = blind.predict_gradients(codec=codec, predict_steps=0).init(params)
     assert (off.history, off.residual) == (None, None)
 
 
@@ -231,7 +232,7 @@ def test_half_parameters_with_wider_updates_and_donation():
     """Records are kept as the parameters are, updates leave as the optimizer made them; each buffer is used anew."""
     widen = optax.stateless(lambda updates, params: jax.tree.map(lambda u: u.astype(jnp.float32), updates))
     params = {"w": jnp.zeros(128, jnp.bfloat16), "b": jnp.zeros(3, jnp.bfloat16)}
-    opt = blind.phase_switched(widen, history_codec=CODECS["trits"], **SHORT)
+    opt = blind.phase_switched(widen, codec=CODECS["trits"], **SHORT)
     update = jax.jit(opt.update, donate_argnums=1, **CHEAP)
     state = opt.init(params)
     specs = CODECS["trits"].specs(state.history.records)
@@ -250,20 +251,10 @@ def test_half_parameters_with_wider_updates_and_donation():
     assert vsa_optax.phase_stats(state).predict_steps > 4
 
 
-@every_codec
-def test_a_codec_needs_the_window(name):
-    codec = CODECS[name]
-    for make in (blind.predict_gradients, functools.partial(blind.phase_switched, optax.sgd(1.0))):
-        with pytest.raises(ValueError, match="history_codec must be None with history='recursive'") as error:
-            make(history="recursive", history_codec=codec)
-        assert repr(codec) in str(error.value)
-        make(history_codec=codec)
-
-
 @pytest.mark.parametrize("value", ["trits", TritCodec, 3, object()], ids=["str", "type", "int", "object"])
 def test_what_is_no_codec_is_refused(value):
-    with pytest.raises(ValueError, match="history_codec must be a codec, such as TritCodec") as error:
-        blind.predict_gradients(history_codec=value)
+    with pytest.raises(ValueError, match="codec must be a codec, such as TritCodec") as error:
+        vsa_optax.Window(codec=value)
     assert f"got {value!r}" in str(error.value)
 
 
@@ -279,8 +270,8 @@ OTHERS = {
 @pytest.mark.parametrize("is_jitted", [False, True], ids=["eager", "jit"])
 def test_the_state_of_another_codec_is_refused(case, is_jitted):
     theirs, ours = OTHERS[case]
-    state = blind.predict_gradients(history_codec=theirs).init(PARAMS)
-    update = blind.predict_gradients(history_codec=ours).update
+    state = blind.predict_gradients(codec=theirs).init(PARAMS)
+    update = blind.predict_gradients(codec=ours).update
     with pytest.raises(ValueError, match="payload") as error:
         (jax.jit(update) if is_jitted else update)(PARAMS, state)
     if type(theirs) is type(ours):
@@ -291,15 +282,15 @@ def test_the_state_of_another_codec_is_refused(case, is_jitted):
 
 @pytest.mark.parametrize("given", ["coded", "plain"])
 def test_coded_and_plain_states_are_told_apart(given):
-    coded, plain = (blind.predict_gradients(history_codec=codec) for codec in (TritCodec(3), None))
+    coded, plain = (blind.predict_gradients(codec=codec) for codec in (TritCodec(3), None))
     theirs, ours = (coded, plain) if given == "coded" else (plain, coded)
-    descriptions = {"coded": "'CodedWindowHistoryState'", "plain": "'WindowHistoryState'"}
+    descriptions = {"coded": r"Window\(codec=...\)", "plain": "Window"}
     other = descriptions["plain" if given == "coded" else "coded"]
-    with pytest.raises(ValueError, match=f"history is {descriptions[given]}, here {other}"):
+    with pytest.raises(ValueError, match=f"predictor is {descriptions[given]}, here {other}"):
         ours.update(PARAMS, theirs.init(PARAMS))
 
 
 def test_gradients_unlike_the_parameters_name_the_leaf():
-    opt = blind.predict_gradients(history_codec=CODECS["trits"])
+    opt = blind.predict_gradients(codec=CODECS["trits"])
     with pytest.raises(ValueError, match=r"leaf \['w'\] has shape \(7,\).*\(128,\)"):
         opt.update(PARAMS | {"w": jnp.zeros(7)}, opt.init(PARAMS))

@@ -22,6 +22,15 @@ OwnScalars: TypeAlias = Any
 OwnCalibration: TypeAlias = Any
 
 
+# By a history's state.
+_MADE_BY = {
+    "SecantHistoryState": "Secants",
+    "WindowHistoryState": "Window",
+    "CodedWindowHistoryState": "Window(codec=...)",
+    "RecursiveHistoryState": "Recursive",
+}
+
+
 class PredictionQuality(NamedTuple):
     """What predictions are worth, leaf by leaf in the order of ``jax.tree.leaves(params)``.
 
@@ -157,18 +166,18 @@ def check_settings(**settings: tuple[object, object]) -> None:
     """``ValueError`` unless each setting that a state was made with, given first, is that of the transformation."""
     for name, (given, wanted) in settings.items():
         if given != wanted:
-            raise ValueError(f"state was made with other settings: {name} is {given!r}, here {wanted!r}")
+            raise ValueError(f"state was made with other settings: {name} is {given}, here {wanted}")
 
 
-def check_history(state: HistoryState, kind: type | None, **windows: int) -> None:
-    """``ValueError`` unless a history's state is of that kind, and each field named has a window of that length.
+def check_history(state: HistoryState, kind: type | None) -> None:
+    """``ValueError`` unless a history's state is of that kind; with None for a kind there must be no history."""
+    given = None if state is None else _settings_of(type(state))
+    check_settings(predictor=(given, None if kind is None else _settings_of(kind)))
 
-    With None for a kind there must be no history.
-    """
-    given = None if state is None else type(state).__name__
-    check_settings(history=(given, None if kind is None else kind.__name__))
-    for field, length in windows.items():
-        check_settings(history_window=(getattr(state, field).shape[0], length))
+
+def _settings_of(kind: type) -> str:
+    """The settings that a history's state was made with, in the words of a user."""
+    return _MADE_BY.get(kind.__name__, kind.__name__)
 
 
 def num_measured_leaves(params: optax.Params) -> int:

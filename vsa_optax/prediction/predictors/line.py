@@ -108,18 +108,21 @@ class LinePredictor:
         history: the records.
         dtype: of the residual; None keeps each leaf's own.
         codec: keeps the residual as a payload, encoded anew at CORRECT steps; None keeps it as it is.
-        has_residual: whether the averaged error is added.
-        residual_decay: γ.
+        residual_decay: γ, with which the averaged error is added; None adds nothing.
         calibrates: whether each leaf weighs the features.
     """
 
     history: LineHistory
     dtype: jnp.dtype | None
     codec: codecs.Codec | None
-    has_residual: bool
-    residual_decay: float
+    residual_decay: float | None
     calibrates: bool
     reads_params: ClassVar[bool] = False
+
+    @property
+    def has_residual(self) -> bool:
+        """Whether the averaged error is added."""
+        return self.residual_decay is not None
 
     def init_experience(self, params: optax.Params) -> Experience:
         """Nothing measured; the residual is zero."""
@@ -138,7 +141,7 @@ class LinePredictor:
         """What ``step`` is to the history, and the residual's coefficient as the last one."""
         del params
         scalars = self.history.scalars(history, step)
-        if not self.has_residual:
+        if self.residual_decay is None:
             return scalars
         faded = jnp.float32(self.residual_decay) ** scalars.horizon
         return scalars._replace(coefficients=jnp.append(scalars.coefficients, faded))
@@ -192,7 +195,7 @@ class LinePredictor:
 
     def _compare_with(self, prediction: optax.Updates, residual: Tree, target: optax.Updates) -> Comparison:
         error, is_defined = numerics.relative_distance(jax.tree.leaves(target), jax.tree.leaves(prediction))
-        if not self.has_residual:
+        if self.residual_decay is None:
             return Comparison(Experience(), error, is_defined)
         decay = jnp.float32(self.residual_decay)
 

@@ -89,7 +89,8 @@ class SecantHistory:
 
     def check_state(self, state: base.HistoryState) -> None:
         """The kind of history, and W."""
-        base.check_history(state, SecantHistoryState, gram=self.length)
+        base.check_history(state, SecantHistoryState)
+        base.check_settings(window=(state.gram.shape[0], self.length))
 
     def example(self, state: SecantHistoryState) -> tuple[optax.Updates, int]:
         """The newest gradient."""

@@ -26,7 +26,7 @@ class WindowHistoryState(NamedTuple):
     """The last W records, in a ring.
 
     Attributes:
-        records: tree of ``[W, *shape]``, in the leaf's dtype or ``history_dtype``; slots not yet written are 0.
+        records: tree of ``[W, *shape]``, in the leaf's dtype or the history's; slots not yet written are 0.
         steps: ``[W] int32``, the step of each record.
         num_records: ``[] int32``, records written so far; the next goes to slot ``num_records % W``.
     """
@@ -64,7 +64,8 @@ class WindowHistory:
 
     def check_state(self, state: HistoryState) -> None:
         """The kind of history, and W."""
-        base.check_history(state, WindowHistoryState, steps=self.length)
+        base.check_history(state, WindowHistoryState)
+        base.check_settings(length=(state.steps.shape[0], self.length))
 
     def example(self, state: HistoryState) -> tuple[optax.Updates, int]:
         """The records."""
@@ -175,7 +176,8 @@ class CodedWindowHistory(WindowHistory):
 
     def check_state(self, state: HistoryState) -> None:
         """The kind of history, and W; the codec itself compares its settings with those of the records."""
-        base.check_history(state, CodedWindowHistoryState, steps=self.length)
+        base.check_history(state, CodedWindowHistoryState)
+        base.check_settings(length=(state.steps.shape[0], self.length))
 
     def example(self, state: CodedWindowHistoryState) -> tuple[optax.Updates, int]:
         """Shapes and dtypes of the records."""

@@ -1,0 +1,72 @@
+"""When to predict, as settings: their ranges, their defaults, and that they are values."""
+
+import numpy as np
+import pytest
+
+import vsa_optax
+from vsa_optax import AdaptiveCycle, Cycle, Guarded
+
+BAD = [
+    (Guarded, "tolerance", 0, "> 0 and <= 1"),
+    (Guarded, "tolerance", 1.5, "> 0 and <= 1"),
+    (Guarded, "tolerance", float("nan"), "> 0 and <= 1"),
+    (Guarded, "tolerance", "0.1", "> 0 and <= 1"),
+    (Guarded, "longest", 0, "an integer >= 1"),
+    (Guarded, "longest", 2.0, "an integer >= 1"),
+    (Guarded, "warmup_steps", 1, "an integer >= 2"),
+    (Cycle, "warmup_steps", 1, "an integer >= 2"),
+    (Cycle, "warmup_steps", 2.5, "an integer >= 2"),
+    (Cycle, "warmup_steps", True, "an integer >= 2"),
+    (Cycle, "full_steps", 0, "an integer >= 1"),
+    (Cycle, "predict_steps", -1, "an integer >= 0"),
+    (Cycle, "predict_steps", None, "an integer >= 0"),
+    (Cycle, "predict_steps", 2**40, "an integer >= 0 and < 2**31"),
+    (Cycle, "correct_every", 0, "an integer >= 1"),
+    (AdaptiveCycle, "full_steps", 0, "an integer >= 1"),
+    (AdaptiveCycle, "loss_threshold", -1.0, ">= 0"),
+    (AdaptiveCycle, "loss_threshold", float("inf"), ">= 0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "value", "valid"), BAD)
+def test_bad_arguments_name_themselves(kind, name, value, valid):
+    with pytest.raises(ValueError, match=f"^{name} must be") as error:
+        kind(**{name: value})
+    assert repr(value) in str(error.value)
+    assert valid in str(error.value)
+
+
+def test_defaults_are_those_documented():
+    assert repr(Guarded()) == "Guarded(tolerance=0.14, longest=20, warmup_steps=10)"
+    assert repr(Cycle()) == "Cycle(warmup_steps=10, full_steps=5, predict_steps=20, correct_every=5)"
+    assert repr(AdaptiveCycle()) == f"Adaptive{repr(Cycle())[:-1]}, loss_threshold=0.1)"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Guarded(tolerance=np.float32(0.25), longest=np.int64(7)),
+        Cycle(warmup_steps=np.int32(3), predict_steps=0),
+        AdaptiveCycle(full_steps=np.int8(2), loss_threshold=np.float32(0.5)),
+    ],
+    ids=lambda settings: type(settings).__name__,
+)
+def test_they_are_values(settings):
+    """What is pasted from ``repr`` is equal, hashes alike, and nothing else is equal."""
+    pasted = eval(repr(settings), vars(vsa_optax) | {type(settings).__name__: type(settings)})
+    assert (pasted, hash(pasted)) == (settings, hash(settings))
+    assert settings not in (type(settings)(), Cycle(), AdaptiveCycle())
+    with pytest.raises(AttributeError):
+        settings.warmup_steps = 3
+
+
+def test_arguments_are_given_by_name():
+    for kind in (Guarded, Cycle, AdaptiveCycle):
+        with pytest.raises(TypeError, match="positional argument"):
+            kind(10)
+
+
+def test_what_a_rhythm_has_the_guard_does_not_take():
+    for name in ("full_steps", "correct_every", "predict_steps", "loss_threshold"):
+        with pytest.raises(TypeError, match=name):
+            Guarded(**{name: 5})

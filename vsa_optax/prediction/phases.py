@@ -1,0 +1,106 @@
+"""When to predict: the settings of the phase machine, as objects that check themselves."""
+
+import dataclasses
+
+from vsa_optax.core import checks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guarded:
+    """Predicts as many steps at a time as keep the error within a tolerance, and none where nothing can be predicted.
+
+    Each true gradient is compared with its prediction; the rule, and when the guard stops looking, are in
+    `prediction.guard`. It needs no loss. On mini-batches it usually never predicts.
+
+    Attributes:
+        tolerance: the largest error of a prediction, ``||x - x̂|| / ||x||`` (a ratio of norms, not of their squares),
+            in ``(0, 1]``.
+        longest: the most steps predicted in a row, ``>= 1``.
+        warmup_steps: true gradients to record before anything is predicted, ``>= 2``.
+
+    State cost:
+        28 bytes.
+
+    Raises:
+        ValueError: an attribute outside its range.
+
+    Example:
+        >>> import optax, vsa_optax
+        >>> opt = vsa_optax.phase_switched(optax.adamw(1e-3), phases=vsa_optax.Guarded(tolerance=0.05))
+    """
+
+    tolerance: float = 0.14
+    longest: int = 20
+    warmup_steps: int = 10
+
+    def __post_init__(self) -> None:
+        tolerance = checks.check_real("tolerance", self.tolerance, low=0.0, high=1.0, low_open=True)
+        object.__setattr__(self, "tolerance", tolerance)
+        object.__setattr__(self, "longest", checks.check_integer("longest", self.longest, 1))
+        object.__setattr__(self, "warmup_steps", checks.check_integer("warmup_steps", self.warmup_steps, 2))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cycle:
+    """Predicts in a fixed rhythm, whatever the predictions are worth.
+
+    After the warm-up, phases of true and of predicted steps alternate. A predicted phase takes a true gradient now and
+    then, which corrects the predictor.
+
+    Attributes:
+        warmup_steps: true gradients to record before the first FULL phase, ``>= 2``.
+        full_steps: steps of a FULL phase, ``>= 1``.
+        predict_steps: steps of a PREDICT phase, its corrections included, ``>= 0``; 0 never predicts.
+        correct_every: in PREDICT, a true gradient is taken when the step within the phase is a positive multiple of
+            this, ``>= 1``. A multiple at the end of the phase makes it one step longer.
+
+    Raises:
+        ValueError: an attribute outside its range.
+
+    Example:
+        >>> import optax, vsa_optax
+        >>> opt = vsa_optax.phase_switched(optax.adamw(1e-3), phases=vsa_optax.Cycle(full_steps=2, predict_steps=4))
+    """
+
+    warmup_steps: int = 10
+    full_steps: int = 5
+    predict_steps: int = 20
+    correct_every: int = 5
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("warmup_steps", 2), ("full_steps", 1), ("predict_steps", 0), ("correct_every", 1)):
+            object.__setattr__(self, name, checks.check_integer(name, getattr(self, name), minimum))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptiveCycle(Cycle):
+    """A `Cycle` whose phases follow the loss.
+
+    FULL grows and PREDICT shrinks while the loss rises, the reverse while it falls. Every ``update`` needs the loss, as
+    ``value=``. Lengths stay within 3 to 30 and 5 to 50 steps; a setting beyond such
+    a bound widens it.
+
+    Attributes:
+        warmup_steps: as in `Cycle`.
+        full_steps: at the start; then it follows the loss.
+        predict_steps: at the start; then it follows the loss.
+        correct_every: as in `Cycle`.
+        loss_threshold: the relative rise of the loss that counts as worse, ``>= 0``.
+
+    State cost:
+        412 bytes.
+
+    Raises:
+        ValueError: an attribute outside its range; at ``update``, no ``value``.
+
+    Example:
+        >>> import optax, vsa_optax
+        >>> opt = vsa_optax.phase_switched(optax.adamw(1e-3), phases=vsa_optax.AdaptiveCycle(loss_threshold=0.05))
+    """
+
+    loss_threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        threshold = checks.check_real("loss_threshold", self.loss_threshold, low=0.0, high=float("inf"))
+        object.__setattr__(self, "loss_threshold", threshold)

@@ -1,0 +1,52 @@
+"""What happens to a loss that comes back unmeasured in PREDICT: nobody keeps it, or somebody takes it for news.
+
+Both are noticed while a training step is traced, by an update that knows of its machine that the loss is repeated
+(`machine.repeats_loss`).
+"""
+
+import sys
+import warnings
+
+import jax
+import optax
+
+from vsa_optax.core.types import Tree
+
+_LIBRARIES = ("vsa_optax", "optax", "jax", "flax")
+# States of Optax's that follow the loss from step to step.
+READERS = tuple(
+    getattr(optax.contrib, name)
+    for name in ("ReduceLROnPlateauState", "MomoState", "MomoAdamState")
+    if hasattr(optax.contrib, name)
+)
+
+
+def warn_without_value() -> None:
+    """Names the line to write; shown once for each line of the caller that updates, as Python's warnings are."""
+    warnings.warn(
+        "value= was not given to update, so value_and_grad_by_phase returns NaN for the loss of PREDICT steps: write "
+        "opt.update(grads, state, params, value=value) (with Flax nnx, optimizer.update(model, grads, value=value); a "
+        "linen TrainState's apply_gradients does not forward it), or let a forward pass run there, "
+        "value_and_grad_by_phase(loss, value_in_predict=True)",
+        UserWarning,
+        stacklevel=_levels_to_the_caller(),
+    )
+
+
+def check_no_reader(states: list[Tree]) -> None:
+    """``ValueError`` if something in ``states`` follows the loss, which would take a repeated one for news."""
+    for node in jax.tree.leaves(states, is_leaf=lambda x: isinstance(x, READERS)):
+        if isinstance(node, READERS):
+            raise ValueError(
+                f"the optimizer follows the loss ({type(node).__name__}), but value_and_grad_by_phase repeats the last "
+                "one in PREDICT, which would be taken for news (no progress, say): let a forward pass measure it, "
+                "value_and_grad_by_phase(loss, value_in_predict=True)"
+            )
+
+
+def _levels_to_the_caller() -> int:
+    """The ``stacklevel``, for a warning in the function that calls this, of the first frame outside the libraries."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
+        level, frame = level + 1, frame.f_back
+    return level
