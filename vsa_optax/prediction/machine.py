@@ -241,7 +241,7 @@ def advance(
         value=last_value,
         has_value=has_value,
         adaptive=adaptive,
-        ignored_gradients=state.ignored_gradients + is_ignored,
+        ignored_gradients=_count_if(is_ignored, state.ignored_gradients),
     )
 
 
