@@ -484,7 +484,7 @@ MUTANTS = [
         BY_PHASE,
     ),
     Mutant("machine.last_value", "jax_debug_nans else jnp.nan", "jax_debug_nans else 0.0", BY_PHASE),
-    Mutant("machine.advance", "ts + is_ignored", "ts - is_ignored", "prediction/test_stats.py -k ignored"),
+    Mutant("machine.advance", "=_count_if(is_ignored", "=-_count_if(is_ignored", "prediction/test_stats.py -k ignored"),
     Mutant(
         "machine.advance",
         "is_known & (phase != Phase.PREDICT)",
