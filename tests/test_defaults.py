@@ -1,4 +1,4 @@
-"""The public names with their arguments and defaults, written down once more, and the prose that repeats the numbers."""
+"""The public names, their arguments and defaults, written down once more; and the prose that repeats the numbers."""
 
 import enum
 import inspect
