@@ -57,8 +57,9 @@ def updates_that_leave_the_state_its_types(opt, params, gradients, value):
 
 @pytest.mark.parametrize("name", PREDICTORS)
 def test_a_history_of_all_dtypes_in_double_precision(name):
+    """Nothing is promoted: what is float64 by default in there, and is not cast, is refused."""
     predictor, phases = PREDICTORS[name]
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         params = params_of_all_dtypes()
         opt = vsa_optax.phase_switched(momentum, predictor=predictor, phases=phases)
         updates = updates_that_leave_the_state_its_types(opt, params, params, jnp.float64(1.0))
