@@ -78,9 +78,9 @@ def relative_distance(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> tuple
     of_x = of_error = jnp.zeros([], dtype)
     for x, y in wide:
         kind = promoted(x.dtype, dtype)  # The leaves may be of several dtypes.
-        scale = factor.astype(kind)
-        of_x = of_x + jnp.sum(jnp.abs(x.astype(kind) * scale) ** 2).astype(dtype)
-        of_error = of_error + jnp.sum(jnp.abs(x.astype(kind) * scale - y.astype(kind) * scale) ** 2).astype(dtype)
+        x, y, scale = x.astype(kind), y.astype(kind), factor.astype(kind)
+        of_x = of_x + jnp.sum(jnp.abs(x * scale) ** 2).astype(dtype)
+        of_error = of_error + jnp.sum(jnp.abs(x * scale - y * scale) ** 2).astype(dtype)
     is_defined = of_x > 0
     ratio = jnp.sqrt(of_error / jnp.where(is_defined, of_x, 1))
     return jnp.where(is_defined, saturating_cast(ratio, jnp.float32), 0.0), is_defined
