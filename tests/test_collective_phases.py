@@ -251,3 +251,17 @@ def test_averaged_gradients_and_machines_of_their_own_are_welcome():
     assert states.machine.nonfinite_count.tolist() == [0, 1, 0, 0]
     assert states.machine.steps_in_phase.tolist() == [1, 0, 1, 1]
     np.testing.assert_allclose(updates[0], -0.1 * grads[0], rtol=1e-6)
+
+
+def test_what_follows_the_loss_gets_measured_ones_of_all_devices_in_predict():
+    """Inside an optimizer that runs there; the loss that a forward pass gave differs between devices."""
+    opt = phase_switched(optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()), predictor=Secants(2))
+    params = jnp.ones(3)
+    state = opt.init(params)
+    state = state._replace(machine=state.machine._replace(phase=jnp.int32(Phase.PREDICT)))
+
+    def step(losses, state):
+        return opt.update(jnp.zeros(3), state, params, value=losses[0])[1].inner_state[-1].best_value
+
+    losses = jnp.arange(4.0)
+    assert mapped(step, (P("data"), P()), P())(losses, state) == jnp.mean(losses)

@@ -27,7 +27,6 @@ TESTED_IN = {
     "compression/exchange.py": "compression/test_pmean.py",
     "core/types.py": "test_typing.py",
     "core/versions.py": "core/test_mesh.py",
-    "prediction/coverage.py": "test_nesting.py",
     "prediction/step.py": "prediction/test_update.py",
 }
 # What each folder imports besides itself.

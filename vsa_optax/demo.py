@@ -262,7 +262,7 @@ def _warning(run: Run) -> str:
         return ""
     return (
         f"\n\nWarning: {run.ignored_gradients} gradients were computed in PREDICT steps, and ignored: the time of "
-        "their backward\npasses is not saved. Take value_and_grad_by_phase in the place of jax.value_and_grad."
+        "their backward\npasses is not saved. Use value_and_grad_by_phase instead of jax.value_and_grad."
     )
 
 

@@ -355,7 +355,7 @@ def test_other_mistakes_are_named():
     for ours in (opt, accumulate_ternary(2)):
         with pytest.raises(ValueError, match=r"made by optax\.MultiSteps: start from opt\.init\(params\)"):
             ours.update(jnp.ones(3), theirs)
-        with pytest.raises(ValueError, match=r"state must be a .*State, got EmptyState: start from"):
+        with pytest.raises(ValueError, match=r"state must be of type .*State, got EmptyState: start from"):
             ours.update(jnp.ones(3), optax.EmptyState())
 
 

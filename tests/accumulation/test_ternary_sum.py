@@ -3,9 +3,10 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from vsa_optax import TritCodec, accumulate_ternary, ternary_accumulator
+from vsa_optax import TritCodec, accumulate_ternary, ternary_accumulator, ternary_multi_steps
 from vsa_optax.accumulation.ternary_sum import SummedLeaf, make_ternary_sum
 from vsa_optax.codecs.trit import CodedLeaf, RawLeaf
 
@@ -71,3 +72,15 @@ def test_the_largest_number_that_may_be_summed():
     for number, is_taken in ((largest, True), (np.nextafter(largest, np.float32(np.inf)), False)):
         gradients = {"coded": zeros["coded"].at[1].set(number), "raw": zeros["raw"].at[1].set(3e38)}
         assert bool(total.takes(total.zeros(zeros), gradients)) == is_taken
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: accumulate_ternary(2, block_size=32), lambda: ternary_multi_steps(optax.sgd(0.1), 2, block_size=32)],
+)
+def test_a_gradient_of_the_right_size_in_another_shape_is_refused_where_parameters_are_given(make):
+    """The trits of a sum do not tell the shape, but the parameters do."""
+    opt, params = make(), {"w": jnp.ones((8, 6))}
+    state = opt.init(params)
+    with pytest.raises(ValueError, match=r"gradients: leaf \['w'\] has shape \(6, 8\), but .* of shape \(8, 6\)"):
+        opt.update({"w": jnp.ones((6, 8))}, state, params)

@@ -1,10 +1,12 @@
 """When to predict, as settings: their ranges, their defaults, and that they are values."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import vsa_optax
 from vsa_optax import AdaptiveCycle, Cycle, Guarded
+from vsa_optax.prediction import machine
 
 BAD = [
     (Guarded, "tolerance", 0, "> 0 and <= 1"),
@@ -70,3 +72,24 @@ def test_what_a_rhythm_has_the_guard_does_not_take():
     for name in ("full_steps", "correct_every", "predict_steps", "loss_threshold"):
         with pytest.raises(TypeError, match=name):
             Guarded(**{name: 5})
+
+
+@pytest.mark.parametrize("known", [19, 20, 21])
+def test_phases_follow_the_loss_once_twenty_are_known(known):
+    """Of losses that rise: the first ten and the last ten are compared, so there must be so many."""
+    phases = AdaptiveCycle()
+    state = machine.init(phases).adaptive
+    state = state._replace(losses=1.0 + jnp.arange(100.0), num_losses=jnp.int32(known))
+    adapted = machine._adapt(phases, state, jnp.array(True))
+    worse = known >= 20
+    assert (adapted.full_length, adapted.predict_length) == ((7, 15) if worse else (5, 20))
+
+
+@pytest.mark.parametrize(("last", "moves"), [(1.5, 0), (1.5625, 1), (0.953125, 0), (0.9375, -1)])
+def test_phases_follow_a_loss_beyond_the_threshold_only(last, moves):
+    """More than half as large again counts as worse, here, and a fall of more than 5 % as better."""
+    phases = AdaptiveCycle(loss_threshold=0.5)
+    losses = jnp.zeros(100).at[:10].set(1.0).at[10:20].set(last)
+    state = machine.init(phases).adaptive._replace(losses=losses, num_losses=jnp.int32(20))
+    adapted = machine._adapt(phases, state, jnp.array(True))
+    assert (adapted.full_length, adapted.predict_length) == {0: (5, 20), 1: (7, 15), -1: (4, 23)}[moves]

@@ -8,6 +8,7 @@ from typing import Literal, SupportsIndex
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from vsa_optax.core.axis_names import without_names
 from vsa_optax.core.types import Tree
@@ -134,15 +135,21 @@ def check_same_tree(expected: Tree, actual: Tree, *, what: str, leading_axes: in
         kind, wanted = _dtype_name(have[name]), _dtype_name(leaf)
         if kind not in _SUPPORTED or kind.startswith("complex") != wanted.startswith("complex"):
             raise TypeError(f"{what}: leaf {name} has dtype {kind}, but init saw a parameter of dtype {wanted}")
-        shape = jnp.shape(leaf)[leading_axes:]
-        if jnp.shape(have[name]) != shape:
-            raise ValueError(
-                f"{what}: leaf {name} has shape {jnp.shape(have[name])}, but init saw a parameter of shape {shape}"
-            )
+        _check_shape(name, have[name], jnp.shape(leaf)[leading_axes:], what=what)
     seen: object = jax.tree.structure(expected)
     given: object = jax.tree.structure(actual)
     if seen != given and _containers(expected) != _containers(actual):
         raise ValueError(f"{what}: the same leaves in other containers: {given}, but init saw {seen}")
+
+
+def check_same_shape(path: tuple[Hashable, ...], leaf: ArrayLike, shape: tuple[int, ...], *, what: str) -> None:
+    """``ValueError`` that names the leaf at ``path`` if its shape is not that of its parameter."""
+    _check_shape(_name(path), leaf, shape, what=what)
+
+
+def _check_shape(name: str, leaf: ArrayLike, shape: tuple[int, ...], *, what: str) -> None:
+    if jnp.shape(leaf) != shape:
+        raise ValueError(f"{what}: leaf {name} has shape {jnp.shape(leaf)}, but init saw a parameter of shape {shape}")
 
 
 def _containers(tree: Tree) -> object:

@@ -77,7 +77,8 @@ def relative_distance(xs: Sequence[jax.Array], ys: Sequence[jax.Array]) -> tuple
     factor = jnp.ldexp(jnp.ones([], dtype), -power_of_two(largest))
     of_x = of_error = jnp.zeros([], dtype)
     for x, y in wide:
-        scale = factor.astype(promoted(x.dtype, dtype))
+        kind = promoted(x.dtype, dtype)  # The leaves may be of several dtypes.
+        x, y, scale = x.astype(kind), y.astype(kind), factor.astype(kind)
         of_x = of_x + jnp.sum(jnp.abs(x * scale) ** 2).astype(dtype)
         of_error = of_error + jnp.sum(jnp.abs(x * scale - y * scale) ** 2).astype(dtype)
     is_defined = of_x > 0

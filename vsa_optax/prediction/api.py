@@ -44,8 +44,9 @@ def predict_gradients(
         the predictor's, the phases', and less than 150 bytes of scalars; with ``phases=None`` the scalars alone.
 
     Raises:
-        ValueError: settings that are none, or of updates; at ``update``, gradients whose structure or shapes are not
-            those given to ``init``, or what the settings need and was not given.
+        ValueError: a ``predictor`` or ``phases`` of another type; a predictor of updates; at ``update``, gradients
+            whose structure or shapes are not those given to ``init``, or no ``params`` or ``value`` where the settings
+            need them.
         TypeError: at ``init``, a leaf that is not floating point or complex.
 
     Example:
@@ -85,13 +86,14 @@ def phase_switched(
     """Wraps an optimizer so that PREDICT steps need no gradient.
 
     With the defaults gradients are predicted, and ``opt`` runs at every step: a schedule inside it counts them all.
-    ``Window`` and ``Recursive`` predict what ``opt`` emits; then ``opt`` rests in PREDICT, and only ``learning_rate``
-    counts all steps.
+    ``Window`` and ``Recursive`` predict what ``opt`` emits; then ``opt`` does not run in PREDICT, and only
+    ``learning_rate`` counts all steps.
 
     Args:
-        opt: the optimizer. Line searches, ``optax.MultiSteps`` and a second phase machine are refused.
+        opt: the optimizer. Line searches, a second phase machine, and what emits rarely, such as ``optax.MultiSteps``
+            and `ternary_multi_steps`, are refused.
         learning_rate: a number ``>= 0`` or a schedule over all steps, for an ``opt`` at rate 1: it multiplies what
-            leaves in every phase. None leaves that as it is.
+            leaves in every phase. With None nothing is multiplied.
         predictor: what predicts: `vsa_optax.Secants`, `vsa_optax.Window` or `vsa_optax.Recursive`.
         phases: when: `vsa_optax.Guarded`, `vsa_optax.Cycle` or `vsa_optax.AdaptiveCycle`; with None this is ``opt``,
             bit for bit.
@@ -105,7 +107,8 @@ def phase_switched(
 
     Raises:
         ValueError: as `predict_gradients`; for an ``opt`` that is refused; at ``init``, for two rates that would
-            multiply, or a schedule in an ``opt`` that rests; for gradients to be recorded that differ between devices.
+            multiply, or a schedule in an ``opt`` that does not run in PREDICT; for gradients to be recorded that differ
+            between devices.
         TypeError: as `predict_gradients`.
 
     Example:

@@ -77,8 +77,7 @@ class AdaptiveCycle(Cycle):
     """A `Cycle` whose phases follow the loss.
 
     FULL grows and PREDICT shrinks while the loss rises, the reverse while it falls. Every ``update`` needs the loss, as
-    ``value=``. Lengths stay within 3 to 30 and 5 to 50 steps; a setting beyond such
-    a bound widens it.
+    ``value=``. Lengths stay within 3 to 30 and 5 to 50 steps; a setting beyond such a bound widens it.
 
     Attributes:
         warmup_steps: as in `Cycle`.

@@ -46,7 +46,7 @@ def conservative(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransfo
         80 bytes a float32 parameter: AdamW's 8, and 18 copies of the parameters.
 
     Raises:
-        ValueError: a ``learning_rate`` below zero, or that is none.
+        ValueError: a ``learning_rate`` that is neither a number ``>= 0`` nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp, vsa_optax
@@ -70,7 +70,7 @@ def balanced(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformat
         144 bytes a float32 parameter: AdamW's 8, and 34 copies of the parameters.
 
     Raises:
-        ValueError: a ``learning_rate`` below zero, or that is none.
+        ValueError: a ``learning_rate`` that is neither a number ``>= 0`` nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp, vsa_optax
@@ -98,7 +98,7 @@ def aggressive(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransform
         208 bytes a float32 parameter: AdamW's 8, and 50 copies of the parameters.
 
     Raises:
-        ValueError: a ``learning_rate`` below zero, or that is none.
+        ValueError: a ``learning_rate`` that is neither a number ``>= 0`` nor a schedule.
 
     Example:
         >>> import jax.numpy as jnp, vsa_optax

@@ -33,15 +33,24 @@ def warn_without_value() -> None:
     )
 
 
-def check_no_reader(states: list[Tree]) -> None:
+def check_no_reader(states: Tree) -> None:
     """``ValueError`` if something in ``states`` follows the loss, which would take a repeated one for news."""
-    for node in jax.tree.leaves(states, is_leaf=lambda x: isinstance(x, READERS)):
-        if isinstance(node, READERS):
-            raise ValueError(
-                f"the optimizer follows the loss ({type(node).__name__}), but value_and_grad_by_phase repeats the last "
-                "one in PREDICT, which would be taken for news (no progress, say): let a forward pass measure it, "
-                "value_and_grad_by_phase(loss, value_in_predict=True)"
-            )
+    for node in _readers(states):
+        raise ValueError(
+            f"the optimizer follows the loss ({type(node).__name__}), but value_and_grad_by_phase repeats the last "
+            "one in PREDICT, which would be taken for news (no progress, say): let a forward pass measure it, "
+            "value_and_grad_by_phase(loss, value_in_predict=True)"
+        )
+
+
+def contains_reader(state: Tree) -> bool:
+    """Whether something in ``state`` follows the loss."""
+    return bool(_readers(state))
+
+
+def _readers(state: Tree) -> list[Tree]:
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, READERS))
+    return [node for node in nodes if isinstance(node, READERS)]
 
 
 def _levels_to_the_caller() -> int:

@@ -124,7 +124,9 @@ def switched(
         machine, history, residual = state.machine, state.history, state.residual
         axes = _axes_to_agree_over(updates, state)
         if value is not None:
-            value = extra_args["value"] = _agreed_value(value, state, in_all_phases=is_adaptive)
+            # What follows the loss inside of an optimizer that runs in PREDICT needs measured ones there, too.
+            follows = not predicts_updates and unmeasured.contains_reader(state.inner_state)
+            value = extra_args["value"] = _agreed_value(value, state, in_all_phases=is_adaptive or follows)
         count = machines.total_steps(machine)
         recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
         horizon = None
