@@ -197,6 +197,20 @@ def test_what_it_knows_nothing_of_bounds_nothing():
     assert (bool(plan.leaps), int(plan.length)) == (True, 1)
 
 
+def test_secants_see_one_step_later_what_others_make_of_what_leaves():
+    """As where `predict_gradients` heads a chain: here the parameters jump by themselves, five steps into a leap."""
+    opt, params = vsa_optax.predict_gradients(predictor=Secants(4), phases=Guarded(warmup_steps=2)), jnp.zeros(5)
+    update, state, done = jax.jit(opt.update), opt.init(params), 0
+    while done < 5:
+        done = done + 1 if state.machine.phase == Phase.PREDICT else 0
+        _, state = update(jnp.ones(5), state, params)
+        params += 1
+    assert state.machine.guard.length > 6
+    assert state.machine.phase == Phase.PREDICT
+    _, state = update(jnp.ones(5), state, params + 40)
+    assert state.machine.phase == Phase.FULL
+
+
 @pytest.mark.parametrize("predictor", [Secants(4), Window(4, predicts="gradient")])
 def test_rest_is_no_evidence(predictor):
     """The same gradients that it would predict if the parameters moved."""

@@ -15,7 +15,22 @@ optimizer alone.
 There even the looking is not worth its time: after 32 true steps in a row with ``e > 1/2`` nothing is recorded or
 compared for the next 64, twice as many each time, up to 1024, until a leap has ended with ``e < τ``.
 
-A few scalars, the same on every device; the loss is not needed.
+The plan counts steps, but an error grows with the way. So each comparison also measures the way from the newest record,
+by two lengths: w, the sum of the norms of the updates emitted since, and d, the distance between the parameters then
+and now. A leap ends early, or does not begin, once one of them is longer than this pace allows:
+
+    p <- w / h,   q <- d / h                          h steps from the newest record
+    a true step is next    if w > 2 p (P + 1) or d > 2 q (P + 1)
+
+w includes the update that a step has just emitted. So if the rate jumps, the coming step is already a true one. But
+`predict_gradients` emits gradients, and has no w; nor does w include what later links of a chain do to the updates of
+`phase_switched`. There d sees the jump one step later. Only secants have it. Where p or q is 0, nothing was measured,
+and nothing is bounded.
+
+Where w or d is 0 the parameters rest. Then everything predicts perfectly, which is no evidence: the step counts as one
+without a comparison, and no leap follows.
+
+A few scalars, the same on every device, as parameters and updates are; the loss is not needed.
 """
 
 import enum
@@ -34,7 +49,7 @@ _FORGET = 0.75  # Of κ, a true step.
 _MOST_ERROR = 100.0  # So that κ is forgotten in time.
 _SHORTEST_LEAP = 0.75  # So that a length rounds to one prediction at least.
 _START = 0.25  # Of τ: how small κ must be for the first leap.
-_SLACK = 2.0  # How much longer than measured the way of a leap may become.
+_SLACK = 2.0  # Of the way: leaps of ordinary training stay below it (benchmarks/guard_way.log).
 # Twice the default window of 16 changes; then looking costs a third of the true steps, at the longest sleep 3 %.
 _HOPELESS_ERROR, _HOPELESS_STEPS = 0.5, 32
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 64, 1024
@@ -109,7 +124,7 @@ class Plan(NamedTuple):
 
     Attributes:
         leaps: ``[] bool``, whether a FULL phase ends now.
-        length: ``[] int32``, steps of a PREDICT phase.
+        length: ``[] int32``, steps of a PREDICT phase; 0 if it ends now, since the way is too long.
     """
 
     leaps: jax.Array
@@ -148,7 +163,7 @@ def after(
         is_predict: ``[] bool``, whether the step was predicted.
         error: ``[] float32``, ``||x - x̂|| / ||x||`` of a true one.
         is_measured: ``[] bool``, whether that is known; if not, there is no leap, and nothing is learned.
-        moved: by what the step moves.
+        moved: how the step moves away from the newest record.
     """
     is_measured &= ~_rests(state, moved)
     predicted = state._replace(leap=state.leap + 1)

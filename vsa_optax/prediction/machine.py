@@ -278,9 +278,8 @@ def _learn(
     """The machine with the step's error in its mean and in the guard, and what that plans."""
     assert state.errors is not None
     error, plan = comparison.error, None
-    is_after_leap = (
-        (moved.horizon > 1) | (state.phase == Phase.CORRECT) if state.guard is None else state.guard.leap > 0
-    )
+    is_after_gap = (moved.horizon > 1) | (state.phase == Phase.CORRECT)
+    is_after_leap = is_after_gap if state.guard is None else state.guard.leap > 0
     is_counted = comparison.is_measured & is_after_leap
     num_measured = _count_if(is_counted, state.errors.num_measured)
     mean = state.errors.mean + (error - state.errors.mean) / jnp.maximum(num_measured, 1).astype(jnp.float32)
