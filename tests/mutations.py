@@ -75,7 +75,7 @@ COLLECTIVE_PHASES = "test_collective_phases.py -k any_phase or averaged_where"
 
 CALIBRATION = "prediction/fits/test_calibration.py -k twin or products_kept or vanishes or ridge"
 GUARD = "prediction/test_guard.py -k twin or bounds"
-REST = "prediction/test_guard.py -k twin or rest"
+REST = "prediction/test_guard.py -k tells_rest"
 DRIFT = "prediction/test_guard.py -k one_step_later"
 SECANT = (
     "prediction/predictors/test_secant.py prediction/fits/test_secant_fit.py -k twin or products_kept or no_changes"
@@ -105,8 +105,8 @@ MUTANTS = [
     Mutant("guard._rests", "moved.distance == 0", "moved.distance < 0", REST),
     Mutant("guard._rests", "state.way == 0", "state.way < 0", REST),
     Mutant("guard._is_far", "_SLACK * steps", "2 * _SLACK * steps", GUARD),
-    Mutant("guard._is_far", "(state.pace > 0) &", "(state.pace >= 0) &", "prediction/test_guard.py -k nothing_of"),
-    Mutant("guard._is_far", "(state.drift > 0) &", "(state.drift >= 0) &", "prediction/test_guard.py -k nothing_of"),
+    Mutant("guard._is_far", "(state.pace > 0) &", "(state.pace >= 0) &", "prediction/test_guard.py -k tells_rest"),
+    Mutant("guard._is_far", "(state.drift > 0) &", "(state.drift >= 0) &", "prediction/test_guard.py -k tells_rest"),
     Mutant("guard._is_far", "is_recorded, 0, moved.distance)", "is_recorded, moved.distance, moved.distance)", GUARD),
     Mutant("guard._judged", "state.way / jnp.maximum(moved.horizon, 1)", "state.way", GUARD),
     Mutant("guard._judged", "else moved.distance / jnp.maximum(moved.horizon, 1)", "else moved.distance", GUARD),

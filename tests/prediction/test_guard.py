@@ -184,7 +184,7 @@ def test_its_numbers_are_those_of_the_twin():
     assert min(sum(shortened), rests) > 5
 
 
-def test_what_it_knows_nothing_of_bounds_nothing():
+def test_what_it_knows_nothing_of_bounds_nothing_and_either_length_tells_rest():
     """As in a state that was stored before it measured ways; and where no lengths are known, none is asked for."""
     after, settings = jax.jit(guard.after, static_argnums=0), Guarded()
     state = guard.init()._replace(length=jnp.float32(5.0))
@@ -195,6 +195,9 @@ def test_what_it_knows_nothing_of_bounds_nothing():
     unknown = moved(5, 0, 0, is_recorded=True)._replace(distance=None, emitted=None)
     state, plan = after(settings, guard.init(), False, jnp.float32(0.0), True, unknown)
     assert (bool(plan.leaps), int(plan.length)) == (True, 1)
+    for way, distance, leaps in ((0, 1, False), (1, 0, False), (1, 1, True)):
+        state, step = guard.init()._replace(way=jnp.float32(way)), moved(1, distance, 1, is_recorded=True)
+        assert after(settings, state, False, jnp.float32(0.0), True, step)[1].leaps == leaps
 
 
 def test_secants_see_one_step_later_what_others_make_of_what_leaves():
