@@ -1,6 +1,6 @@
 """Where steps grow at once: how high the loss peaks with the guard and without predictions.
 
-Run `JAX_PLATFORMS=cpu python benchmarks/guard_way.py | tee benchmarks/guard_way.log`; it takes a few minutes on one core.
+Run `JAX_PLATFORMS=cpu python benchmarks/guard_way.py | tee benchmarks/guard_way.log`; it takes minutes on one core.
 
 Three kinds: a rate that jumps by 100 at step 300, a rate of 0 for 100 steps, and optimizers that find their rate
 themselves. Then two ordinary trainings, whose skipped steps show what the bound on the way costs.
