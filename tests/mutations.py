@@ -483,7 +483,9 @@ MUTANTS = [
     Mutant("multi_steps._Window.__call__", "jnp.where(emits, 0, state", "jnp.where(emits, 1, state", WINDOWS),
     Mutant("microbatching.ternary_accumulator", "carry.num_seen - carry.nonfinite_count", "carry.num_seen", WINDOWS),
     Mutant("microbatching.ternary_accumulator", "left = carry.num_seen", "left = num", COUNTED),
-    Mutant("multi_steps._in_dtypes_of", "array.astype(o.dtype)", "array", "accumulation/test_multi_steps.py -k wider"),
+    Mutant(
+        "inner_optimizer._in_dtypes_of", "array.astype(o.dtype)", "array", "accumulation/test_multi_steps.py -k wider"
+    ),
     Mutant("multi_steps.ternary_multi_steps", "[is_finite, is_accepted]", "[is_finite, is_finite]", COLLECTIVE_WINDOWS),
     Mutant("multi_steps.ternary_multi_steps", "mesh.note_window(updates)", "None", COLLECTIVE_REFUSALS),
     Mutant("pmean._check_made_inside", "leaf.shape[0] == 1", "leaf.shape[0] > 1", COLLECTIVE_REFUSALS),
@@ -502,7 +504,7 @@ MUTANTS = [
         BY_PHASE,
     ),
     Mutant("machine.last_value", "jax_debug_nans else jnp.nan", "jax_debug_nans else 0.0", BY_PHASE),
-    Mutant("machine.advance", "ts + is_ignored", "ts - is_ignored", "prediction/test_stats.py -k ignored"),
+    Mutant("machine.advance", "=_count_if(is_ignored", "=-_count_if(is_ignored", "prediction/test_stats.py -k ignored"),
     Mutant(
         "machine.advance",
         "is_known & (phase != Phase.PREDICT)",

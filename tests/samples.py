@@ -1,18 +1,21 @@
 """Random numbers, trees and streams of gradients that several test files draw, and distances between them."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 # For jax.jit, whatever XLA_FLAGS says. Programs that take long to compile, whose optimization is not what is tested:
 CHEAP = {"compiler_options": {"xla_backend_optimization_level": 0}}
-# Programs as users compile them:
+# Programs as users compile them, whatever XLA_FLAGS says:
+_DEFAULTS = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
 AS_USERS_DO = {
-    "compiler_options": {
-        "xla_backend_optimization_level": 3,
-        "xla_llvm_disable_expensive_passes": False,
-        "xla_cpu_use_fusion_emitters": True,
-    }
+    "compiler_options": {name: value for name, value in _DEFAULTS.items() if name in os.environ.get("XLA_FLAGS", "")}
 }
 _COMPILED = {}
 

@@ -90,7 +90,7 @@ def test_the_algebra_promotes_neither(is_double, nothing_implicit):
 
 def test_a_loss_that_nobody_gave_stops_no_hunt_for_nans():
     """It is not known in PREDICT: NaN, but infinity where JAX would stop at that."""
-    opt, params = vsa_optax.phase_switched(optax.sgd(0.1), history_window=2), jnp.ones(3)
+    opt, params = vsa_optax.phase_switched(optax.sgd(0.1), predictor=vsa_optax.Secants(2)), jnp.ones(3)
     state = opt.init(params)
     state = state._replace(machine=state.machine._replace(phase=jnp.int32(Phase.PREDICT)))
 

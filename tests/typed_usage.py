@@ -25,6 +25,7 @@ from vsa_optax import (
     accumulate_ternary,
     aggressive,
     balanced,
+    checkpoint,
     compress_gradients,
     compressed_pmean,
     conservative,
@@ -150,6 +151,7 @@ def use_arrays(x: jax.Array) -> None:
     assert trits.dequantize(values, scale).shape == x.shape
     values, scale = trits.quantize_stochastic(x, key, axis=None)
     assert trits.unpack(trits.pack(values), values.shape[-1]).shape == x.shape
+    assert checkpoint.latest_step("no/such/folder") is None
 
 
 def use_queries(state: optax.OptState) -> PhaseStats:

@@ -4,23 +4,18 @@ Micro-batch gradients enter; zeros leave, and at every K-th the mean. The last o
 and never quantised. State cost: 0.2 bytes a trit and parameter, with the default of two a tenth of f32's.
 """
 
-import functools
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
+from vsa_optax.accumulation.inner_optimizer import RunInner
 from vsa_optax.accumulation.ternary_sum import EveryK, Rounding, TernarySum, check_every_k, make_ternary_sum
 from vsa_optax.core import checks, mesh
-from vsa_optax.core.conditional import in_place_if, split_extra_args
+from vsa_optax.core.conditional import in_place_if
 from vsa_optax.core.mesh import as_varying, varying_axes
 from vsa_optax.core.types import Tree
-from vsa_optax.kernels import numerics
-
-_Emission: TypeAlias = tuple[optax.Updates, optax.OptState]
 
 
 class AccumulateTernaryState(NamedTuple):
@@ -133,103 +128,6 @@ class _Window:
         mean = self._total.finish(last, acc_grads, gradient_step, divisor)
         # Zeros that vary over the devices of a shard_map if the sum does.
         return mean, jax.tree.map(lambda x: jnp.where(True, jnp.zeros_like(x), x), acc_grads)
-
-
-class _Outcome(NamedTuple):
-    """What an update of the inner optimizer would come to.
-
-    Attributes:
-        updates: tree of ``jax.ShapeDtypeStruct``.
-        inner_state: likewise.
-        axes: of the mesh, over which it communicates.
-    """
-
-    updates: Tree
-    inner_state: Tree
-    axes: frozenset[str]
-
-
-class _RunInner:
-    """The inner optimizer's update where the window is complete, else zeros."""
-
-    def __init__(self, inner: optax.GradientTransformationExtraArgs) -> None:
-        self._inner = inner
-        self._functions_for = functools.lru_cache(maxsize=16)(self._functions)
-
-    def look(
-        self,
-        updates: optax.Updates,
-        inner_state: optax.OptState,
-        params: optax.Params | None,
-        extra_args: dict[str, object],
-    ) -> _Outcome:
-        """What would come of such updates."""
-        traced_args, static_args = split_extra_args(extra_args)
-        update = functools.partial(self._inner.update, **static_args)
-        program, (emitted, new_state) = jax.make_jaxpr(lambda g, s, p, e: update(g, s, p, **e), return_shape=True)(
-            updates, inner_state, params, traced_args
-        )
-        return _Outcome(emitted, new_state, mesh.axes_in(inner_state) | mesh.axes_communicated_over(program))
-
-    def __call__(
-        self,
-        emits: jax.Array,
-        mean: optax.Updates,
-        inner_state: optax.OptState,
-        params: optax.Params | None,
-        extra_args: dict[str, object],
-        outcome: _Outcome,
-    ) -> _Emission:
-        """Updates in the dtypes that the optimizer emits, and its state in those that it has."""
-        traced_args, static_args = split_extra_args(extra_args)
-        emitted = outcome.updates
-        inner_state = mesh.varying_like(inner_state, outcome.inner_state)
-        dtypes = tuple(g.dtype for g in jax.tree.leaves(mean))
-        step, step_if = self._functions_for(dtypes)
-        if static_args:
-            step_if = in_place_if(functools.partial(step, **static_args))
-        operand = None
-        if varying_axes(mean) - varying_axes(emitted):
-            # Means of each device become updates that are the same on all: one array cannot be of both types.
-            operand, held = mean, jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), emitted)
-        else:
-            # One tree for both, so that updates can take the mean's place in memory.
-            held = jax.tree.map(lambda g, u: g.astype(numerics.promoted(g.dtype, u.dtype)), mean, emitted)
-        held = mesh.varying_like(held, emitted)
-        updates, inner_state = step_if(emits, (held, inner_state), operand, params, traced_args)
-        return jax.tree.map(lambda x, u: x.astype(u.dtype), updates, emitted), inner_state
-
-    def _functions(self, dtypes: tuple[jnp.dtype, ...]) -> tuple[Callable[..., _Emission], Callable[..., _Emission]]:
-        """The update of means of these dtypes, and the conditional one."""
-
-        def step(
-            carry: _Emission,
-            mean: optax.Updates | None,
-            params: optax.Params | None,
-            traced_args: dict[str, object],
-            **static_args: object,
-        ) -> _Emission:
-            held, inner_state = carry
-            if mean is None:
-                leaves, treedef = jax.tree.flatten(held)
-                mean = jax.tree.unflatten(treedef, [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
-            updates, new_state = self._inner.update(mean, inner_state, params, **traced_args, **static_args)
-            # As in optax.MultiSteps, the state keeps its dtypes whatever those of the gradients.
-            done = jax.tree.map(lambda u, w: u.astype(w.dtype), updates, held), _in_dtypes_of(inner_state, new_state)
-            return mesh.varying_like(done, carry)
-
-        return step, in_place_if(step)  # type: ignore[arg-type] # It is run without keywords.
-
-
-def _in_dtypes_of(old: Tree, new: Tree) -> Tree:
-    """``new``, but in the dtypes of ``old``."""
-
-    def cast(o: jax.Array, n: ArrayLike) -> jax.Array:
-        array = jnp.asarray(n)
-        # An imaginary part is not dropped: let JAX say that the types differ.
-        return array if jnp.iscomplexobj(array) and not jnp.iscomplexobj(o) else array.astype(o.dtype)
-
-    return jax.tree.map(lambda o, n: n if jnp.result_type(o) == jnp.result_type(n) else cast(o, n), old, new)
 
 
 class TernaryMultiSteps(optax.GradientTransformationExtraArgs):  # type: ignore[misc] # Optax ships no types.
@@ -431,7 +329,7 @@ def ternary_multi_steps(
     total = make_ternary_sum(every_k_schedule, trits=trits, rounding=rounding, block_size=block_size, seed=seed)
     window = _Window(total, every_k, checks.check_bool("use_grad_mean", use_grad_mean))
 
-    run_inner = _RunInner(optax.with_extra_args_support(opt))
+    run_inner = RunInner(optax.with_extra_args_support(opt))
 
     def init_fn(params: optax.Params) -> TernaryMultiStepsState:
         checks.check_inexact_leaves(params)

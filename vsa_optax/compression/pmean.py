@@ -208,12 +208,12 @@ def compressed_pmean(
         is_finite = functools.reduce(jnp.logical_and, [part.is_finite for part in found], jnp.array(True))
         # What varies over other axes, too, may be finite on some devices along them only.
         is_finite = all_devices_agree(is_finite, varying_axes(is_finite) - varying_axes(state.step))
-        means = _in_order(groups, [part.mean for part in found])
+        means = _in_order(groups, [part.mean for part in found], len(leaves))
         sent = [codecs.as_decoded(codecs.from_reals(x, spec), spec) for x, spec in zip(means, specs, strict=True)]
         emitted = [jnp.where(is_finite, leaf, jnp.zeros_like(leaf)) for leaf in sent]
         residual = state.residual
         if error_feedback:
-            unsent = _in_order(groups, [part.unsent for part in found])
+            unsent = _in_order(groups, [part.unsent for part in found], len(leaves))
             lost = [codecs.from_reals(x, spec)[None] for x, spec in zip(unsent, specs, strict=True)]
             residual = tree_where(is_finite, jax.tree.unflatten(treedef, lost), residual)
         return jax.tree.unflatten(treedef, emitted), CompressedPmeanState(
@@ -308,17 +308,21 @@ def _no_residual(leaf: ArrayLike) -> jax.Array:
 
 
 def _alike(leaves: Sequence[jax.Array], axes: tuple[str, ...]) -> list[list[int]]:
-    """Places of leaves that vary over the same axes beside ``axes``: joined with others, all would vary like those."""
+    """Places of leaves that vary over the same axes beside ``axes``: joined with others, all would vary like those.
+
+    Empty leaves have no place.
+    """
     groups: dict[frozenset[str], list[int]] = {}
     for i, leaf in enumerate(leaves):
-        groups.setdefault(varying_axes(leaf) - set(axes), []).append(i)
+        if leaf.size:  # On a CPU, XLA of JAX 0.11 crashes over empty leaves among others.
+            groups.setdefault(varying_axes(leaf) - set(axes), []).append(i)
     return list(groups.values())
 
 
-def _in_order(groups: Sequence[Sequence[int]], parts: Sequence[Sequence[Found]]) -> list[Found]:
-    """What was found for the members of each group, in the places of the members."""
+def _in_order(groups: Sequence[Sequence[int]], parts: Sequence[Sequence[jax.Array]], num: int) -> list[jax.Array]:
+    """What was found for the members of each group, in their places among ``num``; empty vectors in the others."""
     found = {i: x for group, part in zip(groups, parts, strict=True) for i, x in zip(group, part, strict=True)}
-    return [found[i] for i in range(len(found))]
+    return [found[i] if i in found else jnp.zeros([0], jnp.float32) for i in range(num)]
 
 
 def _check_axis_name(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:

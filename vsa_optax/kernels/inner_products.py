@@ -22,7 +22,7 @@ def inner_of_records(records: jax.Array, x: jax.Array) -> jax.Array:
     A product of a matrix with a vector, in the records' precision, which reads each record once.
     """
     x = numerics.saturating_cast(x, records.dtype)
-    wide = numerics.promoted(records.dtype, jnp.float32)
+    wide = records.dtype if records.dtype.itemsize >= 4 else jnp.float32
     products = jnp.tensordot(
         records.conj(),
         x,

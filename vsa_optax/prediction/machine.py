@@ -241,7 +241,7 @@ def advance(
         value=last_value,
         has_value=has_value,
         adaptive=adaptive,
-        ignored_gradients=state.ignored_gradients + is_ignored,
+        ignored_gradients=_count_if(is_ignored, state.ignored_gradients),
     )
 
 
@@ -296,8 +296,8 @@ def _learn(
     return state._replace(errors=errors, calibration=comparison.experience.calibration), plan
 
 
-def _count_if(pred: jax.Array, count: jax.Array) -> jax.Array:
-    return count + pred.astype(jnp.int32)
+def _count_if(pred: jax.Array | bool, count: jax.Array) -> jax.Array:
+    return count + jnp.asarray(pred, jnp.int32)
 
 
 def _remember_loss(state: AdaptiveLengthsState, loss: jax.Array, is_known: jax.Array) -> AdaptiveLengthsState:

@@ -246,5 +246,5 @@ class SecantPredictor:
 
 def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
     """``new - old`` in at least f32."""
-    wide = numerics.promoted(new.dtype, jnp.float32)
+    wide = new.dtype if new.dtype.itemsize >= 4 else jnp.float32
     return new.astype(wide) - old.astype(wide)
