@@ -75,6 +75,8 @@ COLLECTIVE_PHASES = "test_collective_phases.py -k any_phase or averaged_where"
 
 CALIBRATION = "prediction/fits/test_calibration.py -k twin or products_kept or vanishes or ridge"
 GUARD = "prediction/test_guard.py -k twin or bounds"
+REST = "prediction/test_guard.py -k tells_rest"
+DRIFT = "prediction/test_guard.py -k one_step_later"
 SECANT = (
     "prediction/predictors/test_secant.py prediction/fits/test_secant_fit.py -k twin or products_kept or no_changes"
 )
@@ -96,6 +98,22 @@ MUTANTS = [
     Mutant("guard._judged", "jnp.minimum(reach, _GROWTH * distance)", "reach", GUARD),
     Mutant("guard._judged", "constant < _START * tolerated", "constant < tolerated", GUARD),
     Mutant("guard.after", "jnp.where(is_measured, j, u)", "j", "prediction/test_guard.py -k not_finite"),
+    Mutant("guard.after", "is_measured &= ~_rests", "is_measured &= _rests", GUARD),
+    Mutant("guard.after", "is_recorded, 0, state.way)", "is_recorded, state.way, state.way)", GUARD),
+    Mutant("guard.after", "jnp.where(is_far, 0, length)", "length", GUARD),
+    Mutant("guard.after", "(state.length > 0) & ~is_far", "state.length > 0", GUARD),
+    Mutant("guard._rests", "moved.distance == 0", "moved.distance < 0", REST),
+    Mutant("guard._rests", "state.way == 0", "state.way < 0", REST),
+    Mutant("guard._is_far", "_SLACK * steps", "2 * _SLACK * steps", GUARD),
+    Mutant("guard._is_far", "(state.pace > 0) &", "(state.pace >= 0) &", "prediction/test_guard.py -k tells_rest"),
+    Mutant("guard._is_far", "(state.drift > 0) &", "(state.drift >= 0) &", "prediction/test_guard.py -k tells_rest"),
+    Mutant("guard._is_far", "is_recorded, 0, moved.distance)", "is_recorded, moved.distance, moved.distance)", GUARD),
+    Mutant("guard._judged", "state.way / jnp.maximum(moved.horizon, 1)", "state.way", GUARD),
+    Mutant("guard._judged", "else moved.distance / jnp.maximum(moved.horizon, 1)", "else moved.distance", GUARD),
+    Mutant(
+        "update.switched", "moved._replace(emitted=norm(new_updates))", "moved", "prediction/test_guard.py -k at_once"
+    ),
+    Mutant("secant.SecantScalars.distance", "jnp.sqrt(self.squared_norm)", "self.squared_norm", DRIFT),
     Mutant("guard._judged", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "prediction/test_guard.py -k sleeps"),
     Mutant("guard.after", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "prediction/test_guard.py -k sleep"),
     Mutant("update.switched", "is_recorded &= watches", "is_recorded |= watches", "prediction/test_guard.py -k asleep"),

@@ -33,7 +33,7 @@ def test_it_is_found():
 
 @pytest.mark.parametrize("name", before.CASES)
 def test_every_leaf_has_the_bits_that_were_saved(name, restored, expected):
-    """In the order of the leaves; the template says what each is. A counter that was added since is 0."""
+    """In the order of the leaves; the template says what each is. A scalar that was added since is 0."""
     data = expected[name].tobytes()
     template = before.fresh_states()[name]
     assert jax.tree.structure(restored[name]) == jax.tree.structure(template)
@@ -42,7 +42,7 @@ def test_every_leaf_has_the_bits_that_were_saved(name, restored, expected):
     ):
         assert (leaf.shape, leaf.dtype) == (like.shape, like.dtype), jax.tree_util.keystr(path)
         assert leaf.weak_type == like.weak_type, jax.tree_util.keystr(path)
-        if jax.tree_util.keystr(path).endswith(".ignored_gradients"):
+        if jax.tree_util.keystr(path).endswith((".ignored_gradients", ".guard.way", ".guard.pace", ".guard.drift")):
             assert leaf == 0
             continue
         mine, data = data[: leaf.nbytes], data[leaf.nbytes :]

@@ -167,8 +167,8 @@ def restore(
 
     Everything is checked before any array is read: the format version, the settings, every leaf's place, shape and
     dtype, and the hash of every file. A damaged checkpoint is refused, not passed over for an older one, which can be
-    asked for by its step. The hashes find accidents; they are no signature. A counter that states did not have when the
-    checkpoint was made (``ignored_gradients``) is restored as 0.
+    asked for by its step. The hashes find accidents; they are no signature. A scalar that states did not have when the
+    checkpoint was made (``ignored_gradients``, what the guard knows of the way) is restored as 0.
 
     Args:
         directory: the folder given to `save`.
@@ -229,7 +229,7 @@ def restore(
         folder, "other settings", checkpoint_manifest.config_differences(manifest["config"], settings)
     )
     stored = {entry["path"]: entry for entry in manifest["leaves"]}
-    entries = checkpoint_leaves.with_added_counters(stored, wanted)
+    entries = checkpoint_leaves.with_added_scalars(stored, wanted)
     checkpoint_manifest.refuse(folder, "other leaves", checkpoint_leaves.differences(entries, wanted))
     checkpoint_manifest.refuse(folder, "damaged", checkpoint_files.differences(folder, manifest["files"]))
 

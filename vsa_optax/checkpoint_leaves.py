@@ -12,9 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 _DTYPES = (np.bool_, np.number, jax.dtypes.prng_key)
-# Counters that states have had since some release, by the ends of their paths in a NamedTuple and in a dict: in a
-# checkpoint that was made before, they stand at 0.
-_ADDED_COUNTERS = (".ignored_gradients", "['ignored_gradients']")
+# Scalars that states have had since some release, by the ends of their paths in a NamedTuple and in a dict, and what
+# they are: in a checkpoint that was made before, they are 0.
+_ADDED = {
+    (".ignored_gradients", "['ignored_gradients']"): "int32[]",
+    (".guard.way", "['guard']['way']"): "float32[]",
+    (".guard.pace", "['guard']['pace']"): "float32[]",
+    (".guard.drift", "['guard']['drift']"): "float32[]",
+}
 
 
 class Leaf(NamedTuple):
@@ -64,7 +69,7 @@ class Leaf(NamedTuple):
         """The leaf that the template asks for; ``data`` is None for what Orbax does not hold."""
         if self.value is None:
             return None
-        if data is None:  # There is nothing in it, or it is a counter at 0.
+        if data is None:  # There is nothing in it, or it was added since, at 0.
             bare = jax.ShapeDtypeStruct(self.value.shape, self.value.dtype)
             like = jax.eval_shape(jax.random.key_data, bare) if self.is_key else bare
             data = np.zeros(like.shape, like.dtype)
@@ -106,12 +111,13 @@ def flatten(tree: Any, *, values: bool = True) -> tuple[list[Leaf], Any]:
     return leaves, treedef
 
 
-def with_added_counters(entries: dict[str, dict[str, Any]], wanted: list[Leaf]) -> dict[str, dict[str, Any]]:
-    """``entries``, and zeros for the wanted counters that did not exist when the checkpoint was made."""
+def with_added_scalars(entries: dict[str, dict[str, Any]], wanted: list[Leaf]) -> dict[str, dict[str, Any]]:
+    """``entries``, and zeros for the wanted scalars that did not exist when the checkpoint was made."""
     added = {}
     for leaf in wanted:
         entry = leaf._replace(key=None).entry()
-        if leaf.path not in entries and leaf.path.endswith(_ADDED_COUNTERS) and _kind(entry) == "int32[]":
+        is_added = any(leaf.path.endswith(ends) and _kind(entry) == kind for ends, kind in _ADDED.items())
+        if is_added and leaf.path not in entries:
             added[leaf.path] = entry | {"weak_type": False}
     return entries | added
 

@@ -66,6 +66,44 @@ def test_under_noise_it_is_the_optimizer_alone(predictor):
     np.testing.assert_allclose(ours, path, rtol=1e-5, atol=1e-6)
 
 
+INPUTS = jnp.linspace(-1, 1, 48)
+
+
+def fit(params, shift):
+    """A net with 24 hidden units, all of its 73 parameters in one vector."""
+    del shift
+    inner, bias, outer = params[:24], params[24:48], params[48:72]
+    found = jnp.tanh(3 * INPUTS[:, None] * inner + bias) @ outer / 5 + params[72]
+    return jnp.mean((found - jnp.sin(3 * INPUTS) - 0.3 * jnp.cos(9 * INPUTS)) ** 2)
+
+
+def jumping(step):
+    return jnp.where(step < 300, 1e-3, 0.1)
+
+
+def resting(step):
+    return jnp.where(step < 100, 0.0, 0.03)
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "size", "steps"),
+    [
+        (lambda: optax.adam(jumping), fit, 73, 400),
+        (lambda: optax.adam(resting), fit, 73, 200),
+        (lambda: optax.contrib.prodigy(1.0), bowl, 30, 120),
+    ],
+    ids=["jump", "rest", "prodigy"],
+)
+def test_where_steps_grow_at_once_it_peaks_no_higher_than_the_optimizer_alone(make, loss, size, steps):
+    start = jnp.asarray(np.random.default_rng(2).normal(size=size), jnp.float32)
+    plain, _, _, _ = train(make(), loss, start, steps)
+    values, _, stats, _ = train(vsa_optax.phase_switched(make()), loss, start, steps)
+    late = slice(steps // 2, None)  # At the jump's the first losses are the highest.
+    assert values[late].max() < 1.1 * plain[late].max()
+    assert values.max() < 1.1 * plain.max()
+    assert int(stats.predict_steps[-1]) > 15
+
+
 class Twin:
     """The rule as the docstring states it, in plain Python."""
 
@@ -73,12 +111,17 @@ class Twin:
         self.longest, self.tolerance = longest, tolerance**2
         self.length, self.constant = 0.0, 0.0
         self.hopeless, self.asleep, self.sleep = 0, 0, 64
+        self.way, self.pace, self.drift = 0.0, 0.0, 0.0
 
-    def true_step(self, error, predictions):
-        """After a true step with this squared error, behind so many predictions."""
+    def true_step(self, error, predictions, distance=1.0):
+        """After a true step with this squared error, behind so many predictions, so far from the newest record."""
         if self.asleep:
             self.asleep -= 1
             return
+        if self.way == 0 or distance == 0:
+            self.length = 0.0
+            return
+        self.pace, self.drift = self.way / (predictions + 1), distance / (predictions + 1)
         if predictions and error < self.tolerance:
             self.sleep = 64
         self.hopeless = self.hopeless + 1 if error > 0.5 else 0
@@ -92,39 +135,113 @@ class Twin:
         else:
             self.length = 1.0 if self.constant < self.tolerance / 4 else 0.0
 
+    def is_too_far(self, distance):
+        """Whether a leap ends here, or does not begin."""
+        most = 2 * (round(max(self.length, 1)) + 1)
+        return 0 < self.pace < self.way / most or 0 < self.drift < distance / most
+
+
+def moved(horizon, distance, emitted, *, is_recorded):
+    return guard.Moved(*(jnp.float32(x) for x in (horizon, distance, emitted)), jnp.array(is_recorded))
+
 
 def test_its_numbers_are_those_of_the_twin():
-    """On errors from all decades, given to the rule as they come."""
+    """On errors from all decades, given to the rule as they come, and ways that jump and rest now and then."""
     rng, settings, twin = np.random.default_rng(2), Guarded(longest=12, tolerance=0.22), Twin(12, 0.22)
     after, state = jax.jit(guard.after, static_argnums=0), guard.init()
-    leaps, longest = 0, 0
-    for _ in range(300):
+    lengths, shortened, rests = [0], [], 0
+
+    def step_length():
+        odd = rng.random()
+        return 0.0 if odd < 0.05 else 300.0 if odd < 0.08 else float(np.float32(rng.uniform(1, 2)))
+
+    distance = 0.0
+    for _ in range(400):
         error = float(np.float32(10 ** rng.uniform(-5, 3) if rng.random() < 0.1 else 10 ** rng.uniform(-5, -2)))
-        state, plan = after(settings, state, False, jnp.float32(np.sqrt(error)), True)
-        twin.true_step(error, leaps)
+        emitted, horizon = step_length(), lengths[-1] + 1
+        step = moved(horizon, distance, emitted, is_recorded=True)
+        state, plan = after(settings, state, False, jnp.float32(np.sqrt(error)), True, step)
+        rests += distance == 0
+        twin.true_step(error, lengths[-1], distance)
+        twin.way = emitted
         assert float(state.length) == pytest.approx(twin.length, rel=1e-3)
-        assert float(state.constant) == pytest.approx(twin.constant, rel=1e-4)
-        assert bool(plan.leaps) == (twin.length > 0)
-        leaps = int(plan.length) if plan.leaps else 0
-        if leaps:
-            assert leaps == round(float(state.length))
-        for _ in range(leaps):
-            state, _ = after(settings, state, True, jnp.float32(0.0), False)
-        assert int(state.leap) == leaps
-        longest = max(longest, leaps)
-    assert longest >= 4
+        for name in ("constant", "way", "pace", "drift"):
+            assert float(getattr(state, name)) == pytest.approx(getattr(twin, name), rel=1e-4)
+        assert bool(plan.leaps) == (twin.length > 0 and not twin.is_too_far(0.0))
+        planned = round(float(state.length)) if plan.leaps else 0
+        done, distance = 0, emitted
+        while plan.leaps if not done else done < int(plan.length):
+            emitted = step_length()
+            step = moved(done + 1, distance, emitted, is_recorded=False)
+            state, plan = after(settings, state, True, jnp.float32(0.0), False, step)
+            done, twin.way = done + 1, twin.way + emitted
+            assert int(plan.length) == (0 if twin.is_too_far(distance) else planned)
+            distance += emitted
+        assert int(state.leap) == done
+        lengths.append(done)
+        shortened.append(done < planned)
+    assert max(lengths) >= 4
+    assert min(sum(shortened), rests) > 5
+
+
+def test_what_it_knows_nothing_of_bounds_nothing_and_either_length_tells_rest():
+    """As in a state that was stored before it measured ways; and where no lengths are known, none is asked for."""
+    after, settings = jax.jit(guard.after, static_argnums=0), Guarded()
+    state = guard.init()._replace(length=jnp.float32(5.0))
+    for _ in range(4):
+        step = moved(1, 1e6, 1e6, is_recorded=False)
+        state, plan = after(settings, state, True, jnp.float32(0.0), False, step)
+        assert int(plan.length) == 5
+    unknown = moved(5, 0, 0, is_recorded=True)._replace(distance=None, emitted=None)
+    state, plan = after(settings, guard.init(), False, jnp.float32(0.0), True, unknown)
+    assert (bool(plan.leaps), int(plan.length)) == (True, 1)
+    for way, distance, leaps in ((0, 1, False), (1, 0, False), (1, 1, True)):
+        state, step = guard.init()._replace(way=jnp.float32(way)), moved(1, distance, 1, is_recorded=True)
+        assert after(settings, state, False, jnp.float32(0.0), True, step)[1].leaps == leaps
+
+
+def test_secants_see_one_step_later_what_others_make_of_what_leaves():
+    """As where `predict_gradients` heads a chain: here the parameters jump by themselves, five steps into a leap."""
+    opt, params = vsa_optax.predict_gradients(predictor=Secants(4), phases=Guarded(warmup_steps=2)), jnp.zeros(5)
+    update, state, done = jax.jit(opt.update), opt.init(params), 0
+    while done < 5:
+        done = done + 1 if state.machine.phase == Phase.PREDICT else 0
+        _, state = update(jnp.ones(5), state, params)
+        params += 1
+    assert state.machine.guard.length > 6
+    assert state.machine.phase == Phase.PREDICT
+    _, state = update(jnp.ones(5), state, params + 40)
+    assert state.machine.phase == Phase.FULL
+
+
+@pytest.mark.parametrize("predictor", [Secants(4), Window(4, predicts="gradient")])
+def test_rest_is_no_evidence(predictor):
+    """The same gradients that it would predict if the parameters moved."""
+    opt = vsa_optax.phase_switched(optax.sgd(1.0), learning_rate=lambda step: 0.1 * (step >= 30), predictor=predictor)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = opt.update(jnp.ones(5), state, params)
+        return (optax.apply_updates(params, updates), state), state.machine.predict_steps
+
+    run = jax.jit(lambda params: jax.lax.scan(step, (params, opt.init(params)), None, length=60))
+    _, predicted = run(jnp.zeros(5))
+    assert predicted[30] == 0
+    assert predicted[-1] > 15
 
 
 def test_where_nothing_is_predicted_it_sleeps_longer_and_longer():
     settings, twin = Guarded(longest=12, tolerance=0.22), Twin(12, 0.22)
 
     def step(state, error):
-        state, _ = guard.after(settings, state, False, jnp.sqrt(error), True)
+        always = moved(1, 1, 1, is_recorded=True)
+        state, _ = guard.after(settings, state, False, jnp.sqrt(error), True, always)
         return state, state
 
     errors = np.full(3000, 0.9, np.float32)
     errors[2000] = 0.4  # Were it looked at, it would count.
-    _, states = jax.jit(lambda errors: jax.lax.scan(step, guard.init(), errors))(errors)
+    twin.way = 1.0
+    _, states = jax.jit(lambda errors: jax.lax.scan(step, guard.init()._replace(way=jnp.float32(1.0)), errors))(errors)
     hopeless, asleep = (np.asarray(x) for x in (states.hopeless, states.asleep))
     for number, error in enumerate(errors):
         twin.true_step(float(error), 0)
@@ -198,17 +315,21 @@ def test_it_stops_where_nothing_can_be_predicted_and_starts_again_where_it_can(p
 def test_a_gradient_that_is_not_finite_ends_predicting_and_a_finite_one_starts_it_again():
     opt = vsa_optax.predict_gradients(phases=Guarded(warmup_steps=3))
     update, state = jax.jit(opt.update), opt.init(jnp.ones(5))
+    params = jnp.ones(5)
     for _ in range(20):
-        _, state = update(jnp.ones(5), state, jnp.ones(5))
+        _, state = update(jnp.ones(5), state, params)
+        params += 1
     while not bool(vsa_optax.needs_backward(state)):
-        _, state = update(jnp.ones(5), state, jnp.ones(5))
+        _, state = update(jnp.ones(5), state, params)
+        params += 1
     assert int(vsa_optax.phase_stats(state).predict_steps) > 5
-    _, state = update(jnp.full(5, jnp.nan), state, jnp.ones(5))
+    _, state = update(jnp.full(5, jnp.nan), state, params)
     assert state.machine.phase == Phase.FULL
     assert vsa_optax.phase_stats(state).guard.predict_length == 0
     before = int(vsa_optax.phase_stats(state).predict_steps)
     for _ in range(20):
-        _, state = update(jnp.ones(5), state, jnp.ones(5))
+        _, state = update(jnp.ones(5), state, params)
+        params += 1
     assert int(vsa_optax.phase_stats(state).predict_steps) > before
 
 

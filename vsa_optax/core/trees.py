@@ -86,6 +86,11 @@ def products_of_trees(trees: list[Tree], other: Tree) -> tuple[jax.Array, jax.Ar
     return table[:, :, :num], table[:, :, num]
 
 
+def norm(tree: Tree) -> jax.Array:
+    """``[] float32``: that of all leaves together."""
+    return jnp.sqrt(sum((inner_products.inner(x, x) for x in jax.tree.leaves(tree)), jnp.zeros([], jnp.float32)))
+
+
 def squared_norms(tree: Tree) -> jax.Array:
     """``[L] float32``: the leaves' squared norms."""
     return jnp.stack([inner_products.inner(x, x) for x in jax.tree.leaves(tree)])

@@ -72,7 +72,12 @@ def predict_gradients(
         )
     identity = optax.with_extra_args_support(optax.identity())
     return switched(
-        identity, _check_phases(phases), make_predictor(predictor), predicts_updates=True, learning_rate=None
+        identity,
+        _check_phases(phases),
+        make_predictor(predictor),
+        predicts_updates=True,
+        learning_rate=None,
+        emits_moves=False,
     )
 
 

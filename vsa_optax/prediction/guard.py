@@ -15,7 +15,22 @@ optimizer alone.
 There even the looking is not worth its time: after 32 true steps in a row with ``e > 1/2`` nothing is recorded or
 compared for the next 64, twice as many each time, up to 1024, until a leap has ended with ``e < τ``.
 
-A few scalars, the same on every device; the loss is not needed.
+The plan counts steps, but an error grows with the way. So each comparison also measures the way from the newest record,
+by two lengths: w, the sum of the norms of the updates emitted since, and d, the distance between the parameters then
+and now. A leap ends early, or does not begin, once one of them is longer than this pace allows:
+
+    p <- w / h,   q <- d / h                          h steps from the newest record
+    a true step is next    if w > 2 p (P + 1) or d > 2 q (P + 1)
+
+w includes the update that a step has just emitted. So if the rate jumps, the coming step is already a true one. But
+`predict_gradients` emits gradients, and has no w; nor does w include what later links of a chain do to the updates of
+`phase_switched`. There d sees the jump one step later. Only secants have it. Where p or q is 0, nothing was measured,
+and nothing is bounded.
+
+Where w or d is 0 the parameters rest. Then everything predicts perfectly, which is no evidence: the step counts as one
+without a comparison, and no leap follows.
+
+A few scalars, the same on every device, as parameters and updates are; the loss is not needed.
 """
 
 import enum
@@ -34,6 +49,7 @@ _FORGET = 0.75  # Of κ, a true step.
 _MOST_ERROR = 100.0  # So that κ is forgotten in time.
 _SHORTEST_LEAP = 0.75  # So that a length rounds to one prediction at least.
 _START = 0.25  # Of τ: how small κ must be for the first leap.
+_SLACK = 2.0  # Of the way: leaps of ordinary training stay below it (benchmarks/guard_way.log).
 # Twice the default window of 16 changes; then looking costs a third of the true steps, at the longest sleep 3 %.
 _HOPELESS_ERROR, _HOPELESS_STEPS = 0.5, 32
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 64, 1024
@@ -68,6 +84,10 @@ class GuardState(NamedTuple):
         asleep: ``[] int32``, coming true steps that are neither recorded nor compared.
         sleep: ``[] int32``, how many it will be the next time.
         action: ``[] int32``, the last `GuardAction`.
+        way: ``[] float32``, w, the length of the updates emitted since the newest record. The fields from here on are
+            the last, because `vsa_optax.checkpoint` takes them for 0 in a checkpoint that was made before they existed.
+        pace: ``[] float32``, w a step, at the last comparison; 0 before the first, when there is no bound.
+        drift: ``[] float32``, d a step, likewise.
     """
 
     length: jax.Array
@@ -77,6 +97,26 @@ class GuardState(NamedTuple):
     asleep: jax.Array
     sleep: jax.Array
     action: jax.Array
+    way: jax.Array
+    pace: jax.Array
+    drift: jax.Array
+
+
+class Moved(NamedTuple):
+    """How a step moves away from the newest record.
+
+    Attributes:
+        horizon: ``[] float32``, steps from there to the parameters before the step.
+        distance: ``[] float32``, from the newest record's parameters to those before the step; None if the predictor
+            does not read the parameters.
+        emitted: ``[] float32``, the norm of the update that leaves; None if what leaves is a gradient.
+        is_recorded: ``[] bool``, whether the step is recorded.
+    """
+
+    horizon: jax.Array
+    distance: jax.Array | None
+    emitted: jax.Array | None
+    is_recorded: jax.Array
 
 
 class Plan(NamedTuple):
@@ -84,7 +124,7 @@ class Plan(NamedTuple):
 
     Attributes:
         leaps: ``[] bool``, whether a FULL phase ends now.
-        length: ``[] int32``, steps of a PREDICT phase.
+        length: ``[] int32``, steps of a PREDICT phase; 0 if it ends now, since the way is too long.
     """
 
     leaps: jax.Array
@@ -101,11 +141,19 @@ def init() -> GuardState:
         asleep=jnp.zeros([], jnp.int32),
         sleep=jnp.asarray(_SHORTEST_SLEEP, jnp.int32),
         action=jnp.asarray(GuardAction.NONE, jnp.int32),
+        way=jnp.zeros([], jnp.float32),
+        pace=jnp.zeros([], jnp.float32),
+        drift=jnp.zeros([], jnp.float32),
     )
 
 
 def after(
-    settings: Guarded, state: GuardState, is_predict: jax.Array, error: jax.Array, is_measured: jax.Array
+    settings: Guarded,
+    state: GuardState,
+    is_predict: jax.Array,
+    error: jax.Array,
+    is_measured: jax.Array,
+    moved: Moved,
 ) -> tuple[GuardState, Plan]:
     """The guard after a step, and what it wants.
 
@@ -115,18 +163,43 @@ def after(
         is_predict: ``[] bool``, whether the step was predicted.
         error: ``[] float32``, ``||x - x̂|| / ||x||`` of a true one.
         is_measured: ``[] bool``, whether that is known; if not, there is no leap, and nothing is learned.
+        moved: how the step moves away from the newest record.
     """
+    is_measured &= ~_rests(state, moved)
     predicted = state._replace(leap=state.leap + 1)
     unknown = state._replace(length=jnp.zeros_like(state.length), leap=jnp.zeros_like(state.leap))
-    judged = jax.tree.map(lambda j, u: jnp.where(is_measured, j, u), _judged(settings, state, error**2), unknown)
+    judged = jax.tree.map(lambda j, u: jnp.where(is_measured, j, u), _judged(settings, state, error**2, moved), unknown)
     slept = state._replace(asleep=state.asleep - 1)
     judged = jax.tree.map(lambda s, j: jnp.where(state.asleep > 0, s, j), slept, judged)
     state = jax.tree.map(lambda p, j: jnp.where(is_predict, p, j), predicted, judged)
+    if moved.emitted is not None:
+        state = state._replace(way=jnp.where(moved.is_recorded, 0, state.way) + moved.emitted)
     length = jnp.clip(jnp.round(state.length), 1, settings.longest).astype(jnp.int32)
-    return state, Plan(leaps=state.length > 0, length=length)
+    is_far = _is_far(state, moved, length + 1)
+    return state, Plan(leaps=(state.length > 0) & ~is_far, length=jnp.where(is_far, 0, length))
 
 
-def _judged(settings: Guarded, state: GuardState, error: jax.Array) -> GuardState:
+def _rests(state: GuardState, moved: Moved) -> jax.Array:
+    """``[] bool``: nothing has moved since the newest record, as far as is known."""
+    rests = jnp.array(False)
+    if moved.distance is not None:
+        rests |= moved.distance == 0
+    if moved.emitted is not None:
+        rests |= state.way == 0
+    return rests
+
+
+def _is_far(state: GuardState, moved: Moved, steps: jax.Array) -> jax.Array:
+    """``[] bool``: the way is longer than so many steps may be, as they were when last measured."""
+    most = _SLACK * steps.astype(jnp.float32)
+    is_far = (state.pace > 0) & (state.way > most * state.pace)
+    if moved.distance is not None:
+        distance = jnp.where(moved.is_recorded, 0, moved.distance)
+        is_far |= (state.drift > 0) & (distance > most * state.drift)
+    return is_far
+
+
+def _judged(settings: Guarded, state: GuardState, error: jax.Array, moved: Moved) -> GuardState:
     """After a true step with this squared error."""
     tolerated = settings.tolerance**2
     distance = (state.leap + 1).astype(jnp.float32)
@@ -153,4 +226,7 @@ def _judged(settings: Guarded, state: GuardState, error: jax.Array) -> GuardStat
         asleep=jnp.where(falls_asleep, sleep, 0),
         sleep=jnp.where(falls_asleep, jnp.minimum(2 * sleep, _LONGEST_SLEEP), sleep),
         action=action.astype(jnp.int32),
+        way=state.way,
+        pace=state.way / jnp.maximum(moved.horizon, 1),
+        drift=state.drift if moved.distance is None else moved.distance / jnp.maximum(moved.horizon, 1),
     )

@@ -23,7 +23,7 @@ import optax
 
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction import guard as guards
-from vsa_optax.prediction.guard import GuardState, Plan
+from vsa_optax.prediction.guard import GuardState, Moved, Plan
 from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
 from vsa_optax.prediction.predictors.base import Calibration, Comparison
 
@@ -190,7 +190,7 @@ def advance(
     is_finite: jax.Array,
     is_ignored: jax.Array | bool = False,
     value: jax.Array | None,
-    horizon: jax.Array | None = None,
+    moved: Moved | None = None,
     comparison: Comparison | None = None,
 ) -> PhaseMachineState:
     """Counts the step that was just done, learns from its comparison, and decides the phase of the next.
@@ -201,13 +201,13 @@ def advance(
         is_finite: ``[] bool``, false if the step's gradient was skipped. It does not count towards the warm-up.
         is_ignored: ``[] bool``, true if the step was predicted and was handed a gradient all the same.
         value: ``[]``, the step's loss, or None.
-        horizon: ``[] float32``, steps since the newest record.
-        comparison: of what came with its prediction; None if no step is ever predicted, and then the horizon is None.
+        moved: how the step moves away from the newest record.
+        comparison: of what came with its prediction; None if no step is ever predicted, and then so is ``moved``.
     """
     plan = None
     if comparison is not None:
-        assert horizon is not None
-        state, plan = _learn(phases, state, horizon, comparison)
+        assert moved is not None
+        state, plan = _learn(phases, state, moved, comparison)
     phase, adaptive = state.phase, state.adaptive
     recorded_or_later = is_finite | (phase != Phase.WARMUP)
     done = state.steps_in_phase + recorded_or_later.astype(jnp.int32)
@@ -273,12 +273,13 @@ def _following(
 
 
 def _learn(
-    phases: Guarded | Cycle, state: PhaseMachineState, horizon: jax.Array, comparison: Comparison
+    phases: Guarded | Cycle, state: PhaseMachineState, moved: Moved, comparison: Comparison
 ) -> tuple[PhaseMachineState, Plan | None]:
     """The machine with the step's error in its mean and in the guard, and what that plans."""
     assert state.errors is not None
     error, plan = comparison.error, None
-    is_after_leap = (horizon > 1) | (state.phase == Phase.CORRECT) if state.guard is None else state.guard.leap > 0
+    is_after_gap = (moved.horizon > 1) | (state.phase == Phase.CORRECT)
+    is_after_leap = is_after_gap if state.guard is None else state.guard.leap > 0
     is_counted = comparison.is_measured & is_after_leap
     num_measured = _count_if(is_counted, state.errors.num_measured)
     mean = state.errors.mean + (error - state.errors.mean) / jnp.maximum(num_measured, 1).astype(jnp.float32)
@@ -289,7 +290,8 @@ def _learn(
     )
     if isinstance(phases, Guarded):
         assert state.guard is not None
-        watched, plan = guards.after(phases, state.guard, state.phase == Phase.PREDICT, error, comparison.is_measured)
+        is_predict = state.phase == Phase.PREDICT
+        watched, plan = guards.after(phases, state.guard, is_predict, error, comparison.is_measured, moved)
         state = state._replace(guard=watched)
     return state._replace(errors=errors, calibration=comparison.experience.calibration), plan
 

@@ -19,7 +19,7 @@ class Guarded:
         warmup_steps: true gradients to record before anything is predicted, ``>= 2``.
 
     State cost:
-        28 bytes.
+        40 bytes.
 
     Raises:
         ValueError: an attribute outside its range.

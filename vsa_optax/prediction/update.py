@@ -11,11 +11,12 @@ from jax import lax
 from vsa_optax.core import checks
 from vsa_optax.core.conditional import in_place_if
 from vsa_optax.core.mesh import all_finite_over, axes_in, is_checked, mean_over, varying_axes
-from vsa_optax.core.trees import all_finite, tree_where
+from vsa_optax.core.trees import all_finite, norm, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction import machine as machines
 from vsa_optax.prediction import stats, unmeasured
+from vsa_optax.prediction.guard import Moved
 from vsa_optax.prediction.learning_rate import check_one_rate
 from vsa_optax.prediction.machine import Phase, PhaseMachineState
 from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
@@ -67,6 +68,7 @@ def switched(
     *,
     predicts_updates: bool,
     learning_rate: optax.ScalarOrSchedule | None,
+    emits_moves: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Follows ``opt``, or the predictor in its place.
 
@@ -76,6 +78,7 @@ def switched(
         predictor: of what is recorded.
         predicts_updates: whether what ``opt`` emits is recorded and predicted; else the gradients are.
         learning_rate: multiplies what leaves, in every phase; a number, a schedule over all steps, or None.
+        emits_moves: whether the parameters move by what leaves; else by what is made of it.
     """
     _refuse_rare_emissions(opt)
     ever_predicts = machines.ever_predicts(phases)
@@ -129,13 +132,12 @@ def switched(
             value = extra_args["value"] = _agreed_value(value, state, in_all_phases=is_adaptive or follows)
         count = machines.total_steps(machine)
         recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
-        horizon = None
+        moved = None
         if ever_predicts:
             # The history is read in one conditional and written in a later one, so that XLA writes it in place.
             seen_params = params if predictor.reads_params else None
             watches = None if machine.guard is None else machine.guard.asleep == 0
             scalars = look(watches, history, count, seen_params)
-            horizon = scalars.horizon
             known = Experience(residual, machine.calibration)
             result = run(
                 updates, recorded_state, params, extra_args, machine.phase, history, known, scalars, watches, axes
@@ -145,6 +147,7 @@ def switched(
             is_recorded = (machine.phase != Phase.PREDICT) & result.is_finite
             if watches is not None:
                 is_recorded &= watches
+            moved = Moved(scalars.horizon, scalars.distance, None, is_recorded)
             history = record_if(is_recorded, history, result.target, seen_params, count, scalars)
         else:
             target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
@@ -162,13 +165,16 @@ def switched(
         if learning_rate is not None:
             rate = learning_rate(count) if callable(learning_rate) else learning_rate
             new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
+        if emits_moves and machine.guard is not None:
+            assert moved is not None
+            moved = moved._replace(emitted=norm(new_updates))
         machine = machines.advance(
             phases,
             machine,
             is_finite=is_finite,
             is_ignored=result.is_ignored,
             value=value,
-            horizon=horizon,
+            moved=moved,
             comparison=result.comparison,
         )
         return new_updates, PhaseSwitchedState(machine, history, residual, inner_state)

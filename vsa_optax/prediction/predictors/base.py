@@ -91,6 +91,10 @@ class Scalars(Protocol):
     def horizon(self) -> jax.Array:
         """``[] float32``, steps from the newest record."""
 
+    @property
+    def distance(self) -> jax.Array | None:
+        """``[] float32``, from the newest record's parameters; None for a predictor that does not read them."""
+
 
 class History(Protocol):
     """A memory of gradients or updates."""

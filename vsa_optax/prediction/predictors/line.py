@@ -46,6 +46,11 @@ class LineScalars(NamedTuple):
     moments: tuple[jax.Array, jax.Array, jax.Array] | None = None
     gains: tuple[jax.Array, jax.Array, jax.Array] | None = None
 
+    @property
+    def distance(self) -> None:
+        """A line does not read the parameters."""
+        return
+
 
 class LineHistory(History, Protocol):
     """A history whose prediction is a line in time, the weighted sum of numbers and trees.

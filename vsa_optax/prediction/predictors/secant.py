@@ -59,6 +59,11 @@ class SecantScalars(NamedTuple):
     products: jax.Array
     squared_norm: jax.Array
 
+    @property
+    def distance(self) -> jax.Array:
+        """``[] float32``, the displacement's length."""
+        return jnp.sqrt(self.squared_norm)
+
 
 @dataclasses.dataclass(frozen=True)
 class SecantHistory:
