@@ -209,10 +209,10 @@ class LinenState(TrainState):
 @pytest.mark.filterwarnings("ignore:value= was not given")  # TrainState.apply_gradients does not forward it.
 def test_linen(tmp_path):
     apply = LinenNet().apply  # One function for all states, which are compared with it inside.
+    init = jax.jit(lambda key: LinenNet().init(key, X, train=False), **CHEAP)
 
     def fresh():
-        variables = LinenNet().init(jax.random.key(0), X, train=False)
-        state = LinenState.create(apply_fn=apply, tx=CASES["window"], **variables)
+        state = LinenState.create(apply_fn=apply, tx=CASES["window"], **init(jax.random.key(0)))
         return state.replace(step=jnp.zeros([], jnp.int32))
 
     @functools.partial(jax.jit, **CHEAP)
