@@ -32,7 +32,7 @@ def assert_steady(states):
 @every_transformation
 def test_updates_promote_no_rank_and_no_dtype(name, dtype, nothing_implicit):
     params = params_of(dtype)
-    assert_steady(traced(lambda: states_of(name, params, 2), name))
+    assert_steady(traced(lambda: states_of(name, params, 2, is_jitted=True), name))
 
 
 @every_transformation
@@ -40,7 +40,7 @@ def test_in_double_precision_neither_and_types_stay(name, nothing_implicit):
     with jax.enable_x64(True):
         for dtype in (jnp.float32, jnp.float64):
             params = params_of(dtype)
-            assert_steady(traced(lambda params=params: states_of(name, params, 2), name))
+            assert_steady(traced(lambda params=params: states_of(name, params, 2, is_jitted=True), name))
 
 
 def test_codecs_promote_neither(nothing_implicit):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import multiprocess_worker
@@ -20,7 +21,6 @@ from vsa_optax import checkpoint
 
 WORKER = Path(__file__).with_name("multiprocess_worker.py")
 STEPS, SAVED_AT = 20, 7  # It is saved in the middle of a PREDICT phase.
-FOREVER = 10**6
 PATIENCE = 120  # Seconds, on a busy machine; alone, a run takes five.
 # What JAX says of a lost process: a collective has failed; or it has not been heard of, or was the coordinator.
 LOST = r"RuntimeError: .*Gloo .* failed|JAX distributed service detected fatal errors"
@@ -83,43 +83,59 @@ def two_processes(folder, *arguments):
             yield first, second
 
 
-def finished(processes):
-    """What the devices hold in the end: first what all hold, then what each alone does."""
-    for process in processes:
-        assert process.ends() == 0, process.said
-    held = [device.split(":") for process in processes for device in process.after("end")]
-    return zip(*held, strict=True)
+def held(processes):
+    """What the devices hold after all steps: first what all hold, then what each alone does."""
+    of_devices = [device.split(":") for process in processes for device in process.after("end")]
+    return list(zip(*of_devices, strict=True))
+
+
+class Killed(NamedTuple):
+    """A run that was killed some steps after its last one, when it had said everything."""
+
+    folder: Path
+    first: Process
+    second: Process
+    code: int | None  # With which the other process ended.
+
+
+def killed_run(folder, victim):
+    run = folder / "run"
+    with two_processes(folder / "killed", run, STEPS, SAVED_AT) as processes:
+        for process in processes:
+            process.wait_for(f"step {STEPS + 5}")
+        processes[victim].popen.send_signal(signal.SIGKILL)
+        return Killed(run, *processes, processes[1 - victim].ends(30))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    with two_processes(folder / "log", folder / "run", STEPS, 0) as processes:
-        shared, own = finished(processes)
-        predicted = [int(process.after("predicted")[0]) for process in processes]
-        accumulated = [process.after("accumulated") for process in processes]
-        refusals = [[" ".join(process.after(word)) for process in processes] for word in ("alone", "unwritable")]
-    return shared, own, predicted, refusals, accumulated
+def killed(tmp_path_factory):
+    return killed_run(tmp_path_factory.mktemp("first"), victim=1)
 
 
-def test_every_process_holds_the_same_bits(uninterrupted):
-    shared, own, predicted, *_ = uninterrupted
+def both(run, word):
+    return [process.after(word) for process in (run.first, run.second)]
+
+
+def test_every_process_holds_the_same_bits(killed):
+    shared, own = held((killed.first, killed.second))
     assert shared[0] == shared[1]
     assert own[0] != own[1]  # The residuals.
-    assert predicted[0] == predicted[1] > 4
+    first, second = both(killed, "predicted")
+    assert first == second
+    assert int(first[0]) > 4
 
 
-def test_a_nan_in_one_process_leaves_the_windows_of_both_in_step(uninterrupted):
+def test_a_nan_in_one_process_leaves_the_windows_of_both_in_step(killed):
     """Micro-batches are summed by each process, and one of them leaves one out: else the other waited for ever."""
-    (first, *walked), (second, *other) = uninterrupted[4]
+    (first, *walked), (second, *other) = both(killed, "accumulated")
     assert walked == other == ["1", "0", "0", "1", "0", "1"]
     (shared, own), (same, other) = first.split(":"), second.split(":")
     assert shared == same
     assert own != other  # The sums.
 
 
-def test_a_save_that_cannot_be_is_refused_in_every_process(uninterrupted):
-    alone, unwritable = uninterrupted[3]
+def test_a_save_that_cannot_be_is_refused_in_every_process(killed):
+    alone, unwritable = ([" ".join(words) for words in both(killed, word)] for word in ("alone", "unwritable"))
     assert alone[0] == alone[1]
     assert alone[0].startswith("ValueError leaf (the tree is one leaf) is an array of this process alone")
     assert unwritable[0].startswith("FileExistsError")
@@ -127,25 +143,22 @@ def test_a_save_that_cannot_be_is_refused_in_every_process(uninterrupted):
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_killed_process_ends_the_run_and_the_checkpoint_resumes(victim, uninterrupted, tmp_path):
-    run = tmp_path / "run"
-    with two_processes(tmp_path / "killed", run, FOREVER, SAVED_AT) as processes:
-        for process in processes:
-            process.wait_for(f"step {SAVED_AT + 5}")
-        processes[victim].popen.send_signal(signal.SIGKILL)
-        survivor = processes[1 - victim]
-        assert survivor.ends(30) not in (0, None)
-        assert re.search(LOST, survivor.said), survivor.said
-        saved = [device for process in processes for device in process.after("saved")]
+def test_a_killed_process_ends_the_run_and_the_checkpoint_resumes(victim, killed, tmp_path):
+    """The resumed run comes to what the first one had come to by itself, before it was killed."""
+    run = killed if victim == 1 else killed_run(tmp_path, victim)
+    survivor = (run.first, run.second)[1 - victim]
+    assert run.code not in (0, None)
+    assert re.search(LOST, survivor.said), survivor.said
 
     # One process alone can read it, on as many devices.
     devices = jax.devices()[:2]
     template = multiprocess_worker.first_state(Mesh(np.array(devices), ("data",)))
-    step, state = checkpoint.restore(run, template, config=multiprocess_worker.SETTINGS)
+    step, state = checkpoint.restore(run.folder, template, config=multiprocess_worker.SETTINGS)
     assert step == SAVED_AT
-    assert list(multiprocess_worker.digests(state, devices)) == saved
+    assert list(multiprocess_worker.digests(state, devices)) == [device for [device] in both(run, "saved")]
 
-    with two_processes(tmp_path / "resumed", run, STEPS, 0) as processes:
-        shared, own = finished(processes)
-        assert [process.after("from") for process in processes] == [[str(SAVED_AT)]] * 2
-    assert (shared, own) == uninterrupted[:2]
+    with two_processes(tmp_path / "resumed", run.folder, STEPS, 0) as processes:
+        for process in processes:
+            assert process.ends() == 0, process.said
+    assert [process.after("from") for process in processes] == [[str(SAVED_AT)]] * 2
+    assert held(processes) == held((killed.first, killed.second))

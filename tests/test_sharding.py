@@ -26,7 +26,7 @@ from vsa_optax.accumulation.ternary_sum import make_ternary_sum
 
 STEPS = 20
 SHORT = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_every=2, length=5)
-SHAPES = {"w": (24, 64), "b": (64,), "v": (64, 16)}
+SHAPES = {"w": (16, 64), "b": (64,), "v": (64, 16)}  # Whole blocks, and less than one.
 SPLIT = {"w": P("data", None), "b": P("data"), "v": P(None, "data")}
 LAYOUTS = {"replicated": dict.fromkeys(SHAPES, P()), "split": SPLIT}
 CODEC = vsa_optax.TritCodec()
@@ -59,7 +59,7 @@ def make_params():
 
 
 def make_batch():
-    return jnp.asarray(np.random.default_rng(1).normal(size=(32, 24)), jnp.float32)
+    return jnp.asarray(np.random.default_rng(1).normal(size=(32, 16)), jnp.float32)
 
 
 def loss(params, x):
@@ -113,6 +113,7 @@ def run(opt, layout, *, has_phases, in_context):
     return params, state, first, compiled
 
 
+@functools.cache
 def run_alone(opt, *, has_phases):
     step, params, batch = make_step(optax.with_extra_args_support(opt), has_phases), make_params(), make_batch()
     state = opt.init(params)
@@ -152,7 +153,7 @@ def assert_like_the_parameters(state, layout):
 def assert_same_training(params, state, alone, *, atol):
     for name, start in make_params().items():
         np.testing.assert_allclose(params[name], alone[0][name], rtol=0, atol=atol)
-        assert float(jnp.max(jnp.abs(params[name] - start))) > 0.05
+        assert np.max(np.abs(np.asarray(params[name]) - np.asarray(start))) > 0.05
     if isinstance(state, vsa_optax.prediction.update.PhaseSwitchedState):
         stats, wanted = vsa_optax.phase_stats(state), vsa_optax.phase_stats(alone[1])
         np.testing.assert_array_equal(stats[:7], wanted[:7])
@@ -226,7 +227,7 @@ def test_a_gradient_is_looked_at_for_nans_where_it_lies():
 def test_inside_shard_map_an_accumulator_is_local():
     """Each device sums its own shard of the gradient: nothing is sent, and it holds an eighth of the trits."""
     mesh, opt = mesh_of_all(), vsa_optax.accumulate_ternary(2)
-    gradients = jnp.asarray(np.random.default_rng(2).normal(size=(2, 8 * 40, 128)), jnp.float32)
+    gradients = np.random.default_rng(2).normal(size=(2, 8 * 40, 128)).astype(np.float32)
 
     def init(shard):
         return jax.tree.map(lambda x: x[None], opt.init(shard))
@@ -236,7 +237,7 @@ def test_inside_shard_map_an_accumulator_is_local():
         return mean, jax.tree.map(lambda x: x[None], state)
 
     by_rows = P("data")
-    state = jax.jit(jax.shard_map(init, mesh=mesh, in_specs=by_rows, out_specs=by_rows))(gradients[0])
+    state = jax.jit(jax.shard_map(init, mesh=mesh, in_specs=by_rows, out_specs=by_rows), **CHEAP)(gradients[0])
     step = jax.jit(jax.shard_map(update, mesh=mesh, in_specs=(by_rows, by_rows), out_specs=(by_rows, by_rows)))
     compiled = step.lower(place(gradients[0], mesh, by_rows), state).compile(**CHEAP)
     assert not any(collectives(compiled, kind) for kind in (*SENT, "all-reduce"))
@@ -244,5 +245,6 @@ def test_inside_shard_map_an_accumulator_is_local():
         mean, state = compiled(place(gradient, mesh, by_rows), state)
     codes = state.acc_grads.codes
     assert {shard.data.nbytes for shard in codes.addressable_shards} == {codes.nbytes // 8}
-    error = jnp.sum((mean - gradients.mean(axis=0)) ** 2) / jnp.sum(gradients.mean(axis=0) ** 2)
+    exact = np.mean(gradients, axis=0)
+    error = np.sum((np.asarray(mean) - exact) ** 2) / np.sum(exact**2)
     assert 0.01 < error < 0.02  # Of noise in two trits, K = 2: 0.014.

@@ -47,12 +47,13 @@ def traced(run, name):
     return jax.eval_shape(jax.vmap(lambda _: run(), axis_name="d", axis_size=2), jnp.zeros(2))
 
 
-def states_of(name, params, steps):
-    """The states after each of a few updates."""
+def states_of(name, params, steps, *, is_jitted=False):
+    """The states after each of a few updates; if they are jitted, those of equal types are traced once."""
     opt = optax.with_extra_args_support(TRANSFORMATIONS[name])
+    update = jax.jit(opt.update) if is_jitted else opt.update
     state, states = opt.init(params), []
     for _ in range(steps):
-        updates, state = opt.update(params, state, params, value=jnp.ones([], jnp.float32))
+        updates, state = update(params, state, params, value=jnp.ones([], jnp.float32))
         params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates)
         states.append(state)
     return states

@@ -39,12 +39,17 @@ def draw(seed, *shape):
 
 
 def make_tree(seed, num):
-    """Gradients of ``num`` devices; none of the sizes is a multiple of 2 or 3 but for the complex leaf's."""
+    """Gradients of ``num`` devices; none of the sizes is a multiple of 2 or 3 but for the complex leaf's.
+
+    On three devices the small leaves are coded, too: one by itself, the others together. On more they are sent as they
+    are, so that programs compile in half the time.
+    """
+    odd, complex_ = (131, 40) if num <= 3 else (7, 5)
     return {
         "wide": draw(seed, num, 7, 97) + draw(seed + 1, 7, 97),
-        "odd": draw(seed + 2, num, 131),
+        "odd": draw(seed + 2, num, odd),
         "half": [draw(seed + 3, num, 5).astype(jnp.bfloat16), draw(seed + 4, num), np.zeros((num, 0, 3), np.float32)],
-        "z": (draw(seed + 5, num, 40) + 1j * draw(seed + 6, num, 40)).astype(np.complex64),
+        "z": (draw(seed + 5, num, complex_) + 1j * draw(seed + 6, num, complex_)).astype(np.complex64),
     }
 
 
@@ -79,6 +84,12 @@ def mean_of(tree, num):
     return [np.mean(leaf, axis=0) for leaf in zip(*(flat(of_device(tree, i)) for i in range(num)), strict=True)]
 
 
+@functools.cache
+def coded(codec):
+    """What becomes of a tree at a step."""
+    return jax.jit(lambda tree, step: codec.decode(codec.encode(tree, step)), **CHEAP)
+
+
 def rounded(leaves):
     return [np.asarray(x, jnp.bfloat16).astype(np.float32) if len(x) == 5 else x for x in leaves]
 
@@ -92,17 +103,16 @@ def assert_same_on_all(sent, copies):
 
 @pytest.mark.parametrize(
     ("num", "codec", "error_feedback"),
-    [(1, ONE, True), (2, TERNARY, True), (3, TWO, False), (3, ONE, True), (8, ONE, True)],
-    ids=["1", "2-ternary", "3-unbiased", "3", "8"],
+    [(1, ONE, True), (2, TERNARY, True), (7, TWO, False), (3, ONE, True), (8, ONE, True)],
+    ids=["1", "2-ternary", "7-unbiased", "3", "8"],
 )
 def test_equals_the_twin_and_loses_nothing(num, codec, error_feedback):
     """Without feedback and with it, whose sum over devices and steps holds all that has not left."""
     state, step = made(num, codec, error_feedback)
-    decode = jax.jit(lambda rows, at: codec.decode(codec.encode(rows, at)), **CHEAP)
     block = getattr(codec, "block_size", 1)
     worth = -(-codec.nbytes([np.zeros(block, np.float32)]) // 4)
     twin = reference.CompressedMean(
-        lambda rows, at: [np.asarray(x) for x in decode(rows, at)], num, block, worth, rounded
+        lambda rows, at: [np.asarray(x) for x in coded(codec)(rows, at)], num, block, worth, rounded
     )
     left = [[np.zeros_like(x) for x in flat(of_device(make_tree(0, num)))] for _ in range(num)]
     entered = emitted = 0.0
@@ -120,10 +130,11 @@ def test_equals_the_twin_and_loses_nothing(num, codec, error_feedback):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), sent) == jax.tree.map(lambda x: (x.shape[1:], x.dtype), grads)
     assert (state.step, state.nonfinite_count) == (3, 0)
     if error_feedback:
-        kept = [flat(of_device(state.residual, i)) for i in range(num)]
+        residual = jax.device_get(state.residual)
+        kept = [flat(of_device(residual, i)) for i in range(num)]
         for i in range(num):
             np.testing.assert_allclose(np.concatenate(kept[i]), np.concatenate(left[i]), atol=2e-5 * num)
-        waiting = np.concatenate(mean_of(state.residual, num))
+        waiting = np.concatenate(mean_of(residual, num))
         assert num == 1 or abs(waiting).max() > 0.1
         np.testing.assert_allclose(emitted + waiting, entered, atol=3e-6)
 
@@ -137,16 +148,17 @@ def test_hypervectors_are_summed(error_feedback):
     for t in range(2):
         grads = make_tree(10 * t, num)
         mean = mean_of(grads, num)
-        kept = mean_of(state.residual, num) if error_feedback else [0.0 * m for m in mean]
+        kept = mean_of(jax.device_get(state.residual), num) if error_feedback else [0.0 * m for m in mean]
         pending = [m + e for m, e in zip(mean, kept, strict=True)]
-        expected = rounded([np.asarray(x) for x in DENSE.decode(DENSE.encode(pending, t))])
+        expected = rounded([np.asarray(x) for x in coded(DENSE)(pending, t)])
         sent, copies, state = step(grads, state)
         assert_same_on_all(sent, copies)
         for s, e in zip(flat(sent), expected, strict=True):
             np.testing.assert_allclose(s, e, atol=2e-2 if len(s) == 5 else 1e-5)
         entered, emitted = entered + np.concatenate(mean), emitted + np.concatenate(flat(sent))
     if error_feedback:
-        np.testing.assert_allclose(emitted + np.concatenate(mean_of(state.residual, num)), entered, atol=3e-6)
+        waiting = np.concatenate(mean_of(jax.device_get(state.residual), num))
+        np.testing.assert_allclose(emitted + waiting, entered, atol=3e-6)
 
 
 @pytest.mark.parametrize("codec", [ONE, DENSE], ids=["trits", "hypervector"])
@@ -287,7 +299,7 @@ def test_another_mesh_axis_may_shard_leaves():
     sent, after = step(grads, state)
     for name in grads:
         mean = grads[name].mean(axis=0)
-        assert np.sum((sent[name] - mean) ** 2) < 0.3 * np.mean(np.sum(grads[name] ** 2, axis=-1))
+        assert np.sum((np.asarray(sent[name]) - mean) ** 2) < 0.3 * np.mean(np.sum(grads[name] ** 2, axis=-1))
     assert after.nonfinite_count == 0
     grads["sharded"][2, 299] = np.nan
     sent, after = step(grads, state)
@@ -295,7 +307,7 @@ def test_another_mesh_axis_may_shard_leaves():
     assert after.nonfinite_count == 1
 
 
-SIZE = 8 * 8192 + 5
+SIZE = 8 * 8192 - 3  # A device averages eight whole blocks, or three coordinates less.
 
 
 @functools.cache
@@ -323,7 +335,7 @@ def test_errors_average_out_over_devices(codec, vnmse, shared):
     state, errors = opt.init(mean), []
     for _ in range(3):
         sent, state = step(placed, state)
-        errors.append(np.sum((sent - mean) ** 2) / energy)
+        errors.append(np.sum((np.asarray(sent) - mean) ** 2) / energy)
     # What loses least shrinks what it codes to ``1 - vnmse`` times it; the rest of the error is noise.
     kept, noise = (1.0, vnmse) if codec.unbiased else (1 - vnmse, vnmse - vnmse**2)
     rows = np.pad(grads, ((0, 0), (0, -SIZE % 8))).reshape(8, 8, -1)
@@ -362,14 +374,14 @@ def test_rows_of_many_coordinates_are_coded_in_pieces():
     grads = draw(0, 2, 2 * 300_000)
     step = mapped(lambda g, s: opt.update(g[0], s), mesh_of(2), (P("data"), P()), P())
     sent, _ = step(grads, opt.init(grads[0]))
-    assert np.sum((sent - grads.mean(axis=0)) ** 2) < 0.03 * np.mean(np.sum(grads**2, axis=1))
+    assert np.sum((np.asarray(sent) - grads.mean(axis=0)) ** 2) < 0.03 * np.mean(np.sum(grads**2, axis=1))
 
 
 def test_state_bytes_and_layout_are_those_documented():
     params = of_device(make_tree(0, 8))
     plain, fed = (compressed_pmean("data", ONE, error_feedback=on) for on in (False, True))
     assert sum(x.nbytes for x in jax.tree.leaves(plain.init(params))) == 8
-    assert sum(x.nbytes for x in jax.tree.leaves(fed.init(params))) == 8 + 4 * (679 + 131 + 5 + 1) + 8 * 40
+    assert sum(x.nbytes for x in jax.tree.leaves(fed.init(params))) == 8 + 4 * (679 + 7 + 5 + 1) + 8 * 5
     state, _ = made(8, ONE, True)
     assert state.residual["wide"].shape == (8, 7, 97)
     assert all(shard.data.shape == (1, 7, 97) for shard in state.residual["wide"].addressable_shards)

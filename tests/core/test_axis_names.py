@@ -42,7 +42,7 @@ def test_flax_partitions_what_was_made_of_boxes(name):
 
 @by_name
 def test_boxes_with_names_are_updated(name):
-    first, second = jax.eval_shape(lambda: states_of(name, boxed_params(), 2))
+    first, second = jax.eval_shape(lambda: states_of(name, boxed_params(), 2, is_jitted=True))
     assert jax.tree.structure(first) == jax.tree.structure(second)
 
 
