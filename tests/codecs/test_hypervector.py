@@ -30,9 +30,14 @@ def flat_of(tree):
     return np.concatenate([x.astype(np.float64).ravel() for x in reals])
 
 
+@functools.cache
+def compiled_keys(codec):
+    return jax.jit(codec._keys, static_argnums=0, **CHEAP)
+
+
 def keys_of(codec, size, step):
     """±1 ``[chunks, D]``, and where the first chunk begins."""
-    bits, begin = codec._keys(size, jnp.int32(step))
+    bits, begin = compiled_keys(codec)(size, np.int32(step))
     return np.where(np.asarray(bits) > 0, -1.0, 1.0), int(begin)
 
 
