@@ -17,7 +17,8 @@ def compiled(history):
         return history.record(state, record, None, at, history.scalars(state, at))
 
     def predict(state, step):
-        return numerics.linear_combination(*history.terms(state, history.scalars(state, step)))
+        coefficients, trees = history.terms(state, history.scalars(state, step))
+        return jax.tree.map(lambda *terms: numerics.linear_combination(coefficients, terms), *trees)
 
     return jax.jit(record), jax.jit(predict)
 

@@ -20,6 +20,7 @@ import pytest
 import reference
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
+from samples import CHEAP
 
 import vsa_optax
 from vsa_optax import AdaptiveCycle, Cycle, Recursive, Secants, Window
@@ -123,9 +124,10 @@ def compiled(number, is_double):
         assert types_of(updates) == types_of(grads)
         return new, (updates, state.machine.phase, new)
 
-    start = opt.init(setup.params)
-    cheap = dict(xla_backend_optimization_level="0")
-    run = jax.jit(lambda grads, values: jax.lax.scan(step, start, (grads, values))[1], compiler_options=cheap)
+    @functools.partial(jax.jit, **CHEAP)
+    def run(grads, values):
+        return jax.lax.scan(step, opt.init(setup.params), (grads, values))[1]
+
     return setup, run
 
 
@@ -262,7 +264,7 @@ def test_trees_that_do_not_fit_are_refused_by_leaf(number, data):
     """One leaf lost, reshaped, added or wrapped, after an init that saw the tree as it was."""
     setup = make_setup(number, HALVES)
     opt = setup.make()
-    state = opt.init(setup.params)
+    state = jax.eval_shape(opt.init, setup.params)
     leaves, treedef = jax.tree.flatten(setup.params)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(setup.params)]
     if not leaves:
@@ -278,9 +280,9 @@ def test_trees_that_do_not_fit_are_refused_by_leaf(number, data):
     tree = jax.tree.unflatten(treedef, [*leaves[:at], changed, *leaves[at + 1 :]])
     if fault == "integer":
         with pytest.raises(TypeError, match="has dtype int32") as error:
-            opt.init(tree)
+            jax.eval_shape(opt.init, tree)
     else:
         with pytest.raises(ValueError, match="gradients: ") as error:
-            opt.update(tree, state, setup.params, value=1.0)
+            jax.eval_shape(opt.update, tree, state, setup.params, value=1.0)
     name = names[at] + "[0]" * (fault == "wrapped") or "(the tree is one leaf)"
     assert f"leaf {name}" in str(error.value)

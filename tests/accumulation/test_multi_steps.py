@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from samples import CHEAP, LARGE, noise, relative_error
+import samples
+from samples import CHEAP, LARGE, relative_error
 
 import vsa_optax
 from vsa_optax import accumulate_ternary, ternary_accumulator, ternary_multi_steps
@@ -16,6 +17,16 @@ from vsa_optax import accumulate_ternary, ternary_accumulator, ternary_multi_ste
 P = jax.sharding.PartitionSpec
 # Relative squared error of the mean of 2, 8 and 32 gradients of pure noise, as documented.
 DOCUMENTED = {1: (0.095, 0.40, 0.70), 2: (0.014, 0.085, 0.29), 3: (0.00174, 0.0117, 0.049)}
+
+
+accumulator = functools.cache(accumulate_ternary)
+by_adam = functools.cache(lambda k: ternary_multi_steps(optax.adam(0.1), k))
+
+
+@functools.cache
+def noise(num, shape=(4096,), seed=0, dtype="float32"):
+    """The first of eight or more, which are drawn by one program."""
+    return np.asarray(samples.noise(max(num, 8), shape, seed, jnp.dtype(dtype)))[:num]
 
 
 @functools.cache
@@ -46,8 +57,8 @@ def test_the_mean_is_within_the_documented_error(trits):
 
 
 def test_gradients_that_agree_lose_less():
-    gradients = 3.0 * noise(1)[0] + noise(8, seed=1)
-    updates, _ = emitted(accumulate_ternary(8), gradients)
+    gradients = 3 * noise(1)[0] + noise(8, seed=1)
+    updates, _ = emitted(accumulator(8), gradients)
     assert relative_error(updates[-1], gradients.mean(axis=0)) < 0.6 * DOCUMENTED[2][1]
 
 
@@ -80,17 +91,18 @@ def test_one_micro_batch_passes_through_exactly(dtype):
 
 def test_the_sum_is_k_means():
     gradients = noise(4)
-    mean, _ = emitted(accumulate_ternary(4), gradients)
+    mean, _ = emitted(accumulator(4), gradients)
     total, _ = emitted(accumulate_ternary(4, use_grad_mean=False), gradients)
     np.testing.assert_allclose(total, 4 * mean, rtol=1e-6)
 
 
 def test_a_micro_batch_that_is_not_finite_is_left_out_and_counted():
     gradients = noise(5)
-    opt = accumulate_ternary(4)
-    spoiled = gradients.at[1, 7].set(jnp.nan).at[3, 0].set(jnp.inf)
-    with_bad, state = emitted(opt, jnp.concatenate([spoiled, gradients[1:2]]))
-    without, _ = emitted(opt, jnp.stack([gradients[0], gradients[2], gradients[4], gradients[1]]))
+    opt = accumulator(4)
+    spoiled = np.concatenate([gradients, gradients[1:2]])
+    spoiled[1, 7], spoiled[3, 0] = np.nan, np.inf
+    with_bad, state = emitted(opt, spoiled)
+    without, _ = emitted(opt, gradients[[0, 2, 4, 1]])
     np.testing.assert_array_equal(with_bad[-1], without[-1])
     assert not with_bad[:-1].any()
     assert int(state.nonfinite_count) == 2
@@ -99,10 +111,12 @@ def test_a_micro_batch_that_is_not_finite_is_left_out_and_counted():
 
 def test_a_gradient_that_would_overflow_is_left_out():
     gradients = noise(3)
-    opt = accumulate_ternary(3)
-    _, state = emitted(opt, gradients.at[1, 7].set(3e38))
+    opt = accumulator(3)
+    too_large = gradients.copy()
+    too_large[1, 7] = 3e38
+    _, state = emitted(opt, too_large)
     assert (int(state.nonfinite_count), int(state.mini_step)) == (1, 2)
-    updates, state = emitted(opt, 1e33 * gradients)
+    updates, state = emitted(opt, np.float32(1e33) * gradients)
     assert (int(state.nonfinite_count), int(state.mini_step)) == (0, 0)
     assert relative_error(updates[-1] / 1e33, gradients.mean(axis=0)) < 0.05
 
@@ -130,8 +144,10 @@ SKIP = functools.partial(optax.skip_large_updates, max_squared_norm=30.0)
 def test_windows_are_those_of_multi_steps(k, use_grad_mean, skip):
     """With leaves smaller than a block nothing is coded, and what is left is optax.MultiSteps."""
     gradients = {"w": noise(14, (3, 5)), "b": noise(14, (2,), seed=1)}
-    gradients = jax.tree.map(lambda g: g.at[jnp.array([3, 8])].multiply(10.0), gradients)
-    params = jax.tree.map(lambda g: g[0], gradients)
+    gradients = jax.tree.map(np.array, gradients)
+    for gradient in gradients.values():
+        gradient[[3, 8]] *= 10
+    params = jax.tree.map(lambda g: g[0].copy(), gradients)
     ours = ternary_multi_steps(optax.adamw(0.1), k, use_grad_mean, skip)
     theirs = optax.MultiSteps(optax.adamw(0.1), k, use_grad_mean, skip)
     state, their_state = ours.init(params), theirs.init(params)
@@ -149,8 +165,8 @@ def test_windows_are_those_of_multi_steps(k, use_grad_mean, skip):
 
 def test_the_inner_optimizer_gets_the_mean_and_runs_on_emissions_only():
     gradients = noise(6)
-    means, _ = emitted(accumulate_ternary(3), gradients)
-    updates, state = emitted(ternary_multi_steps(optax.adam(0.1), 3), gradients)
+    means, _ = emitted(accumulator(3), gradients)
+    updates, state = emitted(by_adam(3), gradients)
     opt, inner = optax.adam(0.1), optax.adam(0.1).init(gradients[0])
     for step in (2, 5):
         expected, inner = compiled(opt.update)(means[step], inner)
@@ -176,13 +192,17 @@ def test_phases_inside_skip_all_micro_batches_of_a_predicted_step():
     )
     opt = ternary_multi_steps(phases, 2)
     params = jnp.full(2048, 1.0)
-    state, update = opt.init(params), jax.jit(opt.update, **CHEAP)
-    needs = []
+
+    @functools.partial(jax.jit, **CHEAP)
+    def step(params, state):
+        needs = vsa_optax.needs_backward(state)
+        updates, state = opt.update(jnp.where(needs, params, 0), state, params, value=jnp.float32(1.0))
+        return optax.apply_updates(params, updates), state, needs
+
+    state, needs = opt.init(params), []
     for _ in range(14):
-        needs.append(bool(vsa_optax.needs_backward(state)))
-        gradient = params if needs[-1] else jnp.zeros_like(params)
-        updates, state = update(gradient, state, params, value=jnp.float32(1.0))
-        params = optax.apply_updates(params, updates)
+        params, state, needed = step(params, state)
+        needs.append(bool(needed))
     stats = vsa_optax.phase_stats(state)
     assert int(stats.total_steps) == 7
     # WARMUP, WARMUP, FULL, PREDICT, PREDICT, CORRECT, FULL, of two micro-batches each.
@@ -267,7 +287,7 @@ def test_updates_leave_in_the_dtype_that_the_inner_optimizer_emits():
 def test_the_middle_of_a_window_survives_a_checkpoint(tmp_path):
     checkpoint = pytest.importorskip("vsa_optax.checkpoint")
     gradients = noise(6)
-    opt = ternary_multi_steps(optax.adam(0.1), 3)
+    opt = by_adam(3)
     whole, _ = emitted(opt, gradients)
     _, state = emitted(opt, gradients[:4])
     checkpoint.save(tmp_path / "run", 4, state)
@@ -276,11 +296,14 @@ def test_the_middle_of_a_window_survives_a_checkpoint(tmp_path):
     np.testing.assert_array_equal(rest, whole[4:])
 
 
+BY_MOMENTUM = ternary_multi_steps(optax.sgd(0.1, momentum=0.9), 2)
+
+
 @pytest.mark.parametrize("averaged", [True, False], ids=["replicated", "a sum on each device"])
 def test_under_shard_map_with_replication_checked(averaged):
     num = 4
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:num]), ("data",))
-    opt = ternary_multi_steps(optax.sgd(0.1, momentum=0.9), 2)
+    opt = BY_MOMENTUM
     gradients = noise(num, (2048,))
     layout = P() if averaged else P("data")
 
@@ -294,7 +317,7 @@ def test_under_shard_map_with_replication_checked(averaged):
     alone = [gradients.mean(axis=0)] if averaged else list(gradients)
     theirs = [opt.init(gradient) for gradient in alone]
     state = theirs[0] if averaged else jax.tree.map(lambda *x: jnp.stack(x), *theirs)
-    step_alone = jax.jit(opt.update, **CHEAP)
+    step_alone = compiled(opt.update)
     for _ in range(2):
         updates, state = run(state, gradients)
         both = [step_alone(gradient, s, gradient) for gradient, s in zip(alone, theirs, strict=True)]
@@ -305,10 +328,11 @@ def test_under_shard_map_with_replication_checked(averaged):
 
 
 def test_windows_have_rotations_of_their_own():
-    gradients = jnp.tile(noise(2), (2, 1))
-    updates, _ = emitted(accumulate_ternary(2), gradients)
+    gradients = np.tile(noise(2), (2, 1))
+    opt = accumulator(2)
+    updates, _ = emitted(opt, gradients)
     assert relative_error(updates[1], updates[3]) > 0.001
-    again, _ = emitted(accumulate_ternary(2), gradients)
+    again, _ = emitted(opt, gradients)
     np.testing.assert_array_equal(updates, again)
     other, _ = emitted(accumulate_ternary(2, seed=1), gradients)
     assert relative_error(updates[1], other[1]) > 0.001

@@ -30,9 +30,14 @@ def flat_of(tree):
     return np.concatenate([x.astype(np.float64).ravel() for x in reals])
 
 
+@functools.cache
+def compiled_keys(codec):
+    return jax.jit(codec._keys, static_argnums=0, **CHEAP)
+
+
 def keys_of(codec, size, step):
     """±1 ``[chunks, D]``, and where the first chunk begins."""
-    bits, begin = codec._keys(size, jnp.int32(step))
+    bits, begin = compiled_keys(codec)(size, np.int32(step))
     return np.where(np.asarray(bits) > 0, -1.0, 1.0), int(begin)
 
 
@@ -51,13 +56,18 @@ def test_encode_and_decode_equal_the_twin(dimension, shrink):
     codec = HypervectorCodec(dimension=dimension, shrink=shrink, seed=3)
     tree = make_tree()
     x = flat_of(tree)
-    payload = jax.jit(codec.encode, **CHEAP)(tree, 4)
+
+    @functools.partial(jax.jit, **CHEAP)
+    def encoded_and_decoded(tree, step):
+        payload = codec.encode(tree, step)
+        return payload, codec.decode(payload)
+
+    payload, decoded = encoded_and_decoded(tree, 4)
     signs, begin = keys_of(codec, 90, 4)
     assert signs.shape == (-(-90 // dimension), min(dimension, 90))
     assert 0 <= begin < 90
     total = reference.bundle(x, signs, begin if signs.size != 90 else 0)
     np.testing.assert_allclose(payload.bundle, total, atol=1e-5)
-    decoded = jax.jit(codec.decode, **CHEAP)(payload)
     assert jax.tree.structure(decoded) == jax.tree.structure(tree)
     expected = reference.unbundle(total, 90, signs, begin if signs.size != 90 else 0, shrink)
     np.testing.assert_allclose(flat_of(decoded), expected, atol=1e-5)
@@ -73,14 +83,17 @@ DATA = {
 }
 
 
-def over_steps(codec, x):
-    """``[STEPS, *x.shape]``: what each row of ``x`` becomes at each step."""
+def over_steps(codecs, x):
+    """``[STEPS, *x.shape]`` for each codec: what each row of ``x`` becomes at each step."""
 
     @functools.partial(jax.jit, **CHEAP)
     def run(x, steps):
-        return jax.vmap(lambda step: jax.vmap(lambda row: codec.decode(codec.encode(row, step)))(x))(steps)
+        def decoded(row, step):
+            return [codec.decode(codec.encode(row, step)) for codec in codecs]
 
-    return run(x, jnp.arange(STEPS))
+        return jax.vmap(lambda step: jax.vmap(lambda row: decoded(row, step))(x))(steps)
+
+    return run(x, np.arange(STEPS))
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.3, 0.5])
@@ -92,9 +105,10 @@ def test_the_error_is_that_of_the_table_for_any_data(ratio):
     assert of_sums >= N / dimension - 1
     assert (of_sums == N / dimension - 1) == (N % dimension == 0)
     x = np.stack(list(DATA.values()))
-    for shrink, wanted in ((True, 1 - dimension / N), (False, of_sums)):
-        codec = HypervectorCodec(ratio, shrink=shrink)
-        off = np.float64(over_steps(codec, x)) - x
+    wanted_of = {True: 1 - dimension / N, False: of_sums}
+    of_codecs = over_steps([HypervectorCodec(ratio, shrink=shrink) for shrink in wanted_of], x)
+    for (shrink, wanted), decoded in zip(wanted_of.items(), of_codecs, strict=True):
+        off = np.float64(decoded) - x
         for name, of_data, vector in zip(DATA, off.swapaxes(0, 1), x, strict=True):
             errors = (of_data**2).sum(axis=1) / (np.float64(vector) ** 2).sum()
             assert abs(errors.mean() / wanted - 1) < 0.01, (name, shrink)
@@ -115,10 +129,17 @@ CODECS = {
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 
 
+@functools.cache
+def compiled(codec):
+    """Its two halves."""
+    return jax.jit(codec.encode, **CHEAP), jax.jit(codec.decode, **CHEAP)
+
+
 @every_codec
 def test_payloads_are_vectors(codec):
+    encode, decode = compiled(codec)
     a, b = make_tree(0), make_tree(10)
-    of_a, of_b = codec.encode(a, 2), codec.encode(b, 2)
+    of_a, of_b = encode(a, 2), encode(b, 2)
     cases = {
         "sum": (of_a + of_b, lambda x, y: x + y),
         "difference": (of_a - of_b, lambda x, y: x - y),
@@ -132,23 +153,24 @@ def test_payloads_are_vectors(codec):
     for name, (payload, fun) in cases.items():
         assert jax.tree.structure(payload) == jax.tree.structure(of_a)
         assert payload.bundle.dtype == jnp.float32
-        decoded = flat_of(codec.decode(payload))
+        decoded = flat_of(decode(payload))
         combined = [np.asarray(fun(x, y), x.dtype) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
-        direct = flat_of(codec.decode(codec.encode(jax.tree.unflatten(jax.tree.structure(a), combined), 2)))
+        direct = flat_of(decode(encode(jax.tree.unflatten(jax.tree.structure(a), combined), 2)))
         np.testing.assert_allclose(decoded, direct, atol=3e-6, err_msg=name)
-        separately = fun(flat_of(codec.decode(of_a)), flat_of(codec.decode(of_b)))
+        separately = fun(flat_of(decode(of_a)), flat_of(decode(of_b)))
         np.testing.assert_allclose(decoded, separately, atol=3e-6, err_msg=name)
 
 
 @every_codec
 def test_a_sum_of_payloads_is_the_sum_of_what_they_decode_to(codec):
+    encode, decode = compiled(codec)
     trees = [make_tree(i) for i in range(3)]
-    payloads = [codec.encode(tree, 1) for tree in trees]
+    payloads = [encode(tree, 1) for tree in trees]
     coefficients = np.float32([2.0, -0.5, 1e3])
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *payloads)
-    total = codec.decode_sum(stacked, jnp.asarray(coefficients))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *payloads)
+    total = jax.jit(codec.decode_sum, **CHEAP)(stacked, coefficients)
     assert total["z"].dtype == jnp.complex64
-    expected = sum(float(c) * flat_of(codec.decode(p)) for c, p in zip(coefficients, payloads, strict=True))
+    expected = sum(float(c) * flat_of(decode(p)) for c, p in zip(coefficients, payloads, strict=True))
     np.testing.assert_allclose(flat_of(total), expected, atol=2e-6 * abs(expected).max())
 
 
@@ -194,7 +216,8 @@ def test_a_ternary_bundle(shrink):
 def test_what_is_not_finite_takes_everything(bad, codec):
     tree = make_tree()
     tree["b"][0][2] = bad
-    assert np.isnan(flat_of(codec.decode(codec.encode(tree)))).all()
+    encode, decode = compiled(codec)
+    assert np.isnan(flat_of(decode(encode(tree, 0)))).all()
 
 
 TREES = {

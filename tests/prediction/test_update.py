@@ -40,7 +40,7 @@ def test_bad_gradients_leave_no_trace(line, predicts):
 def test_an_optimizers_own_nan_is_not_emitted_or_recorded():
     broken = optax.stateless(lambda updates, params: jax.tree.map(lambda u: u / 0.0 * 0.0, updates))
     opt = blind.phase_switched(broken, **SHORT)
-    emitted, state = opt.update(tree_of(np.ones(sum(SIZES))), opt.init(PARAMS))
+    emitted, state = jax.jit(opt.update)(tree_of(np.ones(sum(SIZES))), opt.init(PARAMS))
     assert not flat_of(emitted).any()
     assert state.machine.nonfinite_count == 1
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
@@ -48,9 +48,12 @@ def test_an_optimizers_own_nan_is_not_emitted_or_recorded():
 
 def test_without_predictions_a_bad_gradient_is_counted_and_opts_own_affair():
     opt = blind.phase_switched(optax.apply_if_finite(optax.adam(0.1), 2), predict_steps=0)
-    emitted, state = opt.update(tree_of(np.full(sum(SIZES), np.nan)), opt.init(PARAMS), PARAMS)
+    emitted, state = jax.jit(opt.update)(tree_of(np.full(sum(SIZES), np.nan)), opt.init(PARAMS), PARAMS)
     assert not flat_of(emitted).any()
     assert state.machine.nonfinite_count == 1
+
+
+START = {"w": jnp.linspace(-1, 1, 50).reshape(5, 10), "b": jnp.linspace(0, 2, 7)}
 
 
 def quadratic(params):
@@ -70,8 +73,7 @@ def train(opt, steps, *, runs=1, by_scan=False, options=types.MappingProxyType({
             updates, state = opt.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), updates
 
-    params = {"w": jnp.linspace(-1, 1, 50).reshape(5, 10), "b": jnp.linspace(0, 2, 7)}
-    start = params, opt.init(params)
+    start = START, opt.init(START)
     if by_scan:
         scan = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=steps))
         run = compiled_once(scan.lower(start), **options)
@@ -83,7 +85,7 @@ def train(opt, steps, *, runs=1, by_scan=False, options=types.MappingProxyType({
             for _ in range(steps):
                 carry, updates = one_step(carry, None)
                 history.append(updates)
-            return carry, jax.tree.map(lambda *x: jnp.stack(x), *history)
+            return carry, jax.tree.map(lambda *x: np.stack(x), *history)
 
     trained = [(*carry, updates) for carry, updates in (run(start) for _ in range(runs))]
     return trained if runs > 1 else trained[0]
@@ -122,12 +124,19 @@ def test_without_predictions_the_bits_are_plain_optax(name, predicts, by_scan):
     assert state.machine.errors is None
 
 
+WARMUP = optax.warmup_cosine_decay_schedule(0.0, 0.05, 5, 40)
+
+
+@functools.cache
+def trained_with_a_warmup():
+    return train(optax.adamw(WARMUP), 40)[0]
+
+
 @pytest.mark.parametrize("predicts", ["update", "gradient"])
 def test_learning_rate_without_predictions_equals_plain_optax(predicts):
-    rate = optax.warmup_cosine_decay_schedule(0.0, 0.05, 5, 40)
-    plain, _, _ = train(optax.adamw(rate), 40)
-    opt = blind.phase_switched(optax.adamw(1.0), learning_rate=rate, predict_steps=0, predicts=predicts)
+    opt = blind.phase_switched(optax.adamw(1.0), learning_rate=WARMUP, predict_steps=0, predicts=predicts)
     ours, _, _ = train(opt, 40)
+    plain = trained_with_a_warmup()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, plain)
 
 
@@ -137,11 +146,11 @@ def test_the_rate_of_step_t_applies_in_every_phase(predicts):
     sign = optax.stateless(lambda updates, params: jax.tree.map(lambda u: -jnp.sign(u), updates))
     schedule = optax.cosine_decay_schedule(0.3, 60)
     opt = blind.phase_switched(sign, learning_rate=schedule, predicts=predicts, **SHORT)
-    state, params = opt.init(jnp.zeros(3)), jnp.zeros(3)
-    update = jax.jit(opt.update)
-    for step in range(60):
-        emitted, state = update(jnp.ones(3), state, params)
-        np.testing.assert_allclose(emitted, -schedule(step) * np.ones(3), rtol=1e-5, atol=1e-7)
+    params, ones = np.zeros(3, np.float32), np.ones(3, np.float32)
+    state, update = opt.init(params), jax.jit(opt.update)
+    for rate in np.asarray(jax.jit(jax.vmap(schedule))(np.arange(60))):
+        emitted, state = update(ones, state, params)
+        np.testing.assert_allclose(emitted, -float(rate) * ones, rtol=1e-5, atol=1e-7)
     assert vsa_optax.phase_stats(state).predict_steps > 20
 
 
@@ -164,7 +173,7 @@ def test_predict_gradients_in_a_chain_is_the_gradient_domain():
 @pytest.mark.parametrize("predicts", ["update", "gradient"])
 def test_same_bits_twice_and_in_scan(line, predicts):
     opt = blind.phase_switched(
-        optax.adamw(1.0), learning_rate=0.05, line=line, predicts=predicts, when=AdaptiveCycle, **SHORT
+        optax.adamw(1.0), learning_rate=0.05, line=line, length=3, predicts=predicts, when=AdaptiveCycle, **SHORT
     )
     once, twice = train(opt, 60, runs=2, options=AS_USERS_DO)
     scanned = train(opt, 60, by_scan=True, options=AS_USERS_DO)
@@ -174,10 +183,15 @@ def test_same_bits_twice_and_in_scan(line, predicts):
 
 @pytest.mark.parametrize("params", [{}, [], {"a": jnp.zeros((0, 2))}, jnp.float32(2.0), {"phase": jnp.ones(3)}])
 def test_trees_with_nothing_much_in_them(params):
-    for opt in (blind.predict_gradients(**SHORT), blind.phase_switched(optax.adam(0.1), **SHORT)):
-        state = opt.init(params)
-        update = jax.jit(opt.update)
-        for _ in range(12):
-            emitted, state = update(params, state, params)
-            assert jax.tree.structure(emitted) == jax.tree.structure(params)
+    opts = blind.predict_gradients(**SHORT), blind.phase_switched(optax.adam(0.1), **SHORT)
+
+    @jax.jit
+    def update(states):
+        return [opt.update(params, state, params) for opt, state in zip(opts, states, strict=True)]
+
+    states = [opt.init(params) for opt in opts]
+    for _ in range(12):
+        emitted, states = zip(*update(states), strict=True)
+        assert [jax.tree.structure(tree) for tree in emitted] == [jax.tree.structure(params)] * 2
+    for state in states:
         assert vsa_optax.phase_stats(state).predict_steps > 0

@@ -45,20 +45,35 @@ def loss(params, x, *, scale=1.0):
     return scale * jnp.mean((x @ params["w"] + params["b"]) ** 2)
 
 
+_RECORDED = {}
+
+
 def state_in(phase, opt=OPT, params=PARAMS):
     """A state after two recorded steps, its machine set to ``phase``."""
-    state = opt.init(params)
-    for value in (3.0, 2.5):
-        _, state = opt.update(jax.tree.map(jnp.ones_like, params), state, params, value=value)
+    key = opt, jax.tree.structure(params)
+    if key not in _RECORDED:
+        state, update = opt.init(params), jax.jit(opt.update)
+        for value in (3.0, 2.5):
+            _, state = update(jax.tree.map(np.ones_like, params), state, params, value=value)
+        _RECORDED[key] = state
+    state = _RECORDED[key]
     return state._replace(machine=state.machine._replace(phase=jnp.int32(phase)))
+
+
+@functools.cache
+def ours_and_jaxs(argnums):
+    def both(params, x, state):
+        ours = vsa_optax.value_and_grad_by_phase(loss, argnums)(params, x, scale=2.0, state=state)
+        return ours, jax.value_and_grad(loss, argnums)(params, x, scale=2.0)
+
+    return jax.jit(both)
 
 
 @pytest.mark.parametrize("phase", [Phase.WARMUP, Phase.FULL, Phase.CORRECT])
 @pytest.mark.parametrize("argnums", [0, 1, (0, 1)])
 def test_true_phases_equal_jax(phase, argnums):
     state = state_in(phase, params=(PARAMS, X))
-    ours = vsa_optax.value_and_grad_by_phase(loss, argnums)(PARAMS, X, scale=2.0, state=state)
-    jaxs = jax.value_and_grad(loss, argnums)(PARAMS, X, scale=2.0)
+    ours, jaxs = ours_and_jaxs(argnums)(PARAMS, X, state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, jaxs)
 
 
@@ -85,7 +100,7 @@ def test_value_in_predict_runs_the_forward_pass():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_values_dtype_is_the_functions(dtype):
-    run = vsa_optax.value_and_grad_by_phase(lambda p, x: loss(p, x).astype(dtype))
+    run = jax.jit(vsa_optax.value_and_grad_by_phase(lambda p, x: loss(p, x).astype(dtype)))
     for phase in Phase:
         assert run(PARAMS, X, state=state_in(phase))[0].dtype == dtype
 
@@ -204,14 +219,15 @@ def test_static_arguments_pass_through():
 
 
 def test_vmap_runs_both_sides():
-    states = jax.tree.map(lambda *x: jnp.stack(x), state_in(Phase.FULL), state_in(Phase.PREDICT))
-    values, grads = jax.vmap(lambda s: vsa_optax.value_and_grad_by_phase(loss)(PARAMS, X, state=s))(states)
+    states = jax.tree.map(lambda *x: np.stack(x), state_in(Phase.FULL), state_in(Phase.PREDICT))
+    values, grads = jax.jit(jax.vmap(lambda s: vsa_optax.value_and_grad_by_phase(loss)(PARAMS, X, state=s)))(states)
     np.testing.assert_allclose(values, [loss(PARAMS, X), 2.5], rtol=1e-6)
     assert np.asarray(grads["w"][0]).any()
     assert not np.asarray(grads["w"][1]).any()
-    emitted, _ = jax.vmap(lambda g, s: OPT.update(g, s, PARAMS, value=1.0))(grads, states)
+    emitted, _ = jax.jit(jax.vmap(lambda g, s: OPT.update(g, s, PARAMS, value=1.0)))(grads, states)
+    update = jax.jit(OPT.update)
     for i, phase in enumerate((Phase.FULL, Phase.PREDICT)):
-        alone, _ = OPT.update(jax.tree.map(lambda g, i=i: g[i], grads), state_in(phase), PARAMS)
+        alone, _ = update(jax.tree.map(lambda g, i=i: g[i], grads), state_in(phase), PARAMS)
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5), emitted, alone)
 
 
@@ -241,11 +257,16 @@ def test_a_functions_own_argument_of_that_name():
 def test_an_aux_without_arrays_needs_no_stand_in(opt):
     for aux in (None, {"empty": ()}):
         run = vsa_optax.value_and_grad_by_phase(lambda p, x, aux=aux: (loss(p, x), aux), has_aux=True)
+
+        @jax.jit
+        def auxes(state, run=run, aux=aux):
+            given = run(PARAMS, X, state=state, aux_in_predict=aux)
+            return run(PARAMS, X, state=state)[0][1], given[0][1]
+
         for phase in (Phase.FULL, Phase.PREDICT):
             state = opt.init(PARAMS)
             state = state._replace(machine=state.machine._replace(phase=jnp.int32(phase)))
-            assert run(PARAMS, X, state=state)[0][1] == aux
-            assert run(PARAMS, X, state=state, aux_in_predict=aux)[0][1] == aux
+            assert auxes(state) == (aux, aux)
 
 
 def test_integer_leaves_by_allow_int():
@@ -307,10 +328,15 @@ def test_what_a_line_feeds_with_gradients_must_not_follow_a_repeated_loss():
 def test_a_scaled_loss_is_not_scaled_anew_in_each_predicted_step():
     """Divided by the scale outside, as a DynamicScale does, what comes back in PREDICT is wrong, but stays."""
     state, values = state_in(Phase.PREDICT), []
-    for _ in range(3):
+
+    @jax.jit
+    def step(state):
         value, grads = vsa_optax.value_and_grad_by_phase(lambda p, x: 8.0 * loss(p, x))(PARAMS, X, state=state)
+        return value, OPT.update(grads, state, PARAMS, value=value / 8)[1]
+
+    for _ in range(3):
+        value, state = step(state)
         values.append(float(value) / 8)
-        _, state = OPT.update(grads, state, PARAMS, value=value / 8)
         state = state._replace(machine=state.machine._replace(phase=jnp.int32(Phase.PREDICT)))
     assert values == [2.5 / 8] * 3
 

@@ -1,5 +1,7 @@
 """The calibrated prediction: an independent twin, what it finds in noise and on a line, what it survives."""
 
+import functools
+
 import blind
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,13 @@ HISTORIES = {
 }
 
 
+@functools.cache
+def hundred_steps():
+    """Gradients, and what becomes of them with a window."""
+    gradients = stream(0, 100)
+    return gradients, *emitted(blind.predict_gradients(**SETTINGS, **HISTORIES["window"]), gradients)
+
+
 def stream(seed, steps):
     """Gradients that drift and oscillate, with noise, of two leaves of unlike size."""
     rng = np.random.default_rng(seed)
@@ -35,9 +44,10 @@ def emitted(opt, gradients):
         updates, state = opt.update(gradient, state)
         return state, (updates, vsa_optax.phase_stats(state))
 
-    state, (updates, stats) = jax.jit(lambda state, g: jax.lax.scan(step, state, g))(
-        opt.init(jax.tree.map(lambda g: jnp.asarray(g[0]), gradients)), gradients
-    )
+    def run(gradients):
+        return jax.lax.scan(step, opt.init(jax.tree.map(lambda g: g[0], gradients)), gradients)
+
+    state, (updates, stats) = jax.jit(run)(gradients)
     return jax.tree.map(np.asarray, updates), stats, state
 
 
@@ -84,8 +94,7 @@ class Twin:
 
 
 def test_predictions_are_those_of_the_twin_over_a_hundred_steps():
-    gradients = stream(0, 100)
-    updates, stats, _ = emitted(blind.predict_gradients(**SETTINGS, **HISTORIES["window"]), gradients)
+    gradients, updates, stats, _ = hundred_steps()
     was_predicted = np.diff(np.asarray(stats.predict_steps), prepend=0) > 0
     assert was_predicted.sum() > 30
     for name, leaf in gradients.items():
@@ -136,7 +145,8 @@ def test_an_oscillation_that_a_line_misses_is_found_with_the_newest_record():
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "complex64"])
 def test_dtypes_pass_through_every_history(history, dtype):
-    gradients = jnp.asarray(np.random.default_rng(3).normal(size=(30, 3, 16)) + 1.0).astype(dtype)
+    gradients = np.random.default_rng(3).normal(size=(30, 3, 16)).astype(np.float32) + 1
+    gradients = gradients.astype(jnp.dtype(dtype))
     updates, stats, _ = emitted(blind.predict_gradients(**SETTINGS, **HISTORIES[history]), gradients)
     assert updates.dtype == gradients.dtype
     assert np.isfinite(updates.astype(np.complex64)).all()
@@ -157,17 +167,18 @@ def test_what_is_not_finite_or_out_of_range_is_not_measured():
 def test_nothing_is_learnt_from_a_target_that_vanishes():
     sums = calibration.zeros(2, 3)
     gram, products = jnp.ones([2, 3, 3]), jnp.array([[0.0] * 3, [1.0] * 3])
-    theta = calibration.coefficients(sums)
+    coefficients, r_squared = jax.jit(calibration.coefficients), jax.jit(calibration.r_squared)
+    theta = coefficients(sums)
     np.testing.assert_array_equal(theta, [[1, 0, 0]] * 2)
-    sums, squared = calibration.measure(sums, theta, gram, products, jnp.array([0.0, 1.0]), 0.9)
+    sums, squared = jax.jit(calibration.measure)(sums, theta, gram, products, jnp.array([0.0, 1.0]), 0.9)
     np.testing.assert_array_equal(sums.weight, [0, 1])
     np.testing.assert_array_equal(squared, [1, 0])
-    np.testing.assert_array_equal(calibration.r_squared(sums.error, sums.weight), [0, 1])
-    np.testing.assert_array_equal(calibration.coefficients(sums)[0], [1, 0, 0])
+    np.testing.assert_array_equal(r_squared(sums.error, sums.weight), [0, 1])
+    np.testing.assert_array_equal(coefficients(sums)[0], [1, 0, 0])
 
 
 def test_the_products_kept_are_those_of_the_records():
-    _, _, state = emitted(blind.predict_gradients(**SETTINGS, **HISTORIES["window"]), stream(4, 50))
+    *_, state = hundred_steps()
     for leaf, records in enumerate(jax.tree.leaves(state.history.records)):
         flat = np.asarray(records, np.float64).reshape(5, -1)
         np.testing.assert_allclose(state.machine.calibration.gram[leaf], flat @ flat.T, rtol=1e-5, atol=1e-12)
@@ -183,9 +194,9 @@ def test_the_state_costs_what_is_documented():
 
 def test_an_empty_tree_has_nothing_to_calibrate():
     opt = vsa_optax.predict_gradients(predictor=Window(predicts="gradient"))
-    state = opt.init({})
+    state, update = opt.init({}), jax.jit(opt.update)
     for _ in range(12):
-        _, state = opt.update({}, state)
+        _, state = update({}, state)
     assert vsa_optax.phase_stats(state).quality.mean_r_squared == 0
     assert vsa_optax.phase_stats(state).predict_steps == 0
 
@@ -204,4 +215,5 @@ def test_the_ridge_pulls_towards_the_mean():
     nothing_in_common = calibration.Sums(
         jnp.array([[[4.0, 0.0], [0.0, 1.0]]]), jnp.zeros([1, 2]), jnp.ones([1]), jnp.ones([1])
     )
-    np.testing.assert_allclose(calibration.coefficients(nothing_in_common), [[1e-4, 0.0]], rtol=1e-3, atol=1e-9)
+    coefficients = jax.jit(calibration.coefficients)(nothing_in_common)
+    np.testing.assert_allclose(coefficients, [[1e-4, 0.0]], rtol=1e-3, atol=1e-9)

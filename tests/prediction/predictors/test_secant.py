@@ -1,5 +1,7 @@
 """Secants: the twin in float64, exactness on quadratics, the ridge that errors choose, edges of numbers and trees."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,12 +18,19 @@ CYCLE = dict(phases=Cycle(warmup_steps=6, full_steps=2, predict_steps=3, correct
 
 
 def tree_of(flat):
-    flat = jnp.asarray(flat, jnp.float32)
-    return {"w": flat[:12].reshape(4, 3), "b": flat[12], "empty": jnp.zeros((0, 2))}
+    flat = np.asarray(flat, np.float32)
+    return {"w": flat[:12].reshape(4, 3), "b": flat[12], "empty": np.zeros((0, 2), np.float32)}
 
 
 def flat_of(tree):
     return np.concatenate([np.ravel(tree["w"]), np.ravel(tree["b"])]).astype(np.float64)
+
+
+@functools.cache
+def in_a_cycle(window=16):
+    """A transformation and its update, compiled."""
+    opt = vsa_optax.predict_gradients(predictor=Secants(window), **CYCLE)
+    return opt, jax.jit(opt.update)
 
 
 def curved(seed):
@@ -34,10 +43,10 @@ def curved(seed):
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_predictions_equal_the_twin_over_a_hundred_steps(noise):
-    opt = vsa_optax.predict_gradients(predictor=Secants(5), **CYCLE)
+    opt, update = in_a_cycle(5)
     twin = reference.SecantPredictor(window=5, ridges=secant_fit.RIDGES, forget=0.9)
     gradient_at, rng = curved(1), np.random.default_rng(2)
-    x, update = rng.normal(size=SIZE).astype(np.float32), jax.jit(opt.update)
+    x = rng.normal(size=SIZE).astype(np.float32)
     state, predicted, ridges = opt.init(tree_of(x)), 0, set()
     for _ in range(100):
         phase = Phase(int(state.machine.phase))
@@ -66,15 +75,15 @@ def test_predictions_equal_the_twin_over_a_hundred_steps(noise):
 
 def test_a_quadratic_is_known_where_the_parameters_have_been():
     """Of four dimensions, after four steps and more, the gradient anywhere."""
-    hessian = jnp.diag(jnp.array([1.0, 2.0, 5.0, 10.0]))
+    hessian = np.diag(np.float32([1, 2, 5, 10]))
     opt = vsa_optax.predict_gradients(phases=Cycle(warmup_steps=8, full_steps=1, predict_steps=50))
     update, rng = jax.jit(opt.update), np.random.default_rng(0)
-    x = jnp.ones(4)
+    x = np.ones(4, np.float32)
     state = opt.init(x)
     for _ in range(50):
         emitted, state = update(hessian @ x, state, x)
         np.testing.assert_allclose(emitted, hessian @ x, atol=0.03)
-        x = jnp.asarray(rng.normal(size=4), jnp.float32)
+        x = rng.normal(size=4).astype(np.float32)
     assert vsa_optax.phase_stats(state).predict_steps > 30
 
 
@@ -105,32 +114,30 @@ def test_training_on_a_quadratic_takes_the_same_way_with_few_gradients():
 
 def test_where_nothing_helps_the_newest_gradient_predicts():
     rng = np.random.default_rng(3)
-    opt = vsa_optax.predict_gradients(**CYCLE)
-    update = jax.jit(opt.update)
-    x = jnp.zeros(40)
+    opt, update = in_a_cycle()
+    x = np.zeros(40, np.float32)
     state = opt.init(x)
     for _ in range(60):
         was = state
-        gradient = jnp.asarray(1.0 + 0.2 * rng.normal(size=40), jnp.float32)
+        gradient = np.float32(1.0 + 0.2 * rng.normal(size=40))
         emitted, state = update(gradient, state, x)
         if was.machine.phase == Phase.PREDICT and vsa_optax.phase_stats(was).total_steps > 40:
             np.testing.assert_array_equal(emitted, was.history.gradient)
-        x = x + jnp.asarray(rng.normal(size=40), jnp.float32)
+        x = x + np.float32(rng.normal(size=40))
     assert vsa_optax.phase_stats(state).quality.ridge == np.inf
 
 
 def test_the_products_kept_are_those_of_the_changes():
-    opt = vsa_optax.predict_gradients(predictor=Secants(4), **CYCLE)
-    update, rng = jax.jit(opt.update), np.random.default_rng(4)
+    (opt, update), rng = in_a_cycle(5), np.random.default_rng(4)
     x = tree_of(np.zeros(SIZE))
     state = opt.init(x)
     for _ in range(17):
         _, state = update(tree_of(rng.normal(size=SIZE)), state, x)
         x = tree_of(rng.normal(size=SIZE))
-    moves = np.concatenate([np.asarray(m).reshape(4, -1) for m in jax.tree.leaves(state.history.diff_params)], axis=1)
+    moves = np.concatenate([np.asarray(m).reshape(5, -1) for m in jax.tree.leaves(state.history.diff_params)], axis=1)
     np.testing.assert_allclose(state.history.gram, moves @ moves.T, rtol=1e-4, atol=1e-4)
     for leaf, changes in enumerate(jax.tree.leaves(state.history.diff_gradients)):
-        flat = np.asarray(changes).reshape(4, -1)
+        flat = np.asarray(changes).reshape(5, -1)
         np.testing.assert_allclose(state.machine.calibration.gram[leaf], flat @ flat.T, rtol=1e-4, atol=1e-4)
 
 
@@ -138,15 +145,22 @@ def test_the_products_kept_are_those_of_the_changes():
 def test_dtypes_pass_through(dtype):
     params = {"a": jnp.ones((3, 2), dtype), "b": jnp.ones([], jnp.float32)}
     opt = vsa_optax.predict_gradients(predictor=Secants(dtype=None if dtype == "complex64" else "bfloat16"), **CYCLE)
-    update, state = jax.jit(opt.update), opt.init(params)
+    state = opt.init(params)
     kinds = jax.tree.map(lambda x: (x.dtype, x.weak_type), state)
     hessian = np.float32(0.3)
+
+    @jax.jit
+    def step(params, state):
+        gradients = jax.tree.map(lambda x: (hessian * x).astype(x.dtype), params)
+        emitted, state = opt.update(gradients, state, params)
+        return emitted, state, jax.tree.map(lambda p, u: (p - 0.5 * u).astype(p.dtype), params, emitted)
+
     for _ in range(40):
-        emitted, state = update(jax.tree.map(lambda x: (hessian * x).astype(x.dtype), params), state, params)
+        emitted, state, moved = step(params, state)
         assert emitted["a"].dtype == jnp.dtype(dtype)
         expected = hessian * np.asarray(params["a"]).astype(np.complex64)
         np.testing.assert_allclose(np.asarray(emitted["a"]).astype(np.complex64), expected, rtol=0.05, atol=1e-4)
-        params = jax.tree.map(lambda p, u: (p - 0.5 * u).astype(p.dtype), params, emitted)
+        params = moved
     assert jax.tree.map(lambda x: (x.dtype, x.weak_type), state) == kinds
     assert vsa_optax.phase_stats(state).predict_steps > 15
 
@@ -154,13 +168,12 @@ def test_dtypes_pass_through(dtype):
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-18, 1e15, 1e30])
 def test_far_from_one_it_falls_back_on_the_newest_gradient_and_stays_finite(magnitude):
     rng = np.random.default_rng(5)
-    opt = vsa_optax.predict_gradients(**CYCLE)
-    update, x = jax.jit(opt.update), jnp.zeros(8)
+    (opt, update), x = in_a_cycle(), np.zeros(40, np.float32)
     state = opt.init(x)
     for _ in range(30):
-        emitted, state = update(jnp.asarray(magnitude * rng.normal(size=8), jnp.float32), state, x)
+        emitted, state = update(np.float32(magnitude * rng.normal(size=40)), state, x)
         assert np.isfinite(emitted).all()
-        x = jnp.asarray(magnitude * rng.normal(size=8), jnp.float32)
+        x = np.float32(magnitude * rng.normal(size=40))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
@@ -202,4 +215,4 @@ def test_parameters_are_asked_for():
         opt.update(jnp.ones(3), state)
     with pytest.raises(ValueError, match="params: "):
         opt.update(jnp.ones(3), state, jnp.ones(4))
-    opt.update({}, opt.init({}), {})
+    jax.jit(opt.update)({}, opt.init({}), {})
