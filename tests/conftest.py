@@ -38,7 +38,7 @@ if "XLA_FLAGS" not in os.environ:  # Workers and other processes inherit it.
     os.environ["XLA_FLAGS"] = _quick_flags()
 
 import pytest  # noqa: E402 # JAX, which some plugins import, reads the variables once.
-from hypothesis import settings  # noqa: E402
+from hypothesis import settings  # noqa: E402 # It comes after pytest.
 
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("fixed")

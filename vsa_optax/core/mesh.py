@@ -13,7 +13,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from vsa_optax.core import versions
 from vsa_optax.core.trees import all_finite
@@ -126,7 +125,7 @@ def all_finite_over(axes: frozenset[str]) -> Callable[[Tree], jax.Array]:
     return lambda tree: all_devices_agree(all_finite(tree), axes)
 
 
-def axes_communicated_over(program: ClosedJaxpr) -> frozenset[str]:
+def axes_communicated_over(program: versions.Program) -> frozenset[str]:
     """The axes of the ``shard_map`` or ``pmap`` around us over which a program communicates, in whatever it calls.
 
     A device that runs such a program while another does not waits for ever.
@@ -134,7 +133,7 @@ def axes_communicated_over(program: ClosedJaxpr) -> frozenset[str]:
     return frozenset(name for name in _axes_named_in(program) if is_mapped((name,)))
 
 
-def _axes_named_in(program: ClosedJaxpr | Jaxpr) -> set[str]:
+def _axes_named_in(program: versions.Program) -> set[str]:
     found: set[str] = set()
     for eqn in program.eqns:
         if eqn.primitive.name not in _SILENT:
@@ -142,7 +141,7 @@ def _axes_named_in(program: ClosedJaxpr | Jaxpr) -> set[str]:
             found |= {name for name in jax.tree.leaves(axes) if isinstance(name, str)}
         for value in eqn.params.values():  # Branches are in a tuple.
             for part in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(part, ClosedJaxpr | Jaxpr):
+                if isinstance(part, versions.Program):
                     found |= _axes_named_in(part)
     return found
 

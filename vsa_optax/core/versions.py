@@ -1,7 +1,8 @@
 """What older releases lack of what is used here, and from which release on each function can go."""
 
+from typing import Any, Protocol, runtime_checkable
+
 import jax
-import jax.extend
 import jax.numpy as jnp
 from jax import lax
 
@@ -10,6 +11,13 @@ from vsa_optax.core.types import Tree
 # Of these releases `all_gather` cannot promise that its result is the same on all devices, and an array's type has the
 # axes over which it varies under another name. All in this module can go when the oldest JAX is 0.10.0.
 _IS_BEFORE_0_10 = jax.__version_info__ < (0, 10)
+
+
+@runtime_checkable
+class Program(Protocol):
+    """A jaxpr, closed or not. ``jax.extend``, where JAX has these classes, takes long to import."""
+
+    eqns: list[Any]
 
 
 def varying_axes(x: jax.typing.ArrayLike) -> frozenset[str]:
@@ -31,5 +39,7 @@ def all_gather_invarying(own: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 def present_trace() -> object:
     """Equal for all that is being traced into one and the same program; JAX 0.8.2 has it in another module."""
-    is_extended = hasattr(jax.extend.core, "get_opaque_trace_state")
-    return (jax.extend.core if is_extended else jax.core).get_opaque_trace_state(convention="vsa_optax")
+    import jax.extend.core as extended  # It takes long: only who accumulates needs it.
+
+    has_it = extended if hasattr(extended, "get_opaque_trace_state") else jax.core
+    return has_it.get_opaque_trace_state(convention="vsa_optax")
