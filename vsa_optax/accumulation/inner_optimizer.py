@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from vsa_optax.core import mesh
+from vsa_optax.core import mesh, versions
 from vsa_optax.core.conditional import in_place_if, split_extra_args
 from vsa_optax.core.mesh import varying_axes
 from vsa_optax.core.types import Tree
@@ -53,8 +53,8 @@ class RunInner:
         """What would come of such updates."""
         traced_args, static_args = split_extra_args(extra_args)
         update = functools.partial(self._inner.update, **static_args)
-        program, (emitted, new_state) = jax.make_jaxpr(lambda g, s, p, e: update(g, s, p, **e), return_shape=True)(
-            updates, inner_state, params, traced_args
+        program, (emitted, new_state) = versions.traced(
+            lambda g, s, p, e: update(g, s, p, **e), updates, inner_state, params, traced_args
         )
         return Outcome(emitted, new_state, mesh.axes_in(inner_state) | mesh.axes_communicated_over(program))
 

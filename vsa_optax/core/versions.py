@@ -1,5 +1,6 @@
 """What older releases lack of what is used here, and from which release on each function can go."""
 
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -35,6 +36,15 @@ def all_gather_invarying(own: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         return lax.all_gather(own, axes, to="invarying")
     every = jnp.zeros((lax.axis_size(axes), own.size), own.dtype)
     return lax.psum(lax.dynamic_update_index_in_dim(every, own, lax.axis_index(axes), 0), axes)
+
+
+def traced(fun: Callable[..., Tree], *args: Tree) -> tuple[Program, Tree]:
+    """A function's program, and what it returns: a tree of shapes and dtypes, and of the axes over which they vary.
+
+    Before JAX 0.10.0 the shapes that come with a program do not tell these axes.
+    """
+    program, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
+    return program, jax.eval_shape(fun, *args) if _IS_BEFORE_0_10 else shapes
 
 
 def present_trace() -> object:

@@ -212,12 +212,13 @@ def _judged(settings: Guarded, state: GuardState, error: jax.Array, moved: Moved
     hopeless = jnp.where(error > _HOPELESS_ERROR, state.hopeless + 1, 0)
     falls_asleep = hopeless >= _HOPELESS_STEPS
     sleep = jnp.where(ends_leap & (error < tolerated), _SHORTEST_SLEEP, state.sleep)
-    action = jnp.select(
-        [length > state.length, length == state.length, length > 0],
-        [GuardAction.GREW, state.action, GuardAction.SHRANK],
-        GuardAction.GAVE_UP,
+    grew, shrank, gave_up, slept = (  # JAX 0.8.2 takes an enum's member for an int64.
+        jnp.int32(action) for action in (GuardAction.GREW, GuardAction.SHRANK, GuardAction.GAVE_UP, GuardAction.SLEPT)
     )
-    action = jnp.where(falls_asleep, GuardAction.SLEPT, action)
+    action = jnp.select(
+        [length > state.length, length == state.length, length > 0], [grew, state.action, shrank], gave_up
+    )
+    action = jnp.where(falls_asleep, slept, action)
     return GuardState(
         length=length,
         constant=constant,
@@ -225,7 +226,7 @@ def _judged(settings: Guarded, state: GuardState, error: jax.Array, moved: Moved
         hopeless=jnp.where(falls_asleep, 0, hopeless),
         asleep=jnp.where(falls_asleep, sleep, 0),
         sleep=jnp.where(falls_asleep, jnp.minimum(2 * sleep, _LONGEST_SLEEP), sleep),
-        action=action.astype(jnp.int32),
+        action=action,
         way=state.way,
         pace=state.way / jnp.maximum(moved.horizon, 1),
         drift=state.drift if moved.distance is None else moved.distance / jnp.maximum(moved.horizon, 1),
