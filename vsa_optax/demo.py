@@ -257,7 +257,7 @@ def _table(*runs: Run) -> str:
 
 
 def _warning(run: Run) -> str:
-    """A paragraph about passes in vain, or nothing."""
+    """A paragraph that says how many backward passes were wasted, or nothing."""
     if not run.ignored_gradients:
         return ""
     return (

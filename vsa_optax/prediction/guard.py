@@ -15,8 +15,8 @@ optimizer alone.
 There even the looking is not worth its time: after 32 true steps in a row with ``e > 1/2`` nothing is recorded or
 compared for the next 64, twice as many each time, up to 1024, until a leap has ended with ``e < τ``.
 
-The plan counts steps, but an error grows with the way. So each comparison also measures the way from the newest record,
-by two lengths: w, the sum of the norms of the updates emitted since, and d, the distance between the parameters then
+The plan counts steps, but an error grows with how far the parameters move. So each comparison also measures their way
+from the newest record, by two lengths: w, the sum of the norms of the updates emitted since, and d, the distance between the parameters then
 and now. A leap ends early, or does not begin, once one of them is longer than this pace allows:
 
     p <- w / h,   q <- d / h                          h steps from the newest record
@@ -49,7 +49,7 @@ _FORGET = 0.75  # Of κ, a true step.
 _MOST_ERROR = 100.0  # So that κ is forgotten in time.
 _SHORTEST_LEAP = 0.75  # So that a length rounds to one prediction at least.
 _START = 0.25  # Of τ: how small κ must be for the first leap.
-_SLACK = 2.0  # Of the way: leaps of ordinary training stay below it (benchmarks/guard_way.log).
+_SLACK = 2.0  # Of the way. No other value was tried; benchmarks/guard_way.log has peaks and ordinary runs with it.
 # Twice the default window of 16 changes; then looking costs a third of the true steps, at the longest sleep 3 %.
 _HOPELESS_ERROR, _HOPELESS_STEPS = 0.5, 32
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 64, 1024

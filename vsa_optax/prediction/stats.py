@@ -44,8 +44,8 @@ class PhaseStats(NamedTuple):
             counted (``optax.contrib.sophia``, ``sam`` with ``opaque_mode=True``): where gradients are predicted they
             run in PREDICT, too, where updates are predicted they do not.
         nonfinite_count: int32, steps skipped for a NaN or an infinity.
-        ignored_gradients: int32, PREDICT steps that were handed a gradient that is not zero: a backward pass in vain,
-            as of ``jax.value_and_grad`` where `vsa_optax.value_and_grad_by_phase` belongs. To cost nothing, a step
+        ignored_gradients: int32, PREDICT steps that were handed a gradient that is not zero. Its backward pass was
+            wasted: use `vsa_optax.value_and_grad_by_phase` instead of ``jax.value_and_grad``. To cost little, a step
             looks at the four largest leaves of at most 65536 coordinates (at the smallest leaf, if all have more) and
             takes them for the whole. What an earlier link of a chain adds to the zeros of a skipped step (weight decay,
             noise) counts, too. Inside ``jax.shard_map``, gradients that differ between devices are not counted, since
