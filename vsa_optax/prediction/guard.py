@@ -49,7 +49,7 @@ _FORGET = 0.75  # Of κ, a true step.
 _MOST_ERROR = 100.0  # So that κ is forgotten in time.
 _SHORTEST_LEAP = 0.75  # So that a length rounds to one prediction at least.
 _START = 0.25  # Of τ: how small κ must be for the first leap.
-_SLACK = 2.0  # Of the way. No other value was tried; benchmarks/guard_way.log has peaks and ordinary runs with it.
+_SLACK = 2.0  # Of the way. No other value was tried; benchmarks/guard_way.log shows what this one does.
 # Twice the default window of 16 changes; then looking costs a third of the true steps, at the longest sleep 3 %.
 _HOPELESS_ERROR, _HOPELESS_STEPS = 0.5, 32
 _SHORTEST_SLEEP, _LONGEST_SLEEP = 64, 1024
