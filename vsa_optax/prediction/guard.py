@@ -16,8 +16,9 @@ There even the looking is not worth its time: after 32 true steps in a row with 
 compared for the next 64, twice as many each time, up to 1024, until a leap has ended with ``e < τ``.
 
 The plan counts steps, but an error grows with how far the parameters move. So each comparison also measures their way
-from the newest record, by two lengths: w, the sum of the norms of the updates emitted since, and d, the distance between the parameters then
-and now. A leap ends early, or does not begin, once one of them is longer than this pace allows:
+from the newest record, by two lengths: w, the sum of the norms of the updates emitted since, and d, the distance
+between the parameters then and now. A leap ends early, or does not begin, once one of them is longer than this pace
+allows:
 
     p <- w / h,   q <- d / h                          h steps from the newest record
     a true step is next    if w > 2 p (P + 1) or d > 2 q (P + 1)
