@@ -15,6 +15,7 @@ if _typing.TYPE_CHECKING:
     from vsa_optax.prediction.api import phase_switched, predict_gradients
     from vsa_optax.prediction.guard import GuardAction
     from vsa_optax.prediction.machine import Phase
+    from vsa_optax.prediction.multisecant import MultisecantStats, multisecant, multisecant_stats
     from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
     from vsa_optax.prediction.predictors.base import PredictionQuality
     from vsa_optax.prediction.predictors.factory import Recursive, Secants, Window
@@ -31,6 +32,7 @@ __all__ = [
     "GuardStats",
     "Guarded",
     "HypervectorCodec",
+    "MultisecantStats",
     "Phase",
     "PhaseStats",
     "PredictionQuality",
@@ -45,6 +47,8 @@ __all__ = [
     "compress_gradients",
     "compressed_pmean",
     "conservative",
+    "multisecant",
+    "multisecant_stats",
     "needs_backward",
     "phase_stats",
     "phase_switched",
@@ -65,6 +69,7 @@ _HOMES = {
     "GuardStats": "prediction.stats",
     "Guarded": "prediction.phases",
     "HypervectorCodec": "codecs.hypervector",
+    "MultisecantStats": "prediction.multisecant",
     "Phase": "prediction.machine",
     "PhaseStats": "prediction.stats",
     "PredictionQuality": "prediction.predictors.base",
@@ -78,6 +83,8 @@ _HOMES = {
     "compress_gradients": "compression.gradients",
     "compressed_pmean": "compression.pmean",
     "conservative": "prediction.presets",
+    "multisecant": "prediction.multisecant",
+    "multisecant_stats": "prediction.multisecant",
     "needs_backward": "prediction.stats",
     "phase_stats": "prediction.stats",
     "phase_switched": "prediction.api",

@@ -34,7 +34,22 @@ def inner_of_records(records: jax.Array, x: jax.Array) -> jax.Array:
     return products.real.astype(jnp.float32)
 
 
-def _whole_on_every_device(x: jax.Array) -> NamedSharding | None:
+def inner_of_all_records(records: jax.Array, others: jax.Array) -> jax.Array:
+    """``[W, V]``: ``<r_i, o_j>`` of ``[W, *shape]`` with ``[V, *shape]``, in at least f32; one matrix product."""
+    wide = numerics.promoted(records.dtype, others.dtype, jnp.float32)
+    shape = tuple(range(1, records.ndim))
+    products = jnp.tensordot(
+        records.conj(),
+        others,
+        axes=(shape, shape),
+        precision="highest",
+        preferred_element_type=wide,
+        out_sharding=_whole_on_every_device(records, num_axes=2),
+    )
+    return products.real
+
+
+def _whole_on_every_device(x: jax.Array, num_axes: int = 1) -> NamedSharding | None:
     """How a contraction's result is laid out, which a mesh with explicit axes has to be told; None without one."""
     mesh = jax.typeof(x).sharding.mesh
-    return NamedSharding(mesh, PartitionSpec(None)) if mesh.explicit_axes else None
+    return NamedSharding(mesh, PartitionSpec(*[None] * num_axes)) if mesh.explicit_axes else None

@@ -1,6 +1,6 @@
 """Questions to the phase machine inside an optimizer's state, wherever it is nested."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ from vsa_optax.core.types import Tree
 from vsa_optax.prediction.guard import GuardState
 from vsa_optax.prediction.machine import Phase, PhaseMachineState, total_steps
 from vsa_optax.prediction.predictors.base import PredictionQuality
+
+Wrapped = TypeVar("Wrapped")
 
 
 class GuardStats(NamedTuple):
@@ -92,7 +94,7 @@ def find_machine(state: Tree) -> PhaseMachineState:
             "made with predict_gradients or phase_switched, and use one of them, once. For several groups of "
             "parameters write one around all of them: phase_switched(optax.multi_transform({...}, labels))"
         )
-    return jax.tree.map(_unwrapped, found[0], is_leaf=_is_wrapped)
+    return unwrapped(found[0])
 
 
 def needs_backward(opt_state: Tree) -> jax.Array:
@@ -154,10 +156,11 @@ def _machines(state: Tree) -> list[PhaseMachineState]:
     return [leaf for leaf in leaves if isinstance(leaf, PhaseMachineState)]
 
 
-def _is_wrapped(leaf: object) -> bool:
-    """Whether ``leaf`` is a Variable of Flax nnx, told by what it can do so that Flax need not be imported."""
-    return hasattr(leaf, "get_value")
+def unwrapped(state: Wrapped) -> Wrapped:
+    """The state, its arrays taken out of what a Flax nnx optimizer puts round them."""
 
+    def is_wrapped(leaf: object) -> bool:
+        # A Variable of Flax nnx, told by what it can do so that Flax need not be imported.
+        return hasattr(leaf, "get_value")
 
-def _unwrapped(leaf: Tree) -> Tree:
-    return leaf.get_value() if _is_wrapped(leaf) else leaf
+    return jax.tree.map(lambda leaf: leaf.get_value() if is_wrapped(leaf) else leaf, state, is_leaf=is_wrapped)

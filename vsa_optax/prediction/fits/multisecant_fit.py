@@ -1,0 +1,137 @@
+"""A damped Newton step among the last few changes of parameters and gradients, in closed form.
+
+Over the last W moves the parameters changed by ``s_i`` and the gradient by ``y_i``; ``g`` is the newest gradient and
+``b`` the optimizer's step. All is measured in the metric of a positive diagonal D, such as Adam's: ``||s||² = s'D⁻¹s``
+for a displacement, ``||g||² = g'Dg`` for a gradient, so that ``y's`` needs no D. With ``s_i`` at unit length:
+
+1. An eigenbasis ``u_j`` of their span, from the Gram matrix ``G = S D⁻¹ S'`` with eigenvalues ``e_j``. A direction of a
+   small ``e_j`` is a small difference of long moves: its curvature is the least known.
+2. The Hessian there: the symmetric B of least ``sum_j ||B u_j √e_j - y_j||² + ρ ||B - κ I||²``, in closed form, for
+   what the ``u_j`` have of the ``y_j``. Both measurements of an element count by how well they are known, and what is
+   not known at all has κ, the curvature outside of the span. Eigenvalues enter by their size, so that a saddle is left
+   downhill.
+3. The leap: the s that minimises ``g's + ½ s'Hs + ½ λκ ||s - b||²``, with H = B inside of the span, H = κ outside, and
+   there the gradient that the ``y_i`` predict for the end of the leap inside. As λ grows it becomes b, as it falls
+   Newton's step.
+
+Nothing is found outside of the span but κ, which is measured: what the gradient at the end of a leap had that the span
+did not predict, as long as the step outside.
+
+References:
+    H. Fang and Y. Saad, "Two classes of multisecant methods for nonlinear acceleration", Numerical Linear Algebra with
+    Applications 16 (2009): secants solved for together, as in Anderson's acceleration. There B is not symmetric, the
+    step not damped, and outside of the span it is a fixed multiple of the residual.
+    K. Levenberg, "A method for the solution of certain non-linear problems in least squares", Quarterly of Applied
+    Mathematics 2 (1944): the damping; here towards the optimizer's step, not towards none.
+    Y. Dauphin et al., "Identifying and attacking the saddle point problem", NeurIPS 2014, arXiv:1406.2572: eigenvalues
+    by their size.
+
+Axes: W secants.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+RIDGE = 1e-5  # ρ, of the squared length of a secant; 1e-6 to 1e-3 were tried (benchmarks/noiseless.log).
+_LEAST_EIGENVALUE = 1e-6  # Of the largest: what f32 knows of a Gram matrix.
+
+
+class Products(NamedTuple):
+    """Inner products, all that is needed of arrays as long as the parameters.
+
+    Attributes:
+        gram: ``[W, W]``, ``s_i' D⁻¹ s_j``.
+        cross: ``[W, W]``, ``s_i' y_j``.
+        gradient: ``[W]``, ``s_i' g``.
+        step: ``[W]``, ``s_i' D⁻¹ b``.
+    """
+
+    gram: jax.Array
+    cross: jax.Array
+    gradient: jax.Array
+    step: jax.Array
+
+
+class Leap(NamedTuple):
+    """The step inside of the span, and what of gradient and step lies in it; coefficients of the secants.
+
+    Attributes:
+        inside: ``[W]``, of the ``s_i``: the leap's part in the span.
+        change: ``[W]``, of the ``y_i``: how the gradient changes by it.
+        gradient: ``[W]``, of the ``s_i``: D times the part in the span of the gradient so changed.
+        step: ``[W]``, of the ``s_i``: the part of b in the span.
+        dimension: ``[] int32``, of the span.
+    """
+
+    inside: jax.Array
+    change: jax.Array
+    gradient: jax.Array
+    step: jax.Array
+    dimension: jax.Array
+
+
+def solve(products: Products, curvature: jax.Array, damping: jax.Array) -> Leap:
+    """Solves for the part of the leap in the span of the secants.
+
+    Args:
+        products: of secants, gradient and step.
+        curvature: ``[]``, κ > 0.
+        damping: ``[]``, λ >= 0, in units of κ; infinite for the optimizer's step itself.
+
+    Returns:
+        coefficients; zeros for secants of no length, and for all of them if something is not finite.
+    """
+    squared = jnp.diagonal(products.gram)
+    is_used = (squared > 0) & jnp.isfinite(squared)
+    inverse = jnp.where(is_used, 1 / jnp.sqrt(jnp.where(is_used, squared, 1)), 0)
+    used = jnp.where(is_used[:, None] & is_used[None], inverse[:, None] * inverse[None], 0)
+    gram, cross = _product(products.gram, used), _product(products.cross, used)
+    gradient, step = _product(products.gradient, inverse), _product(products.step, inverse)
+
+    eigenvalues, vectors = jnp.linalg.eigh(gram)
+    is_known = eigenvalues > _LEAST_EIGENVALUE * jnp.maximum(eigenvalues[-1], 0.5)
+    eigenvalues = jnp.where(is_known, eigenvalues, 1)
+    roots = jnp.sqrt(eigenvalues)
+    basis = jnp.where(is_known, vectors / roots, 0)  # Columns: the u_j as combinations of the s_i.
+
+    hessian = _hessian(_matmul(_matmul(vectors.T, cross), vectors), eigenvalues, curvature)
+    hessian = jnp.where(is_known[:, None] & is_known[None], hessian, curvature * jnp.eye(squared.size))
+    curvatures, axes = jnp.linalg.eigh(hessian)
+    own_gradient, own_step = _matmul(basis.T, gradient), _matmul(basis.T, step)
+
+    weight = damping * curvature
+    newton = (_matmul(axes.T, weight * own_step) - _matmul(axes.T, own_gradient)) / (jnp.abs(curvatures) + weight)
+    own = jnp.where(jnp.isinf(damping), own_step, _matmul(axes, newton))
+    own = jnp.where(is_known, own, 0)
+    change = _matmul(vectors, jnp.where(is_known, own * roots / (eigenvalues + RIDGE), 0))
+    changed = own_gradient + _matmul(basis.T, _matmul(cross, change))
+
+    solved = [_matmul(basis, own), change, _matmul(basis, jnp.where(is_known, changed, 0)), _matmul(basis, own_step)]
+    is_finite = jnp.all(jnp.isfinite(jnp.stack(solved)))
+    inside, change, changed, own_step = (jnp.where(is_finite, x * inverse, 0) for x in solved)
+    return Leap(inside, change, changed, own_step, jnp.where(is_finite, jnp.sum(is_known), 0).astype(jnp.int32))
+
+
+def _hessian(cross: jax.Array, eigenvalues: jax.Array, curvature: jax.Array) -> jax.Array:
+    """B: each element from its two measurements, by how well they are known, and from what is taken for granted.
+
+    Args:
+        cross: ``[W, W]``, ``√e_i u_i' y_j``.
+        eigenvalues: ``[W]``, ``e_i``.
+        curvature: ``[]``, κ.
+    """
+    roots = jnp.sqrt(eigenvalues)
+    weighted = cross * roots[None] / roots[:, None]
+    prior = 2 * RIDGE * curvature * jnp.eye(eigenvalues.size, dtype=cross.dtype)
+    return (weighted + weighted.T + prior) / (eigenvalues[:, None] + eigenvalues[None] + 2 * RIDGE)
+
+
+def _product(x: jax.Array, inverse: jax.Array) -> jax.Array:
+    """``x * inverse``; 0 where that is, whatever x."""
+    return jnp.where(inverse > 0, x * inverse, 0)
+
+
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision="highest")
