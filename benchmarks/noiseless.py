@@ -1,9 +1,9 @@
 """Tasks without noise: what is the loss after so many evaluations of loss and gradient, and after so many seconds?
 
 Run `JAX_PLATFORMS=cpu python benchmarks/noiseless.py --workers 16 --results noiseless.jsonl | tee noiseless.log`: each
-worker is a process of one thread. On a GPU, run `--tasks "Poisson PINN, 4 x 256" --workers 0`: everything in this
-process. `--tune` and `--compare` stop behind a part of it; the results' file has every run, and a run that is in it is
-not repeated, nor one of a method that takes part later. `--report` only prints what the file has.
+worker is a process of one thread. On a GPU, run `--tasks "Poisson;wave;neural" --workers 0`: everything in this
+process. The results' file has every run: what was stopped goes on from it, and a method can join later. `--tune` only
+chooses settings, `--compare` takes them as chosen, `--report` prints what the file has.
 
 Each method's settings are chosen for each budget by some seeds, and compared by others. `--time` and `--check` run no
 comparison: they time an evaluation of each task, and check gradients, that Adam lowers the losses, and the count of
@@ -12,6 +12,7 @@ L-BFGS's evaluations.
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -30,7 +31,7 @@ import noiseless_rivals
 import noiseless_tasks
 import numpy as np
 from noiseless_rivals import Setting, lowest, rate_of
-from noiseless_search import Job, all_budgets, comparison_jobs, missing_jobs, scaled
+from noiseless_search import BASELINE, Job, all_budgets, comparison_jobs, missing_jobs, scaled
 from noiseless_task import DATA_VARIABLE
 
 METHODS = noiseless_rivals.METHODS | noiseless_optimistix.METHODS
@@ -82,23 +83,29 @@ def prepare(precision, cache):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def executed(jobs, options, cache):
-    """``job, result`` for each job, as they are ready."""
+@contextlib.contextmanager
+def workers(options):
+    """A function from jobs to ``job, result`` for each, as they are ready."""
     if options.workers == 0:
-        for job in jobs:
-            yield job, run(job, options.scale)
+        prepare(options.precision, None)
+        yield lambda jobs: ((job, run(job, options.scale)) for job in jobs)
         return
-    context = multiprocessing.get_context("spawn")
-    arguments = dict(mp_context=context, initializer=prepare, initargs=(options.precision, cache))
-    with concurrent.futures.ProcessPoolExecutor(options.workers, **arguments) as pool:
+
+    def in_processes(jobs):
         futures = {pool.submit(run, job, options.scale): job for job in jobs}
         for future in concurrent.futures.as_completed(futures):
             yield futures[future], future.result()
 
+    with tempfile.TemporaryDirectory() as cache:
+        arguments = dict(initializer=prepare, initargs=(options.precision, cache))
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context, **arguments) as pool:
+            yield in_processes
+
 
 def conditions(options):
     """What a result depends on beside its job; two devices do not share a file's lines."""
-    return [options.scale, options.precision, jax.devices()[0].device_kind]
+    return [options.scale, options.precision, options.device or jax.devices()[0].device_kind]
 
 
 def key_of(job, options):
@@ -108,7 +115,8 @@ def key_of(job, options):
 def read(path, options):
     """``{job: result}`` of the file's runs under these conditions."""
     found = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in (line for line in lines if line.endswith("}]")):  # The last one may have been cut off.
         (task, method, (rate, betas, own, stretch), budget, seed, *under), result = json.loads(line)
         if under == conditions(options):
             setting = Setting(rate, tuple(betas), tuple(tuple(pair) for pair in own), stretch)
@@ -116,11 +124,12 @@ def read(path, options):
     return found
 
 
-def extend(found, jobs, options, cache):
+def extend(found, jobs, options, execute):
     """Runs the jobs, the longest first, and adds their results to what was found and to the file."""
     jobs, began = sorted(jobs, key=lambda job: -job.budget * expected_seconds(job.task)), time.perf_counter()
     with options.results.open("a") as file:
-        for number, (job, result) in enumerate(executed(jobs, options, cache), 1):
+        print(file=file)  # In case the last line was cut off.
+        for number, (job, result) in enumerate(execute(jobs), 1):
             found[job] = result
             print(f"[{key_of(job, options)}, {json.dumps(result)}]", file=file, flush=True)
             if number % 50 == 0 or number == len(jobs):
@@ -133,35 +142,38 @@ def expected_seconds(name):
     return next((value for part, value in seconds.items() if part in name), 0.002)
 
 
-def suite(options, cache):
+def run_all(pairs, found, options, tuning_seeds):
+    """Adds to what was found: the search for settings, and the comparison."""
+    with workers(options) as execute:
+        while not options.compare:
+            # All tasks and methods at a time, so that no core waits for the slowest.
+            jobs = [job for pair in pairs for job in missing_jobs(found, *pair, tuning_seeds)]
+            if not jobs:
+                break
+            extend(found, jobs, options, execute)
+        if not options.tune:
+            seeds = range(options.seeds)
+            jobs = [job for pair in pairs for job in comparison_jobs(found, *pair, tuning_seeds, seeds)]
+            extend(found, jobs, options, execute)
+
+
+def suite(options):
     tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + options.tuning_seeds)
     tasks = {name: task_of(name, options.scale) for name in names_of(options)}
     methods = {
         name: method
         for name, method in METHODS.items()
-        if not options.methods or name == "Adam" or any(part in name for part in options.methods.split(","))
+        if not options.methods or name == BASELINE or any(part in name for part in options.methods.split(","))
     }
     found = read(options.results, options)
-    pairs = [(task, name, *method) for name, task in tasks.items() for method in methods.items()]
     if not options.report:
-        # All tasks and methods at a time, so that no core waits for the slowest.
-        while jobs := [
-            job for task, name, *method in pairs for job in missing_jobs(task, found, name, *method, tuning_seeds)
-        ]:
-            extend(found, jobs, options, cache)
-        if options.tune:
-            return
-        jobs = [
-            job
-            for task, name, *method in pairs
-            for job in comparison_jobs(task, found, name, *method, tuning_seeds, range(options.seeds))
-        ]
-        extend(found, jobs, options, cache)
-        if options.compare:
-            return
+        pairs = [(task, name, *method) for name, task in tasks.items() for method in methods.items()]
+        run_all(pairs, found, options, tuning_seeds)
+    if options.tune:
+        return
     codec_tasks.print_header(
         "Lowest loss after so many evaluations of loss and gradient; settings chosen for each number by other seeds",
-        f"{jax.devices()[0].device_kind}, matmul precision {options.precision or 'default'}, {options.workers} workers",
+        f"{conditions(options)[-1]}, matmul precision {options.precision or 'default'}, {options.workers} workers",
         f"seeds to choose by: {[*tuning_seeds]}; to compare by: {[*range(options.seeds)]}",
         *noiseless_report.LEGEND,
     )
@@ -188,6 +200,7 @@ def main():
     parser.add_argument("--scale", type=float, default=1.0, help="of all budgets, for a trial")
     parser.add_argument("--precision", help='of matrix products on a GPU: "highest"; its own default unless given')
     parser.add_argument("--results", type=pathlib.Path, default="noiseless.jsonl", help="a file to go on from")
+    parser.add_argument("--device", help="of which the file's results are taken, with --report; this one unless given")
     parser.add_argument("--plot", help="a PNG to write")
     parser.add_argument("--data", help="a file that --export wrote, where scikit-learn is missing")
     parser.add_argument("--export", help="a file to write scikit-learn's data to; nothing else is done")
@@ -204,13 +217,11 @@ def main():
         noiseless_tasks.export(options.export)
         return
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as cache:
-        prepare(options.precision, None if options.workers == 0 else cache)
-        if options.time or options.check:
-            tasks = {name: task_of(name, options.scale) for name in names_of(options)}
-            noiseless_checks.times(tasks) if options.time else noiseless_checks.check(tasks)
-        else:
-            suite(options, cache)
+    if options.time or options.check:
+        tasks = {name: task_of(name, options.scale) for name in names_of(options)}
+        (noiseless_checks.times if options.time else noiseless_checks.check)(tasks)
+    else:
+        suite(options)
     print(f"{time.perf_counter() - began:.0f} s in all")
 
 

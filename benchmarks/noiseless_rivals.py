@@ -48,8 +48,8 @@ class Method(NamedTuple):
             ``[most]`` (infinite where none was measured) and the evaluations used.
         has_rate: whether there is a rate, whose cosine ends with the budget: other budgets are then other runs.
         betas: to choose from.
-        own: values to choose from, for each name.
-        stretches: to choose from.
+        own: values to choose from, for each name; the search starts from the first.
+        stretches: to choose from, likewise.
         costs: for each way to count, the evaluations that one counts as; a function of the task.
         suits: whether a task can be solved in this way.
         most: evaluations, if the method is not run for as long as others.
@@ -185,8 +185,8 @@ METHODS = {
     "phase_switched": Method(
         skipping,
         betas=BETAS[:1] + BETAS[2:3],
-        own=(("preset", ("balanced", "aggressive")),),
-        stretches=(1.0, 2.0, 3.0),
+        own=(("preset", ("aggressive", "balanced")),),
+        stretches=(2.0, 1.0, 3.0),
     ),
 }
 if hasattr(vsa_optax, "multisecant"):

@@ -54,8 +54,11 @@ def own_settings(method):
 
 
 def coarse(task, method):
-    rates = task.rates if method.has_rate else (0,)
-    return [Setting(*parts) for parts in itertools.product(rates, method.betas, own_settings(method), method.stretches)]
+    """Rates and betas, with the first of the method's own settings, where `moves` go on; all where there is no rate."""
+    if not method.has_rate:
+        return [Setting(own=own) for own in own_settings(method)]
+    own = own_settings(method)[:1]
+    return [Setting(*parts) for parts in itertools.product(task.rates, method.betas, own, method.stretches[:1])]
 
 
 def moves(method, setting):
@@ -86,7 +89,7 @@ def scores(task, found, name, method_name, budget, at, seeds):
     return {setting: geometric_mean(values) for setting, values in losses.items() if len(values) == len(seeds)}
 
 
-def missing_jobs(task, found, name, method_name, method, seeds):
+def missing_jobs(found, task, name, method_name, method, seeds):
     """What the search for a method's settings wants to be run next; nothing once it is over."""
     if not method.suits(task):
         return []
@@ -116,7 +119,7 @@ def chosen(task, found, name, method_name, method, budget, seeds):
     return min(known, key=known.get), run
 
 
-def comparison_jobs(task, found, name, method_name, method, tuning_seeds, seeds):
+def comparison_jobs(found, task, name, method_name, method, tuning_seeds, seeds):
     if not method.suits(task):
         return []
     budgets = all_budgets(task) if method_name == BASELINE else task.budgets

@@ -58,4 +58,4 @@ def dense(key, fan_in, fan_out, scale=1.0):
 
 
 def num_params(init):
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, 0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: init(0))))
