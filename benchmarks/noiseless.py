@@ -100,7 +100,10 @@ def workers(options):
         arguments = dict(initializer=prepare, initargs=(options.precision, cache))
         context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(options.workers, mp_context=context, **arguments) as pool:
-            yield in_processes
+            try:
+                yield in_processes
+            finally:
+                pool.shutdown(cancel_futures=True)  # If it was stopped; runs that have begun are waited for.
 
 
 def conditions(options):
@@ -132,6 +135,8 @@ def extend(found, jobs, options, execute):
         for number, (job, result) in enumerate(execute(jobs), 1):
             found[job] = result
             print(f"[{key_of(job, options)}, {json.dumps(result)}]", file=file, flush=True)
+            if time.monotonic() > options.until:
+                raise SystemExit("stopped as --minutes asks for; run it again to go on")
             if number % 50 == 0 or number == len(jobs):
                 print(f"{time.perf_counter() - began:.0f} s: {number} of {len(jobs)} runs", file=sys.stderr, flush=True)
 
@@ -201,12 +206,14 @@ def main():
     parser.add_argument("--precision", help='of matrix products on a GPU: "highest"; its own default unless given')
     parser.add_argument("--results", type=pathlib.Path, default="noiseless.jsonl", help="a file to go on from")
     parser.add_argument("--device", help="of which the file's results are taken, with --report; this one unless given")
+    parser.add_argument("--minutes", type=float, default=np.inf, help="to stop after; the same command goes on")
     parser.add_argument("--plot", help="a PNG to write")
     parser.add_argument("--data", help="a file that --export wrote, where scikit-learn is missing")
     parser.add_argument("--export", help="a file to write scikit-learn's data to; nothing else is done")
     for part in ("tune", "compare", "report", "time", "check"):
         parser.add_argument(f"--{part}", action="store_true", help="only this, and what it needs")
     options = parser.parse_args()
+    options.until = time.monotonic() + 60 * options.minutes
     if options.data:
         os.environ[DATA_VARIABLE] = os.path.abspath(options.data)
     if options.workers or options.time or options.check:

@@ -40,7 +40,7 @@ def ground_energy(num_qubits, strength):
 def qubits(num_qubits=12, depth=8, strength=2.0):
     """Layers of RY and RZ on every qubit, each followed by a ring of controlled-Z; the last one by none.
 
-    At the critical strength, 1, such circuits of any depth that was tried, and every method, stay at 0.06: no task.
+    At the critical strength, 1, circuits of 8 to 12 layers stay near 0.06 for a thousand evaluations of any method.
 
     The state is a matrix: its rows are the first half of the qubits, its columns the second. A layer's gates on a half
     make one small matrix, so that a layer is two products.
