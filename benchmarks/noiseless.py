@@ -36,6 +36,7 @@ from noiseless_task import DATA_VARIABLE
 
 METHODS = noiseless_rivals.METHODS | noiseless_optimistix.METHODS
 FIRST_TUNING_SEED = 100
+BATCH_SECONDS = 10.0  # Of runs that a process makes with a program that it has to load first.
 CURVE = 2 ** np.arange(0, 24, 0.125)  # Counts of evaluations that are kept of a run, beside the budgets.
 
 
@@ -83,18 +84,38 @@ def prepare(precision, cache):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def runs(jobs, scale):
+    return [run(job, scale) for job in jobs]
+
+
+def batches(jobs):
+    """Lists of jobs of one program, as each process has to load it; the longest first."""
+    programs, found = {}, []
+    for job in jobs:
+        programs.setdefault((job.task, job.method, job.setting.own), []).append(job)
+    for group in programs.values():
+        length = 0.0
+        for job in sorted(group, key=expected_seconds, reverse=True):
+            if length == 0.0 or length > BATCH_SECONDS:
+                found.append([])
+                length = 0.0
+            found[-1].append(job)
+            length += expected_seconds(job)
+    return sorted(found, key=lambda batch: -sum(map(expected_seconds, batch)))
+
+
 @contextlib.contextmanager
 def workers(options):
     """A function from jobs to ``job, result`` for each, as they are ready."""
     if options.workers == 0:
         prepare(options.precision, None)
-        yield lambda jobs: ((job, run(job, options.scale)) for job in jobs)
+        yield lambda jobs: ((job, run(job, options.scale)) for batch in batches(jobs) for job in batch)
         return
 
     def in_processes(jobs):
-        futures = {pool.submit(run, job, options.scale): job for job in jobs}
+        futures = {pool.submit(runs, batch, options.scale): batch for batch in batches(jobs)}
         for future in concurrent.futures.as_completed(futures):
-            yield futures[future], future.result()
+            yield from zip(futures[future], future.result(), strict=True)
 
     with tempfile.TemporaryDirectory() as cache:
         arguments = dict(initializer=prepare, initargs=(options.precision, cache))
@@ -128,8 +149,8 @@ def read(path, options):
 
 
 def extend(found, jobs, options, execute):
-    """Runs the jobs, the longest first, and adds their results to what was found and to the file."""
-    jobs, began = sorted(jobs, key=lambda job: -job.budget * expected_seconds(job.task)), time.perf_counter()
+    """Runs the jobs, and adds their results to what was found and to the file."""
+    began = time.perf_counter()
     with options.results.open("a") as file:
         print(file=file)  # In case the last line was cut off.
         for number, (job, result) in enumerate(execute(jobs), 1):
@@ -141,10 +162,12 @@ def extend(found, jobs, options, execute):
                 print(f"{time.perf_counter() - began:.0f} s: {number} of {len(jobs)} runs", file=sys.stderr, flush=True)
 
 
-def expected_seconds(name):
-    """Of an evaluation, roughly, on a core of a CPU."""
-    seconds = {"wave": 0.1, "neural": 0.04, "small": 0.02, "4 x": 2.0}
-    return next((value for part, value in seconds.items() if part in name), 0.002)
+def expected_seconds(job):
+    """Of a run, roughly, on a core of a CPU."""
+    if "Levenberg" in job.method:
+        return 0.3 * job.budget
+    seconds = {"wave": 0.11, "neural": 0.04, "small": 0.02, "4 x": 2.0, "VQE": 0.004}
+    return job.budget * next((value for part, value in seconds.items() if part in job.task), 0.0005)
 
 
 def run_all(pairs, found, options, tuning_seeds):

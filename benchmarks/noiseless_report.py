@@ -1,19 +1,31 @@
 """What `noiseless.py` prints of each task, and the picture of them all."""
 
+from typing import NamedTuple
+
 import numpy as np
 from codec_tasks import print_row
 from guard import geometric_mean, passes_needed, spread
-from noiseless_rivals import rate_of
+from noiseless_rivals import Setting, rate_of
 from noiseless_search import BASELINE, Job, all_budgets, chosen, loss_at
 
 LEGEND = (
-    "evaluations: of loss and gradient together, those of line searches and of rejected points included",
+    "evaluations: of loss and gradient together, line searches' and rejected ones included; used: mean of those made",
     "loss: the lowest of so many evaluations, geometric mean [smallest, largest]; never below the floor",
     "Adam needs: evaluations for the mean loss, log-interpolated between its best budgets; ratio: over those used",
     "seconds: median of whole runs, without compiling; time ratio: Adam's seconds for that many evaluations, over them",
     "compile: the longest, in seconds, or reading the program if another process had compiled it",
 )
-WIDTHS = [46, 46, 34, 11, 8, 9, 11, 8]
+WIDTHS = [54, 56, 34, 7, 11, 8, 9, 11, 8]
+
+
+class Row(NamedTuple):
+    """Of a method at a budget: what was chosen, losses by seed, mean evaluations, median seconds, and whole results."""
+
+    setting: Setting
+    losses: np.ndarray
+    used: float
+    seconds: float
+    results: list
 
 
 def results_of(found, name, method_name, setting, run, seeds):
@@ -21,7 +33,7 @@ def results_of(found, name, method_name, setting, run, seeds):
 
 
 def rows(task, name, methods, found, tuning_seeds, seeds):
-    """``(method, budget): setting, losses, seconds, results``; a method that has not been run has none."""
+    """``{(method, budget): Row}``; a method that has not been run has none."""
     table = {}
     for method_name, method in methods.items():
         if not method.suits(task):
@@ -40,7 +52,8 @@ def rows(task, name, methods, found, tuning_seeds, seeds):
                 share = [min(1.0, count / max(result["used"], 1)) for result in results]
                 seconds = np.median([result["seconds"] * part for result, part in zip(results, share, strict=True)])
                 shown = f"{method_name}, {label}" if label else method_name
-                table[shown, budget] = (setting, losses, seconds, results)
+                used = np.mean([cost * min(result["used"], count) for result in results])
+                table[shown, budget] = Row(setting, losses, used, seconds, results)
     return table
 
 
@@ -53,27 +66,28 @@ def print_task(task, name, methods, found, tuning_seeds, seeds):
         print("no runs of Adam")
         return {}
     lengths = sorted(adam)
-    means = [geometric_mean(adam[length][1]) for length in lengths]
-    seconds_each = np.median([adam[length][2] / length for length in lengths])
+    means = [geometric_mean(adam[length].losses) for length in lengths]
+    seconds_each = np.median([adam[length].seconds / length for length in lengths])
     for length, mean in zip(lengths, means, strict=True):
         if length not in task.budgets:
-            print(f"Adam, {length} evaluations: {mean:.4g}; {described(adam[length][0], methods[BASELINE])}")
-    print_row(WIDTHS, ["", "setting", "loss", "Adam needs", "ratio", "seconds", "time ratio", "compile"])
+            print(f"Adam, {length} evaluations: {mean:.4g}; {described(adam[length].setting, methods[BASELINE])}")
+    print_row(WIDTHS, ["", "setting", "loss", "used", "Adam needs", "ratio", "seconds", "time ratio", "compile"])
     for budget in task.budgets:
         print(f"{budget} evaluations")
-        for (method, at), (setting, losses, seconds, results) in table.items():
+        for (method, at), row in table.items():
             if at != budget:
                 continue
-            sign, needed = passes_needed(lengths, means, geometric_mean(losses))
+            sign, needed = passes_needed(lengths, means, geometric_mean(row.losses))
             cells = [
                 f"  {method}",
-                described(setting, methods[method.split(",")[0]]),
-                spread(losses),
+                described(row.setting, methods[method.split(",")[0]]),
+                spread(row.losses),
+                f"{row.used:.0f}",
                 f"{sign}{needed:.0f}",
-                f"{sign}{needed / budget:.2f}",
-                f"{seconds:.3g}",
-                f"{sign}{needed * seconds_each / seconds:.2f}",
-                f"{max(result['compile_seconds'] for result in results):.1f}",
+                f"{sign}{needed / row.used:.2f}",
+                f"{row.seconds:.3g}",
+                f"{sign}{needed * seconds_each / row.seconds:.2f}",
+                f"{max(result['compile_seconds'] for result in row.results):.1f}",
             ]
             print_row(WIDTHS, cells)
     return curves(task, table)
@@ -86,14 +100,12 @@ def described(setting, method):
 
 def curves(task, table):
     """``{method: (evaluations, losses)}``: Adam's best at each budget, and the others' longest runs."""
-    adam = [
-        (budget, geometric_mean(losses)) for (method, budget), (_, losses, *_) in table.items() if method == BASELINE
-    ]
+    adam = [(budget, geometric_mean(row.losses)) for (method, budget), row in table.items() if method == BASELINE]
     shown = {"Adam, re-tuned for each": tuple(zip(*sorted(adam), strict=True))}
-    for (method, budget), (_, _, _, results) in table.items():
+    for (method, budget), row in table.items():
         if method != BASELINE and budget == max(task.budgets) and ", its passes" not in method:
-            counts = results[0]["counts"]
-            means = [geometric_mean([loss_at(result, count, task.floor) for result in results]) for count in counts]
+            counts = row.results[0]["counts"]
+            means = [geometric_mean([loss_at(result, count, task.floor) for result in row.results]) for count in counts]
             shown[method] = (counts, means)
     return shown
 
