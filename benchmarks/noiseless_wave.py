@@ -32,7 +32,7 @@ def true_field(seed, num=6):
 
 
 @functools.cache
-def wave(num_shots=4, num_receivers=64, num_steps=288):
+def wave(num_shots=4, num_receivers=64, num_steps=256):
     """The acoustic wave equation ``p_tt = c² Δp + source``, second order, each shot at a place of its own."""
     whole = SIDE + 2 * SPONGE
     sources, receivers = ring(num_shots, 3), ring(num_receivers, 3)
