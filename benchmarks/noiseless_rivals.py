@@ -188,8 +188,7 @@ METHODS = {
         own=(("preset", ("aggressive", "balanced")),),
         stretches=(2.0, 1.0, 3.0),
     ),
+    "multisecant": Method(
+        functools.partial(stepwise, multisecant), betas=BETAS[:1] + BETAS[2:3], own=(("window", (8, 16)),)
+    ),
 }
-if hasattr(vsa_optax, "multisecant"):
-    METHODS["multisecant"] = Method(
-        functools.partial(stepwise, multisecant), betas=BETAS[:1] + BETAS[2:3], own=(("window", (16, 32)),)
-    )
