@@ -74,7 +74,8 @@ def main():
         columns = [" ".join(f"{loss[count - 1]:.3g}" for loss in losses) for count in (BUDGET // 2, BUDGET)]
         rate = f"{rate_of(setting):.2g}" if METHODS[name].has_rate else ""
         print(
-            f"{name:14s} {rate:>8s} {setting.betas!s:>13s} {setting!s:12s} {columns[0]:30s} {columns[1]:30s} {min(seconds):.1f}",
+            f"{name:14s} {rate:>8s} {setting.betas!s:>13s} {setting!s:12s} {columns[0]:30s} {columns[1]:30s} "
+            f"{min(seconds):.1f}",
             flush=True,
         )
 
