@@ -35,18 +35,37 @@ def inner_of_records(records: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def inner_of_all_records(records: jax.Array, others: jax.Array) -> jax.Array:
-    """``[W, V]``: ``<r_i, o_j>`` of ``[W, *shape]`` with ``[V, *shape]``, in at least f32; one matrix product."""
-    wide = numerics.promoted(records.dtype, others.dtype, jnp.float32)
-    shape = tuple(range(1, records.ndim))
-    products = jnp.tensordot(
-        records.conj(),
-        others,
-        axes=(shape, shape),
-        precision="highest",
-        preferred_element_type=wide,
-        out_sharding=_whole_on_every_device(records, num_axes=2),
-    )
-    return products.real
+    """``[W, V]``: ``<r_i, o_j>`` of ``[W, *shape]`` with ``[V, *shape]`` of the same dtype, in at least f32.
+
+    One matrix product, whose terms are exact in the precision of the sum. On a CPU the records are widened before: it
+    has no fast product of narrower numbers, which an accelerator reads as they are.
+    """
+    wide = numerics.promoted(records.dtype, jnp.float32)
+    axes = tuple(range(1, records.ndim))
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.tensordot(
+            x.conj(),
+            y,
+            axes=(axes, axes),
+            precision="highest",
+            preferred_element_type=wide,
+            out_sharding=_whole_on_every_device(records, num_axes=2),
+        ).real
+
+    def widened(x: jax.Array, y: jax.Array) -> jax.Array:
+        return product(x.astype(wide), y.astype(wide))
+
+    if records.dtype == wide:
+        return product(records, others)
+    return jax.lax.platform_dependent(records, others, cpu=widened, default=product)
+
+
+def inner_of_each(records: jax.Array, x: jax.Array) -> jax.Array:
+    """``[W]``: ``<r_i, x>`` of ``[W, *shape]`` with ``[*shape]``, in at least f32; x is not rounded to the records."""
+    wide = numerics.promoted(records.dtype, x.dtype, jnp.float32)
+    products = (records.conj().astype(wide) * x.astype(wide)[None]).real
+    return jnp.sum(products, axis=tuple(range(1, records.ndim)))
 
 
 def _whole_on_every_device(x: jax.Array, num_axes: int = 1) -> NamedSharding | None:

@@ -34,8 +34,8 @@ from vsa_optax.prediction.stats import unwrapped
 
 _NUM_LOSSES = 8  # M, accepted ones that a new one is compared with.
 _LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING = 1e-6, 1.0, 100.0
-# What damping is multiplied by: after a leap that went as it should, one that did not, one that was rejected.
-_LESS, _MORE, _MUCH_MORE = 0.5, 1.5, 4.0
+# What damping is multiplied by: where the loss fell, the gradient as predicted or not; where it rose; on a rejection.
+_LESS, _SAME, _MORE, _MUCH_MORE = 0.5, 1.0, 1.5, 4.0
 _WORST_ERROR = 1.0  # Of ||g - ĝ||² / ||g before||², for damping to fall.
 _METRIC_DECAY = 0.98  # Of the average of squared gradients.
 _EPSILON = 1e-8
@@ -290,8 +290,8 @@ def _judged(
     is_accepted = is_finite & (is_first | is_bound | (value <= jnp.max(state.losses)))
     missed = _missed(state, gradient)
     squared_error = _ratio(missed, state.leap.squared_gradient)
-    is_as_expected = is_accepted & (value <= state.loss) & (squared_error < _WORST_ERROR)
-    factor = jnp.where(is_as_expected, _LESS, jnp.where(is_accepted, _MORE, _MUCH_MORE))
+    fell, is_predicted = is_accepted & (value <= state.loss), squared_error < _WORST_ERROR
+    factor = jnp.where(fell, jnp.where(is_predicted, _LESS, _SAME), jnp.where(is_accepted, _MORE, _MUCH_MORE))
     damping = jnp.clip(state.damping * factor.astype(state.damping.dtype), _LEAST_DAMPING, _MOST_DAMPING)
 
     curvature = _CURVATURE_SHARE * jnp.sqrt(_ratio(missed, state.leap.squared_outside))
@@ -354,12 +354,14 @@ def _products(
     gradient: jax.Array, rms: jax.Array, diff_params: jax.Array, diff_gradients: jax.Array, base: jax.Array
 ) -> Products:
     """Those of one leaf."""
-    measured = _wide(diff_params) * _metric(rms)[None]
+    metric = _metric(rms)
+    # By a root on either side the Gram matrix has no negative eigenvalue, rounded or not.
+    measured = numerics.saturating_cast(_wide(diff_params) * jnp.sqrt(metric)[None], diff_params.dtype)
     return Products(
-        gram=inner_products.inner_of_all_records(measured, diff_params),
+        gram=inner_products.inner_of_all_records(measured, measured),
         cross=inner_products.inner_of_all_records(diff_params, diff_gradients),
-        gradient=inner_products.inner_of_all_records(diff_params, gradient[None])[:, 0],
-        step=inner_products.inner_of_all_records(measured, base[None])[:, 0],
+        gradient=inner_products.inner_of_each(diff_params, gradient),
+        step=inner_products.inner_of_each(diff_params, _wide(base) * metric),
     )
 
 
