@@ -62,10 +62,24 @@ def inner_of_all_records(records: jax.Array, others: jax.Array) -> jax.Array:
 
 
 def inner_of_each(records: jax.Array, x: jax.Array) -> jax.Array:
-    """``[W]``: ``<r_i, x>`` of ``[W, *shape]`` with ``[*shape]``, in at least f32; x is not rounded to the records."""
+    """``[W]``: ``<r_i, x>`` of ``[W, *shape]`` with ``[*shape]``, in at least f32; x is not rounded to the records.
+
+    A CPU is several times faster at a matrix product, for which an accelerator would have to write wider records first.
+    """
     wide = numerics.promoted(records.dtype, x.dtype, jnp.float32)
-    products = (records.conj().astype(wide) * x.astype(wide)[None]).real
-    return jnp.sum(products, axis=tuple(range(1, records.ndim)))
+
+    def product(records: jax.Array, x: jax.Array) -> jax.Array:
+        layout = _whole_on_every_device(records)
+        products = jnp.tensordot(
+            records.conj().astype(wide), x.astype(wide), axes=x.ndim, precision="highest", out_sharding=layout
+        )
+        return products.real
+
+    def summed(records: jax.Array, x: jax.Array) -> jax.Array:
+        products = records.conj().astype(wide) * x.astype(wide)[None]
+        return jnp.sum(products.real, axis=tuple(range(1, records.ndim)))
+
+    return jax.lax.platform_dependent(records, x, cpu=product, default=summed)
 
 
 def _whole_on_every_device(x: jax.Array, num_axes: int = 1) -> NamedSharding | None:
