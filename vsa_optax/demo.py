@@ -118,14 +118,15 @@ def load_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.n
     return train, test
 
 
-def make_network(seed: int) -> tuple[Any, Callable[[Any, Any], jax.Array]]:
-    """``Task.params``, by the seed, and ``Task.logits``: two hidden layers of 128."""
+def make_network(seed: int, hidden: Sequence[int] = (128, 128)) -> tuple[Any, Callable[[Any, Any], jax.Array]]:
+    """``Task.params``, by the seed, and ``Task.logits``, with hidden layers of these widths."""
     from flax import nnx
 
     rngs = nnx.Rngs(seed)
-    layers: list[Any] = [nnx.Linear(64, 128, rngs=rngs), nnx.relu, nnx.Linear(128, 128, rngs=rngs), nnx.relu]
-    layers.append(nnx.Linear(128, 10, rngs=rngs))
-    parts: Any = nnx.split(nnx.Sequential(*layers), nnx.Param, ...)
+    layers: list[Any] = []
+    for inputs, outputs in itertools.pairwise((64, *hidden, 10)):
+        layers += [nnx.Linear(inputs, outputs, rngs=rngs), nnx.relu]
+    parts: Any = nnx.split(nnx.Sequential(*layers[:-1]), nnx.Param, ...)
     graphdef, params, rest = parts
     return params, lambda params, images: nnx.merge(graphdef, params, rest)(images)
 
