@@ -32,7 +32,8 @@ gradient norms, prediction errors, and what the guard made of them."""
 _STEPS_HELP = "steps of each training, and the most backward passes, 1 to 100000"
 _BATCH_HELP = f"""images a step, 1 to {_TRAIN_SIZE}, or 0 for the whole training set. The larger the batch,
 the less noisy and the more predictable the gradients, and the more time a skipped backward pass saves; at 64
-the guard predicts nothing, and training is plain AdamW with more memory and more time a step"""
+the guard predicts nothing, and training is plain AdamW with more memory and more time a step, as it is with
+multisecant"""
 _NOTES = """Final training loss: over the whole training set, at the end. Backward passes: evaluations of loss and
 gradient, those inside the line search of L-BFGS included. Wall time: of the training steps; compilation is
 excluded. State bytes: of the optimizer's live state."""
