@@ -2,7 +2,7 @@
 
 Run `python benchmarks/digits_budget.py | tee benchmarks/digits_budget.log`; it takes about a minute on two cores.
 
-The demo compares runs of equal length. Whoever pays for backward passes asks another question: what would plain AdamW
+The demo compares runs at one rate. Whoever pays for backward passes asks another question: what would plain AdamW
 have reached with as many of them, its learning rate chosen for that and its schedule decayed over them?
 """
 

@@ -1,8 +1,10 @@
 """The demo from its command line: what it prints, draws and refuses."""
 
 import contextlib
+import functools
 import importlib.util
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -10,7 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import vsa_optax
@@ -21,13 +25,21 @@ for _package in ("flax", "matplotlib", "sklearn", "tqdm"):
 
 _STEPS = 40
 _WINDOW = 16  # The default.
+_HIDDEN = (64,)  # One layer less than the demo has, and less to compile.
 
 
 class _Demo(NamedTuple):
-    plain: demo.Run
-    switched: demo.Run
+    runs: dict[str, demo.Run]
     output: str
     folder: Path
+
+    @property
+    def plain(self) -> demo.Run:
+        return self.runs[demo._PLAIN]
+
+    @property
+    def switched(self) -> demo.Run:
+        return self.runs[demo._SWITCHED]
 
 
 _COMPILED: dict[str, Any] = {}
@@ -35,33 +47,39 @@ _compile = jax.stages.Lowered.compile
 
 
 def _compile_once(lowered: jax.stages.Lowered) -> Any:
-    """A run with the same shapes and settings needs no program of its own."""
+    """A run with the same shapes and settings needs no program of its own, and so short a run no fast one."""
     key = lowered.as_text()
     if key not in _COMPILED:
-        _COMPILED[key] = _compile(lowered)
+        _COMPILED[key] = _compile(lowered, compiler_options={"xla_backend_optimization_level": 0})
     return _COMPILED[key]
 
 
-def _run_demo(folder: Path, *options: str) -> _Demo:
-    runs: list[demo.Run] = []
+def _run_demo(folder: Path, *options: str, of_two: bool = False) -> _Demo:
+    """A short demo with one hidden layer; ``of_two``: with none, of plain AdamW and `phase_switched`, no picture."""
+    runs: dict[str, demo.Run] = {}
     train = demo._train
 
-    def remembered(*args: Any, **kwargs: Any) -> demo.Run:
-        runs.append(train(*args, **kwargs))
-        return runs[-1]
+    def remembered(task: demo.Task, options: Any, method: str) -> demo.Run:
+        runs[method] = train(task, options, method)
+        return runs[method]
 
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         patch.setattr(demo, "_train", remembered)
+        hidden = () if of_two else _HIDDEN
+        patch.setattr(demo, "make_network", functools.partial(demo.make_network, hidden=hidden))
+        if of_two:
+            patch.setattr(demo, "_COLOURS", {name: demo._COLOURS[name] for name in (demo._PLAIN, demo._SWITCHED)})
+            patch.setattr(demo, "_draw", lambda *args: None)
         patch.setattr(jax.stages.Lowered, "compile", _compile_once)
         assert demo.main(["--steps", str(_STEPS), "--output", str(folder), *options]) == 0
-    plain, switched = runs
-    return _Demo(plain, switched, output.getvalue(), folder)
+    return _Demo(runs, output.getvalue(), folder)
 
 
 def _rows(output: str) -> dict[str, list[str]]:
     """The table's cells, by method."""
-    lines = [line for line in output.splitlines() if "AdamW" in line]
+    lines = itertools.dropwhile(lambda line: not line.startswith("---"), output.splitlines())
+    lines = itertools.takewhile(bool, itertools.islice(lines, 1, None))
     return {line[:20].strip(): line[20:].split() for line in lines}
 
 
@@ -74,13 +92,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> _Demo:
 @pytest.fixture(scope="module")
 def on_small_batches(tmp_path_factory: pytest.TempPathFactory) -> _Demo:
     """A short demo on batches of 64."""
-    return _run_demo(tmp_path_factory.mktemp("demo"), "--seed", "3", "--batch-size", "64")
+    return _run_demo(tmp_path_factory.mktemp("demo"), "--seed", "3", "--batch-size", "64", of_two=True)
 
 
 def test_prints_the_table_and_where_the_picture_is(finished: _Demo) -> None:
     rows = _rows(finished.output)
-    assert list(rows) == ["plain AdamW", "phase-switched AdamW"]
-    assert [row[2] for row in rows.values()] == [str(run.backward_passes) for run in finished[:2]]
+    assert list(rows) == ["plain AdamW", "phase-switched AdamW", "multisecant AdamW", "L-BFGS"]
+    assert [row[2] for row in rows.values()] == [str(run.backward_passes) for run in finished.runs.values()]
     for loss, accuracy, *_ in rows.values():
         assert 0 < float(loss) < 2.3  # Below ln 10, a guess among ten digits.
         assert 50 < float(accuracy.rstrip("%")) <= 100
@@ -101,17 +119,17 @@ def test_picture_is_a_png_that_shows_something(finished: _Demo) -> None:
     assert min(pixels.shape[:2]) > 500
     red, green, blue = np.moveaxis((pixels[..., :3] * 255).round().astype(np.int32), -1, 0)
     colours = {f"#{colour:06x}" for colour in np.unique(red << 16 | green << 8 | blue)}
-    assert {*demo._SHADES.values(), "#333333", demo._RED, demo._BLUE_DOTS["color"]} <= colours
+    assert {*demo._SHADES.values(), *demo._COLOURS.values(), demo._RED} <= colours
 
 
 def test_picture_marks_where_the_guard_gave_up(finished: _Demo, tmp_path: Path) -> None:
     image = pytest.importorskip("matplotlib.image")
-    pictures = []
-    for action in (GuardAction.SHRANK, GuardAction.GAVE_UP):
-        steps = finished.switched.steps
-        steps = steps._replace(action=np.full_like(steps.action, action))
-        demo._draw(finished.plain, finished.switched._replace(steps=steps), tmp_path / "marks.png")
-        pictures.append(image.imread(tmp_path / "marks.png")[..., :3])
+    steps = finished.switched.steps
+    assert not np.any(steps.action == GuardAction.GAVE_UP)
+    steps = steps._replace(action=np.full_like(steps.action, GuardAction.GAVE_UP))
+    demo._draw(finished.runs | {demo._SWITCHED: finished.switched._replace(steps=steps)}, tmp_path / "marks.png")
+    paths = finished.folder / "training.png", tmp_path / "marks.png"
+    pictures = [image.imread(path)[..., :3] for path in paths]
     red = [int(demo._RED[i : i + 2], 16) for i in (1, 3, 5)]
     without, marked = (np.sum(np.all((pixels * 255).round() == red, axis=-1)) for pixels in pictures)
     assert marked > without + 100
@@ -124,6 +142,63 @@ def test_predicts_and_ends_where_plain_training_does(finished: _Demo) -> None:
     assert switched.final_loss == pytest.approx(plain.final_loss, rel=0.1)
 
 
+def test_multisecant_ends_at_its_accepted_parameters(finished: _Demo) -> None:
+    run = finished.runs[demo._MULTISECANT]
+    assert run.backward_passes == len(run.steps.loss) == _STEPS
+    assert run.final_loss == pytest.approx(run.steps.loss[-1], rel=1e-4)
+    assert run.final_loss < finished.plain.final_loss / 100
+
+
+def test_a_run_ends_once_it_is_solved(finished: _Demo, on_small_batches: _Demo) -> None:
+    run = finished.runs[demo._LBFGS]
+    assert run.backward_passes < _STEPS
+    assert run.steps.loss[-1] <= demo._SOLVED < run.steps.loss[-2]
+    assert run.final_loss == pytest.approx(run.steps.loss[-1], rel=1e-2)
+    assert "A run ends early once its loss is at most 1e-06." in finished.output
+    assert "ends early" not in on_small_batches.output
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(10, 3), (9, 3), (1, 1)])
+def test_no_line_search_beyond_the_budget(budget: int, steps: int) -> None:
+    """Each takes three passes; the first is always taken."""
+    options = demo._make_parser().parse_args(["--steps", str(budget)])
+    task = demo.Task(*[(np.zeros(1), np.zeros(1))] * 2, None, lambda params, images: images)
+
+    def step(params: int, state: int, *batch: Any) -> tuple[int, int, demo.StepRecord]:
+        return params + 1, state - 1, demo.StepRecord(1.0, 3, 1.0)
+
+    params, state, records, _ = demo._repeat(demo._LBFGS, step, (0, 0), task, options)
+    assert (params, state) == (steps, -steps)
+    np.testing.assert_array_equal(records.backward_passes, [3] * steps)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_evaluations_inside_line_searches_are_counted(is_whole: bool) -> None:
+    evaluations = 0
+
+    def count(_: Any) -> None:
+        nonlocal evaluations
+        evaluations += 1
+
+    class Counted(demo.Task):
+        def loss(self, params: Any, images: Any, labels: Any) -> jax.Array:
+            jax.debug.callback(count, params[0])
+            return jnp.sum(images * (jnp.cosh(params) - 1))
+
+    task = Counted(*[(np.zeros(2), np.zeros(2))] * 2, None, lambda params, images: images)
+    opt = optax.chain(optax.sgd(1.0), optax.scale_by_zoom_linesearch(max_linesearch_steps=20))  # Less to compile.
+    step = jax.jit(demo._make_line_search_step(task, opt, is_whole=is_whole))
+    params = jnp.asarray([3.0, -4.0])
+    state, counted = opt.init(params), []
+    for _ in range(4):
+        params, state, record = step(params, state, jnp.asarray([1.0, 300.0]), None)
+        jax.effects_barrier()
+        counted.append(int(record.backward_passes))
+        assert sum(counted) == evaluations
+    assert max(counted) > 3
+    assert min(counted) > (0 if is_whole else 1)
+
+
 def test_small_batches_are_plain_training(on_small_batches: _Demo) -> None:
     plain, switched = on_small_batches.plain, on_small_batches.switched
     assert plain.backward_passes == switched.backward_passes == _STEPS
@@ -133,9 +208,9 @@ def test_small_batches_are_plain_training(on_small_batches: _Demo) -> None:
 
 def test_records_every_step(finished: _Demo) -> None:
     plain, switched = finished.plain.steps, finished.switched.steps
-    for field in (plain.loss, plain.gradient_norm, *switched):
+    for field in (*plain[:3], *switched):
         assert field.shape == (_STEPS,)
-    assert plain[2:] == (None,) * len(plain[2:])
+    assert plain[3:] == (None,) * len(plain[3:])
     assert set(switched.phase.tolist()) == {Phase.WARMUP, Phase.FULL, Phase.PREDICT}  # No CORRECT.
     is_predict = switched.phase == Phase.PREDICT
     first = np.argmax(is_predict)
@@ -153,16 +228,15 @@ def test_records_every_step(finished: _Demo) -> None:
 
 
 def test_state_bytes_are_those_of_the_documented_cost(finished: _Demo) -> None:
-    size = 4 * (64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10)
+    size = 4 * (64 * 64 + 64 + 64 * 10 + 10)
     assert 2 * size <= finished.plain.state_bytes < 2 * size + 100
     trees = 2 + 2 * _WINDOW + 2  # Moments; moves and changes; newest parameters and gradient.
-    products = 6 * 4 * (_WINDOW**2 + 1) + 4 * _WINDOW**2  # Of six leaves' changes, and of the moves.
+    products = 4 * 4 * (_WINDOW**2 + 1) + 4 * _WINDOW**2  # Of four leaves' changes, and of the moves.
     assert 0 < finished.switched.state_bytes - trees * size - products < 150
 
 
-def test_same_seed_same_losses(on_small_batches: _Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_draw", lambda *args: None)  # What is drawn was drawn.
-    again = _run_demo(tmp_path, "--seed", "3", "--batch-size", "64")
+def test_same_seed_same_losses(on_small_batches: _Demo, tmp_path: Path) -> None:
+    again = _run_demo(tmp_path, "--seed", "3", "--batch-size", "64", of_two=True)
     for method, cells in _rows(on_small_batches.output).items():
         assert cells[:3] == _rows(again.output)[method][:3]
     np.testing.assert_array_equal(on_small_batches.switched.steps.loss, again.switched.steps.loss)
@@ -189,8 +263,8 @@ def test_an_epoch_shows_no_image_twice() -> None:
 
 
 def test_draws_a_run_of_one_step(finished: _Demo, tmp_path: Path) -> None:
-    plain, switched = (run._replace(steps=jax.tree.map(lambda x: x[:1], run.steps)) for run in finished[:2])
-    demo._draw(plain, switched, tmp_path / "one.png")
+    runs = {name: run._replace(steps=jax.tree.map(lambda x: x[:1], run.steps)) for name, run in finished.runs.items()}
+    demo._draw(runs, tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 0
 
 

@@ -1,4 +1,4 @@
-"""Trains one classifier twice, by plain AdamW and with gradients predicted where they can be, and compares the two.
+"""Trains one classifier by plain AdamW, by it inside `phase_switched` and `multisecant`, and by L-BFGS, and compares.
 
 Run as ``python -m vsa_optax.demo``: options enter, a table on standard output and a picture leave.
 Needs the extra ``vsa-optax[demo]``, which is imported only once the options are known to be good.
@@ -23,21 +23,28 @@ import vsa_optax
 from vsa_optax import GuardAction, Phase
 
 _TRAIN_SIZE = 1437  # Of 1797 images; the other 360 are the test set.
-_DESCRIPTION = """Trains a small network on scikit-learn's handwritten digits twice, from the same weights and
-on the same batches: by plain AdamW, and by AdamW inside vsa_optax.phase_switched, which predicts gradients
-instead of running backward passes for as many steps as its guard trusts the predictions. Shows the progress,
-prints a table, and draws losses, phases, gradient norms, prediction errors, and what the guard made of them."""
+_DESCRIPTION = """Trains a small network on scikit-learn's handwritten digits four times, from the same weights
+and on the same batches: by plain AdamW; by AdamW inside vsa_optax.phase_switched, which predicts gradients
+instead of running backward passes for as many steps as its guard trusts the predictions; by AdamW inside
+vsa_optax.multisecant, which leaps to where the predicted gradient vanishes; and by optax.lbfgs. Shows the
+progress, prints a table, and draws losses against backward passes and how phase_switched went: phases,
+gradient norms, prediction errors, and what the guard made of them."""
+_STEPS_HELP = "steps of each training, and the most backward passes, 1 to 100000"
 _BATCH_HELP = f"""images a step, 1 to {_TRAIN_SIZE}, or 0 for the whole training set. The larger the batch,
 the less noisy and the more predictable the gradients, and the more time a skipped backward pass saves; at 64
-the guard predicts nothing, and training is plain AdamW with more memory and more time a step"""
-_NOTES = """Final training loss: over the whole training set, after the last step. Wall time: of the training
-steps; compilation is excluded. State bytes: of the optimizer's live state."""
-_REFRESH_EVERY = 10  # Steps between two looks at the device's results, each of which waits for them.
+the guard predicts nothing, and training is plain AdamW with more memory and more time a step, as it is with
+multisecant"""
+_NOTES = """Final training loss: over the whole training set, at the end. Backward passes: evaluations of loss and
+gradient, those inside the line search of L-BFGS included. Wall time: of the training steps; compilation is
+excluded. State bytes: of the optimizer's live state."""
+_SOLVED = 1e-6  # Loss of the whole training set at which a run ends; not far below, rounding is all that is left.
 _REQUIRED = ("flax", "sklearn", "matplotlib", "tqdm")
 _PICTURE = "training.png"
 _SHADES = {Phase.WARMUP: "#d9d9d9", Phase.FULL: "#bcd7ee", Phase.PREDICT: "#fdf0cc"}
+_PLAIN, _SWITCHED, _MULTISECANT, _LBFGS = "plain AdamW", "phase-switched AdamW", "multisecant AdamW", "L-BFGS"
+_COLOURS = {_PLAIN: "#333333", _SWITCHED: "#0b5fa5", _MULTISECANT: "#1b7f3b", _LBFGS: "#d1710a"}
 _RED = "#b3261e"
-_BLUE_DOTS = {"color": "#0b5fa5", "linewidth": 1, "marker": ".", "markersize": 5}
+_DOTS = {"linewidth": 1, "marker": ".", "markersize": 5}
 
 
 class Task(NamedTuple):
@@ -65,9 +72,11 @@ class StepRecord(NamedTuple):
     """What one step did; over a run every field has an axis ``[steps]`` in front.
 
     Attributes:
-        loss: ``[] float32``, of the batch, before the step; in PREDICT that of the last true step.
+        loss: ``[] float32``, of the batch, before the step; in PREDICT that of the last true step; of multisecant that
+            of the accepted parameters; of L-BFGS on the whole training set that at the end of the line search.
+        backward_passes: ``[] int32``, evaluations of loss and gradient.
         gradient_norm: ``[] float32``, 0 in PREDICT.
-        phase: ``[] int32``, the `Phase` performed; None for the plain run, and so are the following.
+        phase: ``[] int32``, the `Phase` performed; None without phases, and so are the following.
         last_prediction_error: ``[] float32``, at the latest true step behind a prediction; 0 before the first.
         predict_length: ``[] float32``, steps the guard would predict next; 0 for none.
         action: ``[] int32``, the `GuardAction` it took last.
@@ -75,6 +84,7 @@ class StepRecord(NamedTuple):
     """
 
     loss: Any
+    backward_passes: Any
     gradient_norm: Any
     phase: Any = None
     last_prediction_error: Any = None
@@ -109,14 +119,15 @@ def load_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.n
     return train, test
 
 
-def make_network(seed: int) -> tuple[Any, Callable[[Any, Any], jax.Array]]:
-    """``Task.params``, by the seed, and ``Task.logits``: two hidden layers of 128."""
+def make_network(seed: int, hidden: Sequence[int] = (128, 128)) -> tuple[Any, Callable[[Any, Any], jax.Array]]:
+    """``Task.params``, by the seed, and ``Task.logits``, with hidden layers of these widths."""
     from flax import nnx
 
     rngs = nnx.Rngs(seed)
-    layers: list[Any] = [nnx.Linear(64, 128, rngs=rngs), nnx.relu, nnx.Linear(128, 128, rngs=rngs), nnx.relu]
-    layers.append(nnx.Linear(128, 10, rngs=rngs))
-    parts: Any = nnx.split(nnx.Sequential(*layers), nnx.Param, ...)
+    layers: list[Any] = []
+    for inputs, outputs in itertools.pairwise((64, *hidden, 10)):
+        layers += [nnx.Linear(inputs, outputs, rngs=rngs), nnx.relu]
+    parts: Any = nnx.split(nnx.Sequential(*layers[:-1]), nnx.Param, ...)
     graphdef, params, rest = parts
     return params, lambda params, images: nnx.merge(graphdef, params, rest)(images)
 
@@ -148,36 +159,71 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = f"must be a folder to write {_PICTURE} to, got {str(options.output)!r}: {error.strerror}"
         parser.error(f"argument --output: {reason}")
     task = _make_task(options.seed)
-    plain = _train(task, options, by_phase=False)
-    switched = _train(task, options, by_phase=True)
-    _draw(plain, switched, picture)
-    print(f"\n{_table(plain, switched)}\n\n{_NOTES}{_warning(switched)}\n\nPicture: {picture}")
+    runs = {method: _train(task, options, method) for method in _COLOURS}
+    _draw(runs, picture)
+    print(f"\n{_table(runs)}\n\n{_NOTES}{_ending(options)}{_warning(runs[_SWITCHED])}\n\nPicture: {picture}")
     return 0
 
 
-def _train(task: Task, options: argparse.Namespace, *, by_phase: bool) -> Run:
+def _train(task: Task, options: argparse.Namespace, method: str) -> Run:
     """Compiles one step, repeats it, and measures what came of it."""
-    schedule = optax.cosine_decay_schedule(options.learning_rate, options.steps)
-    if by_phase:
-        method = "phase-switched AdamW"
-        opt = vsa_optax.phase_switched(optax.adamw(schedule))
+    opt = _make_optimizer(method, optax.cosine_decay_schedule(options.learning_rate, options.steps))
+    if method == _LBFGS:
+        step = _make_line_search_step(task, opt, is_whole=_is_whole(options))
     else:
-        method = "plain AdamW"
-        opt = optax.with_extra_args_support(optax.adamw(schedule))
+        step = _make_step(task, opt, method)
+
+    # A step consumes what it is given, hence the copies; its first call is slower, and left out.
+    start = jax.jit(lambda params: (jax.tree.map(jnp.copy, params), opt.init(params)))
+    first = *start(task.params), *next(_batches(task, options))
+    donated = () if method == _LBFGS else (0, 1)  # A line search that used too many passes is not taken.
+    compiled = jax.jit(step, donate_argnums=donated).lower(*first).compile()
+    jax.device_get(compiled(*first))
+    params, state, steps, seconds = _repeat(method, compiled, start(task.params), task, options)
+    if method == _MULTISECANT:
+        params = state.params  # What it would try next has not been evaluated.
+    logits = jax.jit(task.logits)(params, task.test[0])
+    ignored_gradients = vsa_optax.phase_stats(state).ignored_gradients if method == _SWITCHED else 0
+    return Run(
+        method=method,
+        steps=steps,
+        final_loss=float(jax.jit(task.loss)(params, *task.train)),
+        accuracy=float(np.mean(np.argmax(logits, axis=-1) == task.test[1])),
+        backward_passes=int(np.sum(steps.backward_passes)),
+        seconds=seconds,
+        state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+        ignored_gradients=int(ignored_gradients),
+    )
+
+
+def _make_optimizer(method: str, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    adamw = optax.adamw(schedule)
+    if method == _SWITCHED:
+        return vsa_optax.phase_switched(adamw)
+    if method == _MULTISECANT:
+        return vsa_optax.multisecant(adamw)
+    return optax.lbfgs() if method == _LBFGS else optax.with_extra_args_support(adamw)
+
+
+def _make_step(task: Task, opt: optax.GradientTransformationExtraArgs, method: str) -> Callable[..., Any]:
+    """Parameters, state and a batch to parameters, state and `StepRecord`."""
 
     def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, StepRecord]:
-        if by_phase:
+        if method == _SWITCHED:
             phase = vsa_optax.phase_stats(state).phase
             value, grads = vsa_optax.value_and_grad_by_phase(task.loss)(params, *batch, state=state)
         else:
             value, grads = jax.value_and_grad(task.loss)(params, *batch)
         updates, state = opt.update(grads, state, params, value=value)
-        record = StepRecord(value, optax.tree.norm(grads))
-        if by_phase:
+        record = StepRecord(value, jnp.int32(1), optax.tree.norm(grads))
+        if method == _MULTISECANT:
+            record = record._replace(loss=state.loss)
+        if method == _SWITCHED:
             stats = vsa_optax.phase_stats(state)
             assert stats.guard is not None
             assert stats.quality is not None
             record = record._replace(
+                backward_passes=(phase != Phase.PREDICT).astype(jnp.int32),
                 phase=phase,
                 last_prediction_error=stats.last_prediction_error,
                 predict_length=stats.guard.predict_length,
@@ -186,44 +232,62 @@ def _train(task: Task, options: argparse.Namespace, *, by_phase: bool) -> Run:
             )
         return optax.apply_updates(params, updates), state, record
 
-    # A step consumes what it is given, hence the copies; its first call is slower, and left out.
-    start = jax.jit(lambda params: (jax.tree.map(jnp.copy, params), opt.init(params)))
-    first = *start(task.params), *next(_batches(task, options))
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*first).compile()
-    jax.device_get(compiled(*first))
-    params, state, steps, seconds = _repeat(method, compiled, start(task.params), task, options)
-    stats = vsa_optax.phase_stats(state) if by_phase else None
-    logits = jax.jit(task.logits)(params, task.test[0])
-    return Run(
-        method=method,
-        steps=steps,
-        final_loss=float(jax.jit(task.loss)(params, *task.train)),
-        accuracy=float(np.mean(np.argmax(logits, axis=-1) == task.test[1])),
-        backward_passes=options.steps if stats is None else int(stats.total_steps - stats.predict_steps),
-        seconds=seconds,
-        state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
-        ignored_gradients=0 if stats is None else int(stats.ignored_gradients),
-    )
+    return step
+
+
+def _make_line_search_step(
+    task: Task, opt: optax.GradientTransformationExtraArgs, *, is_whole: bool
+) -> Callable[..., Any]:
+    """The same for L-BFGS, whose line search evaluates loss and gradient, too."""
+
+    def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, StepRecord]:
+        def value_fn(params: Any) -> jax.Array:
+            return task.loss(params, *batch)
+
+        if is_whole:  # The last line search has evaluated where it ended.
+            value, grads = optax.value_and_grad_from_state(value_fn)(params, state=state)
+            passes = (~jnp.isfinite(optax.tree.get(state, "value"))).astype(jnp.int32)
+        else:  # It did so on another batch.
+            value, grads = jax.value_and_grad(value_fn)(params)
+            passes = jnp.int32(1)
+        updates, state = opt.update(grads, state, params, value=value, grad=grads, value_fn=value_fn)
+        passes += optax.tree.get(state, "num_linesearch_steps")
+        loss = optax.tree.get(state, "value") if is_whole else value
+        return optax.apply_updates(params, updates), state, StepRecord(loss, passes, optax.tree.norm(grads))
+
+    return step
 
 
 def _repeat(
     method: str, compiled: Callable[..., Any], start: Any, task: Task, options: argparse.Namespace
 ) -> tuple[Any, Any, StepRecord, float]:
-    """All steps under a progress bar: trained weights, optimizer's state, what each step did, and seconds."""
+    """All steps under a progress bar: trained weights, optimizer's state, what each step did, and seconds.
+
+    There are as many as the options say, or fewer: no more backward passes than that are made, except for L-BFGS if its
+    first line search alone does, and none beyond `_SOLVED`.
+    """
     from tqdm import tqdm
 
     params, state = start
     records: list[StepRecord] = []
-    bar = tqdm(_batches(task, options), method, options.steps, unit="step", dynamic_ncols=True)
-    begin = time.perf_counter()
-    for step, batch in enumerate(bar, start=1):
-        params, state, record = compiled(params, state, *batch)
-        records.append(record)
-        if step % _REFRESH_EVERY == 0 or step == options.steps:
-            records[-_REFRESH_EVERY:] = jax.device_get(records[-_REFRESH_EVERY:])
-            phase = "" if record.phase is None else f"{Phase(records[-1].phase).name:7s} "
-            bar.set_postfix_str(f"{phase}loss {records[-1].loss:.4f}", refresh=False)
-    seconds = time.perf_counter() - begin  # The last step was waited for, to fetch its record.
+    passes = 0
+    unit = "pass" if method == _LBFGS else "step"
+    with tqdm(desc=method, total=options.steps, unit=unit, dynamic_ncols=True) as bar:
+        begin = time.perf_counter()
+        for batch in _batches(task, options):
+            *after, record = compiled(params, state, *batch)
+            record = jax.device_get(record)
+            passes += int(record.backward_passes)
+            if passes > options.steps and records:
+                break
+            params, state = after
+            records.append(record)
+            phase = "" if record.phase is None else f"{Phase(record.phase).name:7s} "
+            bar.set_postfix_str(f"{phase}loss {record.loss:.3g}", refresh=False)
+            bar.update(max(int(record.backward_passes), 1))
+            if _is_whole(options) and record.loss <= _SOLVED:
+                break
+        seconds = time.perf_counter() - begin
     return params, state, jax.tree.map(lambda *fields: np.stack(fields), *records), seconds
 
 
@@ -235,8 +299,8 @@ def _make_task(seed: int) -> Task:
 def _batches(task: Task, options: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
     """One batch a step, by the seed: shuffled anew every epoch, whose remainder is left out."""
     images, labels = task.train
-    size = options.batch_size or _TRAIN_SIZE
-    if size == _TRAIN_SIZE:
+    size = options.batch_size
+    if _is_whole(options):
         yield from itertools.repeat((jnp.asarray(images), jnp.asarray(labels)), options.steps)
         return
     rng = np.random.default_rng(options.seed)
@@ -246,14 +310,24 @@ def _batches(task: Task, options: argparse.Namespace) -> Iterator[tuple[Any, Any
         yield images[indices], labels[indices]
 
 
-def _table(*runs: Run) -> str:
+def _is_whole(options: argparse.Namespace) -> bool:
+    """Whether every batch is the whole training set."""
+    return options.batch_size in (0, _TRAIN_SIZE)
+
+
+def _table(runs: dict[str, Run]) -> str:
     row = "{:20}  {:>19}  {:>13}  {:>15}  {:>9}  {:>11}".format
     heads = "method", "final training loss", "test accuracy", "backward passes", "wall time", "state bytes"
     lines = [row(*heads), row("-" * 20, *("-" * len(head) for head in heads[1:]))]
-    for name, _, loss, accuracy, backward_passes, seconds, size, _ in runs:
+    for name, _, loss, accuracy, backward_passes, seconds, size, _ in runs.values():
         cost = backward_passes, f"{seconds:.2f} s", f"{size:,}"
-        lines.append(row(name, f"{loss:.5f}", f"{accuracy:.2%}", *cost))
+        lines.append(row(name, f"{loss:.2e}", f"{accuracy:.2%}", *cost))
     return "\n".join(lines)
+
+
+def _ending(options: argparse.Namespace) -> str:
+    """A sentence that says when runs end early, or nothing."""
+    return f"\nA run ends early once its loss is at most {_SOLVED:g}." if _is_whole(options) else ""
 
 
 def _warning(run: Run) -> str:
@@ -266,24 +340,26 @@ def _warning(run: Run) -> str:
     )
 
 
-def _draw(plain: Run, switched: Run, path: Path) -> None:
-    """Losses, gradient norms, prediction errors, and what the guard made of them; the phases behind them all."""
+def _draw(runs: dict[str, Run], path: Path) -> None:
+    """All losses, then gradient norms and prediction errors of `phase_switched`, and what its guard made of them."""
     from matplotlib.figure import Figure
 
+    plain, switched = runs[_PLAIN], runs[_SWITCHED]
     name, steps = switched.method, switched.steps
     is_predict = steps.phase == Phase.PREDICT
     (true_steps,) = np.nonzero(~is_predict)
     landings = 1 + np.flatnonzero(is_predict[:-1] & ~is_predict[1:])
     refusals = landings[steps.action[landings] == GuardAction.GAVE_UP]
-    figure = Figure(figsize=(10, 9), layout="constrained")
-    losses, norms, errors, lengths = axes = figure.subplots(4, 1, sharex=True, height_ratios=[2.2, 1, 1, 1])
-    for axis, field in ((losses, "loss"), (norms, "gradient_norm")):
-        axis.plot(getattr(plain.steps, field), color="#333333", label=plain.method)
-        axis.plot(true_steps, getattr(steps, field)[true_steps], **_BLUE_DOTS, label=name)
-        axis.set_yscale("log")
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    losses, *axes = figure.subplots(4, 1, height_ratios=[2.6, 1, 1, 1])
+    norms, errors, lengths = axes
+    _draw_losses(losses, runs)
+    norms.plot(plain.steps.gradient_norm, color=_COLOURS[_PLAIN])
+    norms.plot(true_steps, steps.gradient_norm[true_steps], color=_COLOURS[_SWITCHED], **_DOTS)
+    norms.set_yscale("log")
 
     error = steps.last_prediction_error
-    errors.plot(landings, error[landings], **_BLUE_DOTS)
+    errors.plot(landings, error[landings], color=_COLOURS[_SWITCHED], **_DOTS)
     tolerance = vsa_optax.Guarded().tolerance
     errors.axhline(tolerance, color="#333333", linestyle="--", linewidth=1, label="tolerance of the guard")
     gave_up = {"color": _RED, "marker": "X", "linestyle": "", "zorder": 3, "label": f"gave up: {len(refusals)}"}
@@ -298,15 +374,31 @@ def _draw(plain: Run, switched: Run, path: Path) -> None:
     quality.set_ylabel("mean R²", color=_RED)
     quality.tick_params(axis="y", colors=_RED)
 
-    names = "batch loss", "gradient norm", "prediction error", "steps to predict"
+    names = "gradient norm", "prediction error", "steps to predict"
     for axis, label in zip(axes, names, strict=True):
         _shade(axis, steps.phase)
         axis.set(ylabel=label, xlim=(-0.5, len(is_predict) - 0.5))
         axis.grid(alpha=0.3)
-    losses.set_title(f"{name} on digits: {switched.backward_passes} of {len(is_predict)} backward passes")
-    losses.legend(loc="upper right", ncols=2, framealpha=0.95)
+    for axis in axes[:-1]:
+        axis.tick_params(labelbottom=False)
+    norms.set_title(f"{name}: {switched.backward_passes} backward passes in {len(is_predict)} steps")
+    norms.legend(loc="upper right", ncols=3, framealpha=0.95)
     lengths.set_xlabel(f"step  ({name}: a point at each backward pass; errors where it follows a prediction)")
     figure.savefig(path, dpi=130)
+
+
+def _draw_losses(axis: Any, runs: dict[str, Run]) -> None:
+    """Losses against the backward passes that they took, both on logarithmic scales."""
+    for method, (_, steps, *_) in runs.items():
+        (true_steps,) = np.nonzero(steps.backward_passes)
+        passes = np.cumsum(steps.backward_passes)[true_steps]
+        axis.plot(passes, steps.loss[true_steps], color=_COLOURS[method], label=method, **_DOTS)
+    axis.set(xscale="log", yscale="log", xlabel="backward passes", ylabel="batch loss")
+    if min(np.min(run.steps.loss) for run in runs.values()) <= _SOLVED:
+        axis.set_ylim(bottom=_SOLVED / 10)  # A loss may be 0.
+    axis.set_title("digits: loss against backward passes")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower left", framealpha=0.95)
 
 
 def _shade(axis: Any, phases: np.ndarray) -> None:
@@ -333,7 +425,7 @@ def _make_parser() -> argparse.ArgumentParser:
         text = f"{text} (default: %(default)s)"
         parser.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
 
-    add("--steps", _number(int, 1, 100_000), 300, "N", "steps of each training, 1 to 100000")
+    add("--steps", _number(int, 1, 100_000), 300, "N", _STEPS_HELP)
     add("--seed", _number(int, 0, 2**31 - 1), 0, "N", "seed of the weights and the batches, 0 to 2147483647")
     add("--batch-size", _number(int, 0, _TRAIN_SIZE), 0, "N", _BATCH_HELP)
     add("--learning-rate", _number(float, 1e-9, 100), 1e-3, "X", "peak of the cosine schedule, 1e-09 to 100")
