@@ -140,3 +140,12 @@ def test_imports_the_submodules_that_it_uses(path: Path) -> None:
             is_submodule = file is not None and file.name == "__init__.py" and _file_of(f"{package}.{node.attr}")
             if is_submodule and f"{package}.{node.attr}" not in imported.values():
                 assert node.attr in _imported(ast.parse(file.read_text())), f"{package}.{node.attr} is not imported"
+
+
+def test_eight_devices_are_asked_for_before_jax_is_imported() -> None:
+    """The run does not tell: where another notebook has started JAX, it has the devices that the tests ask for."""
+    notebook = nbformat.read(_ROOT / "notebooks" / "data_parallel.ipynb", as_version=4)
+    lines = "\n".join(cell.source for cell in _code_cells(notebook)).splitlines()
+    (asked,) = (number for number, line in enumerate(lines) if line.startswith('os.environ["XLA_FLAGS"] = '))
+    assert "--xla_force_host_platform_device_count=8" in lines[asked]
+    assert asked < lines.index("import jax")
