@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from samples import compiled_once
 
 import vsa_optax
 from vsa_optax import Cycle, GuardAction, Guarded, Phase, Recursive, Secants, Window
@@ -23,7 +24,7 @@ def train(opt, loss, params, steps, noise=None):
     """A jitted scan: the losses and parameters at each step, phase_stats at each step, and the last state."""
     opt = optax.with_extra_args_support(opt)
     noise = jnp.zeros([steps, *params.shape]) if noise is None else jnp.asarray(noise)
-    is_plain = not isinstance(opt.init(params), PhaseSwitchedState)
+    is_plain = not isinstance(jax.eval_shape(opt.init, params), PhaseSwitchedState)
 
     def step(carry, shift):
         params, state = carry
@@ -32,8 +33,8 @@ def train(opt, loss, params, steps, noise=None):
         params = optax.apply_updates(params, updates)
         return (params, state), (value, params, 0 if is_plain else vsa_optax.phase_stats(state))
 
-    run = jax.jit(lambda params: jax.lax.scan(step, (params, opt.init(params)), noise))
-    (_, state), (values, path, stats) = run(params)
+    run = jax.jit(lambda params, noise: jax.lax.scan(step, (params, opt.init(params)), noise))
+    (_, state), (values, path, stats) = compiled_once(run.lower(params, noise))(params, noise)
     return np.asarray(values), np.asarray(path), stats, state
 
 
