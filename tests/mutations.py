@@ -111,7 +111,10 @@ MUTANTS = [
     Mutant("guard._judged", "state.way / jnp.maximum(moved.horizon, 1)", "state.way", GUARD),
     Mutant("guard._judged", "else moved.distance / jnp.maximum(moved.horizon, 1)", "else moved.distance", GUARD),
     Mutant(
-        "update.switched", "moved._replace(emitted=norm(new_updates))", "moved", "prediction/test_guard.py -k at_once"
+        "update.switched",
+        "moved._replace(emitted=norm(new_updates))",
+        "moved",
+        "prediction/test_guard.py -k before_the_parameters_move",
     ),
     Mutant("secant.SecantScalars.distance", "jnp.sqrt(self.squared_norm)", "self.squared_norm", DRIFT),
     Mutant("guard._judged", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "prediction/test_guard.py -k sleeps"),
