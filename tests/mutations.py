@@ -524,6 +524,18 @@ MUTANTS = [
         "if not value_in_predict:",
         BY_PHASE,
     ),
+    Mutant(
+        "checks._check_same_leaf",
+        "startswith('complex') != wanted",
+        "startswith('complex') and wanted",
+        "accumulation/test_ternary_sum.py -k unlike",
+    ),
+    Mutant(
+        "checks.check_same_leaves",
+        "len(leaves) == len(named)",
+        "not leaves",
+        "accumulation/test_ternary_sum.py -k unlike",
+    ),
     Mutant("checks.check_real", "number > low if low_open", "number >= low if low_open", OF_ERRORS),
     Mutant("checks.check_integer", "not minimum <= number", "not minimum < number", "prediction/test_api.py -k bounds"),
 ]
