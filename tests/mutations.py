@@ -369,7 +369,9 @@ MUTANTS = [
     Mutant("pmean.state_specs", "PartitionSpec(axis_name), getattr", "PartitionSpec(), getattr", COLLECTIVE_TWIN),
     Mutant("mesh.all_devices_agree", "lax.pmin(flag", "lax.pmax(flag", COLLECTIVE_PHASES),
     Mutant("mesh.mean_over", "lax.pmean(x,", "lax.psum(x,", COLLECTIVE_PHASES),
-    Mutant("update._agreed_value", "lambda value, last: last,", "lambda value, last: 0 * last,", COLLECTIVE_PHASES),
+    Mutant(
+        "update._agreed_value", "machine.phase == Phase.PREDICT", "machine.phase != Phase.PREDICT", COLLECTIVE_PHASES
+    ),
     Mutant("learning_rate.check_one_rate", "not None and own.is_rate", "not None", RATES),
     Mutant("learning_rate.check_one_rate", "if rests and learning_rate", "if learning_rate", RATES),
     Mutant("learning_rate._own_factors", "yield from _own_factors(node.inner_state)", "yield from ()", RATES),
