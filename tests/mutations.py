@@ -493,8 +493,9 @@ MUTANTS = [
     ),
     Mutant("multi_steps.ternary_multi_steps", "[is_finite, is_accepted]", "[is_finite, is_finite]", COLLECTIVE_WINDOWS),
     Mutant("multi_steps.ternary_multi_steps", "mesh.note_window(updates)", "None", COLLECTIVE_REFUSALS),
+    Mutant("mesh.follows_window", "== (place, link)", "!= (place, link)", COLLECTIVE_REFUSALS),
     Mutant(
-        "mesh.follows_window", "== (place, link)", "!= (place, link)", "test_collective_windows.py -k before_a_window"
+        "mesh.follows_window", "_noted.first = (place, link)", "pass", "test_collective_windows.py -k before_a_window"
     ),
     Mutant("pmean._check_made_inside", "leaf.shape[0] == 1", "leaf.shape[0] > 1", COLLECTIVE_REFUSALS),
     Mutant("stats.phase_stats", "total - machine.predict_steps", "total + machine.predict_steps", WALK),
