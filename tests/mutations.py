@@ -64,6 +64,8 @@ SUM = "accumulation/test_packed_rows.py -k twin or few_rows"
 ROUNDING = "kernels/test_uniform.py -k rounding"
 WINDOWS = "accumulation/test_multi_steps.py accumulation/test_microbatching.py -k windows_are or left_out or leaves_out"
 OF_ERRORS = "prediction/test_phases.py prediction/predictors/test_factory.py"
+AXIS_NAMES = "core/test_axis_names.py"
+HIDDEN = "prediction/test_value_and_grad.py -k own_argument"
 RATES = "prediction/test_learning_rate.py -k refused or welcome or no_rate"
 COUNTED = "accumulation/test_microbatching.py -k that_came"
 COLLECTIVE_WINDOWS = "test_collective_windows.py -k emissions"
@@ -542,6 +544,51 @@ MUTANTS = [
         "not leaves",
         "accumulation/test_ternary_sum.py -k unlike",
     ),
+    Mutant("phases.Guarded.__post_init__", "self.longest, 1)", "self.longest, 0)", OF_ERRORS),
+    Mutant("phases.Cycle.__post_init__", "('predict_steps', 0)", "('predict_steps', -1)", OF_ERRORS),
+    Mutant("phases.AdaptiveCycle.__post_init__", "super().__post_init__()", "pass", OF_ERRORS),
+    Mutant("factory._check_line", "if line.calibrate:", "if not line.calibrate:", OF_ERRORS),
+    Mutant(
+        "factory.make_predictor",
+        "if codec is not None:",
+        "if codec is None:",
+        "prediction/predictors/test_factory.py -k predictor_of_its_own",
+    ),
+    Mutant("axis_names._one_more", "else (None, *names)", "else names", AXIS_NAMES),
+    Mutant(
+        "axis_names._one_more", "update(spec=PartitionSpec(None, *names.spec))", "update(spec=names.spec)", AXIS_NAMES
+    ),
+    Mutant("axis_names._renamed", "return of_box(node)", "return node", AXIS_NAMES),
+    Mutant("axis_names._renamed", "variable.set_metadata(name, of_names(names))", "pass", AXIS_NAMES),
+    Mutant("axis_names.without_names", "lambda names: None", "lambda names: names", AXIS_NAMES),
+    Mutant(
+        "unmeasured._levels_to_the_caller",
+        "(level + 1, frame.f_back)",
+        "(level, frame.f_back)",
+        "prediction/test_unmeasured.py",
+    ),
+    Mutant(
+        "unmeasured.contains_reader",
+        "bool(_readers(state))",
+        "False",
+        "test_collective_phases.py -k what_follows_the_loss",
+    ),
+    Mutant("coverage._uncovered", "shapes[shape] -= 1", "shapes[shape] -= 0", "prediction/test_coverage.py"),
+    Mutant("coverage.check_covers", "<= sum(map(", "< sum(map(", "prediction/test_coverage.py"),
+    Mutant(
+        "inner_optimizer.RunInner.__call__",
+        "if varying_axes(mean) - varying_axes(emitted):",
+        "if varying_axes(emitted) - varying_axes(mean):",
+        COLLECTIVE_WINDOWS,
+    ),
+    Mutant(
+        "inner_optimizer.RunInner.look",
+        "| mesh.axes_communicated_over(program)",
+        "",
+        "test_collective_windows.py -k users_own",
+    ),
+    Mutant("function_checks.refuse_hidden_arguments", "and name not in filled", "", HIDDEN),
+    Mutant("function_checks.refuse_hidden_arguments", "and (name not in bound)", "", HIDDEN),
     Mutant("checks.check_real", "number > low if low_open", "number >= low if low_open", OF_ERRORS),
     Mutant("checks.check_integer", "not minimum <= number", "not minimum < number", "prediction/test_api.py -k bounds"),
 ]
