@@ -201,17 +201,36 @@ def test_what_it_knows_nothing_of_bounds_nothing_and_either_length_tells_rest():
         assert after(settings, state, False, jnp.float32(0.0), True, step)[1].leaps == leaps
 
 
-def test_secants_see_one_step_later_what_others_make_of_what_leaves():
-    """As where `predict_gradients` heads a chain: here the parameters jump by themselves, five steps into a leap."""
-    opt, params = vsa_optax.predict_gradients(predictor=Secants(4), phases=Guarded(warmup_steps=2)), jnp.zeros(5)
-    update, state, done = jax.jit(opt.update), opt.init(params), 0
+def into_a_leap(update, state):
+    """State and parameters, each of which moves by one a step, five predictions into a leap that is longer."""
+    params, done = jnp.zeros(5), 0
     while done < 5:
         done = done + 1 if state.machine.phase == Phase.PREDICT else 0
         _, state = update(jnp.ones(5), state, params)
         params += 1
     assert state.machine.guard.length > 6
     assert state.machine.phase == Phase.PREDICT
+    return state, params
+
+
+def test_secants_see_one_step_later_what_others_make_of_what_leaves():
+    """As where `predict_gradients` heads a chain: here the parameters jump by themselves, five steps into a leap."""
+    opt = vsa_optax.predict_gradients(predictor=Secants(4), phases=Guarded(warmup_steps=2))
+    update = jax.jit(opt.update)
+    state, params = into_a_leap(update, opt.init(jnp.zeros(5)))
+    assert state.machine.guard.drift == pytest.approx(np.sqrt(5), rel=1e-5)
     _, state = update(jnp.ones(5), state, params + 40)
+    assert state.machine.phase == Phase.FULL
+
+
+def test_an_update_that_grows_ends_a_leap_before_the_parameters_move():
+    sgd = optax.inject_hyperparams(optax.sgd)(1.0)
+    opt = vsa_optax.phase_switched(sgd, predictor=Secants(4), phases=Guarded(warmup_steps=2))
+    update = jax.jit(opt.update)
+    state, params = into_a_leap(update, opt.init(jnp.zeros(5)))
+    assert state.machine.guard.pace == pytest.approx(np.sqrt(5), rel=1e-5)
+    state.inner_state.hyperparams["learning_rate"] *= 40
+    _, state = update(jnp.ones(5), state, params)
     assert state.machine.phase == Phase.FULL
 
 
