@@ -64,6 +64,8 @@ SUM = "accumulation/test_packed_rows.py -k twin or few_rows"
 ROUNDING = "kernels/test_uniform.py -k rounding"
 WINDOWS = "accumulation/test_multi_steps.py accumulation/test_microbatching.py -k windows_are or left_out or leaves_out"
 OF_ERRORS = "prediction/test_phases.py prediction/predictors/test_factory.py"
+AXIS_NAMES = "core/test_axis_names.py"
+HIDDEN = "prediction/test_value_and_grad.py -k own_argument"
 RATES = "prediction/test_learning_rate.py -k refused or welcome or no_rate"
 COUNTED = "accumulation/test_microbatching.py -k that_came"
 COLLECTIVE_WINDOWS = "test_collective_windows.py -k emissions"
@@ -111,7 +113,10 @@ MUTANTS = [
     Mutant("guard._judged", "state.way / jnp.maximum(moved.horizon, 1)", "state.way", GUARD),
     Mutant("guard._judged", "else moved.distance / jnp.maximum(moved.horizon, 1)", "else moved.distance", GUARD),
     Mutant(
-        "update.switched", "moved._replace(emitted=norm(new_updates))", "moved", "prediction/test_guard.py -k at_once"
+        "update.switched",
+        "moved._replace(emitted=norm(new_updates))",
+        "moved",
+        "prediction/test_guard.py -k before_the_parameters_move",
     ),
     Mutant("secant.SecantScalars.distance", "jnp.sqrt(self.squared_norm)", "self.squared_norm", DRIFT),
     Mutant("guard._judged", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "prediction/test_guard.py -k sleeps"),
@@ -366,7 +371,9 @@ MUTANTS = [
     Mutant("pmean.state_specs", "PartitionSpec(axis_name), getattr", "PartitionSpec(), getattr", COLLECTIVE_TWIN),
     Mutant("mesh.all_devices_agree", "lax.pmin(flag", "lax.pmax(flag", COLLECTIVE_PHASES),
     Mutant("mesh.mean_over", "lax.pmean(x,", "lax.psum(x,", COLLECTIVE_PHASES),
-    Mutant("update._agreed_value", "lambda value, last: last,", "lambda value, last: 0 * last,", COLLECTIVE_PHASES),
+    Mutant(
+        "update._agreed_value", "machine.phase == Phase.PREDICT", "machine.phase != Phase.PREDICT", COLLECTIVE_PHASES
+    ),
     Mutant("learning_rate.check_one_rate", "not None and own.is_rate", "not None", RATES),
     Mutant("learning_rate.check_one_rate", "if rests and learning_rate", "if learning_rate", RATES),
     Mutant("learning_rate._own_factors", "yield from _own_factors(node.inner_state)", "yield from ()", RATES),
@@ -488,6 +495,10 @@ MUTANTS = [
     ),
     Mutant("multi_steps.ternary_multi_steps", "[is_finite, is_accepted]", "[is_finite, is_finite]", COLLECTIVE_WINDOWS),
     Mutant("multi_steps.ternary_multi_steps", "mesh.note_window(updates)", "None", COLLECTIVE_REFUSALS),
+    Mutant("mesh.follows_window", "== (place, link)", "!= (place, link)", COLLECTIVE_REFUSALS),
+    Mutant(
+        "mesh.follows_window", "_noted.first = (place, link)", "pass", "test_collective_windows.py -k before_a_window"
+    ),
     Mutant("pmean._check_made_inside", "leaf.shape[0] == 1", "leaf.shape[0] > 1", COLLECTIVE_REFUSALS),
     Mutant("stats.phase_stats", "total - machine.predict_steps", "total + machine.predict_steps", WALK),
     Mutant("stats.needs_backward", "opt_state).phase != Phase", "opt_state).phase == Phase", LINE),
@@ -521,6 +532,63 @@ MUTANTS = [
         "if not value_in_predict:",
         BY_PHASE,
     ),
+    Mutant(
+        "checks._check_same_leaf",
+        "startswith('complex') != wanted",
+        "startswith('complex') and wanted",
+        "accumulation/test_ternary_sum.py -k unlike",
+    ),
+    Mutant(
+        "checks.check_same_leaves",
+        "len(leaves) == len(named)",
+        "not leaves",
+        "accumulation/test_ternary_sum.py -k unlike",
+    ),
+    Mutant("phases.Guarded.__post_init__", "self.longest, 1)", "self.longest, 0)", OF_ERRORS),
+    Mutant("phases.Cycle.__post_init__", "('predict_steps', 0)", "('predict_steps', -1)", OF_ERRORS),
+    Mutant("phases.AdaptiveCycle.__post_init__", "super().__post_init__()", "pass", OF_ERRORS),
+    Mutant("factory._check_line", "if line.calibrate:", "if not line.calibrate:", OF_ERRORS),
+    Mutant(
+        "factory.make_predictor",
+        "if codec is not None:",
+        "if codec is None:",
+        "prediction/predictors/test_factory.py -k predictor_of_its_own",
+    ),
+    Mutant("axis_names._one_more", "else (None, *names)", "else names", AXIS_NAMES),
+    Mutant(
+        "axis_names._one_more", "update(spec=PartitionSpec(None, *names.spec))", "update(spec=names.spec)", AXIS_NAMES
+    ),
+    Mutant("axis_names._renamed", "return of_box(node)", "return node", AXIS_NAMES),
+    Mutant("axis_names._renamed", "variable.set_metadata(name, of_names(names))", "pass", AXIS_NAMES),
+    Mutant("axis_names.without_names", "lambda names: None", "lambda names: names", AXIS_NAMES),
+    Mutant(
+        "unmeasured._levels_to_the_caller",
+        "(level + 1, frame.f_back)",
+        "(level, frame.f_back)",
+        "prediction/test_unmeasured.py",
+    ),
+    Mutant(
+        "unmeasured.contains_reader",
+        "bool(_readers(state))",
+        "False",
+        "test_collective_phases.py -k what_follows_the_loss",
+    ),
+    Mutant("coverage._uncovered", "shapes[shape] -= 1", "shapes[shape] -= 0", "prediction/test_coverage.py"),
+    Mutant("coverage.check_covers", "<= sum(map(", "< sum(map(", "prediction/test_coverage.py"),
+    Mutant(
+        "inner_optimizer.RunInner.__call__",
+        "if varying_axes(mean) - varying_axes(emitted):",
+        "if varying_axes(emitted) - varying_axes(mean):",
+        COLLECTIVE_WINDOWS,
+    ),
+    Mutant(
+        "inner_optimizer.RunInner.look",
+        "| mesh.axes_communicated_over(program)",
+        "",
+        "test_collective_windows.py -k users_own",
+    ),
+    Mutant("function_checks.refuse_hidden_arguments", "and name not in filled", "", HIDDEN),
+    Mutant("function_checks.refuse_hidden_arguments", "and (name not in bound)", "", HIDDEN),
     Mutant("checks.check_real", "number > low if low_open", "number >= low if low_open", OF_ERRORS),
     Mutant("checks.check_integer", "not minimum <= number", "not minimum < number", "prediction/test_api.py -k bounds"),
 ]

@@ -130,13 +130,15 @@ def test_averages_of_the_users_own_are_found_in_the_program():
     assert state.nonfinite_count.tolist() == [1] * NUM
 
 
-def traced(opt, *, is_checked, state=None):
-    """An update of what each device has for itself, traced only."""
+def traced(opt, *, is_checked, state=None, steps=1):
+    """Updates of what each device has for itself, traced only."""
     params = make_params()
 
     def step(grads, state):
         state = opt.init(params) if state is None else state
-        return jax.tree.map(lambda u: u[None], opt.update(jax.tree.map(lambda g: g[0, 0], grads), state, params)[0])
+        for i in range(steps):
+            updates, state = opt.update(jax.tree.map(lambda g, i=i: g[i, 0], grads), state, params)
+        return jax.tree.map(lambda u: u[None], updates)
 
     mapped = jax.shard_map(step, mesh=MESH, in_specs=(P(None, "data"), P()), out_specs=P("data"), check_vma=is_checked)
     return jax.eval_shape(mapped, make_gradients(), state)
@@ -169,6 +171,12 @@ def test_an_average_behind_a_window_is_refused(links):
 def test_averaged_gradients_may_enter_any_window(is_checked):
     links = optax.stateless(lambda updates, params: lax.pmean(updates, "data")), accumulate_ternary(K), optax.sgd(1.0)
     assert traced(optax.chain(*links), is_checked=is_checked)["w"].shape == (NUM, *SHAPES["w"])
+
+
+@pytest.mark.parametrize("is_checked", [True, False], ids=["checked", "unchecked"])
+def test_an_average_before_a_window_comes_before_it_in_each_step_of_a_program(is_checked):
+    opt = optax.chain(average(), accumulate_ternary(K), optax.sgd(1.0))
+    assert traced(opt, is_checked=is_checked, steps=2)["w"].shape == (NUM, *SHAPES["w"])
 
 
 def test_a_state_that_is_one_for_all_devices_is_refused():

@@ -27,6 +27,7 @@ TESTED_IN = {
     "compression/exchange.py": "compression/test_pmean.py",
     "core/types.py": "test_typing.py",
     "core/versions.py": "core/test_mesh.py",
+    "prediction/function_checks.py": "prediction/test_value_and_grad.py",
     "prediction/step.py": "prediction/test_update.py",
 }
 # What each folder imports besides itself.

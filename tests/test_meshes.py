@@ -105,7 +105,7 @@ def train(opt, kind, value_and_grad, steps=STEPS):
         if kind != "alone":  # To compile once, what XLA lays out as it sees fit goes back to where it was.
             state = jax.tree.map(functools.partial(on_the_mesh, params["w"].sharding.mesh), state)
             layouts = jax.tree.map(lambda leaf: leaf.sharding, (params, state))
-        step = jax.jit(step, out_shardings=layouts, **CHEAP)
+        step = compiled_once(jax.jit(step, out_shardings=layouts).lower(params, state, x), **CHEAP)
         for _ in range(steps):
             params, state = step(params, state, x)
     if kind == "explicit":
@@ -139,15 +139,18 @@ def trained_alone(case):
     return train(OPTIMIZERS[case][0], "alone", by_phase_or_not)
 
 
+phase_stats = jax.jit(vsa_optax.phase_stats, **CHEAP)
+
+
 def assert_same_training(found, wanted, *, atol):
     for name, start in make_params().items():
         np.testing.assert_allclose(found[0][name], wanted[0][name], rtol=0, atol=atol)
         assert np.max(np.abs(found[0][name] - start)) > 0.01
     try:
-        stats = vsa_optax.phase_stats(wanted[1])
+        stats = phase_stats(wanted[1])
     except ValueError:
         return
-    np.testing.assert_array_equal(vsa_optax.phase_stats(found[1])[:7], stats[:7])
+    np.testing.assert_array_equal(phase_stats(found[1])[:7], stats[:7])
     assert stats.predict_steps > 0
 
 

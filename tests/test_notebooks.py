@@ -1,7 +1,10 @@
 """The notebooks: stored clean, ready to install the package, and executed from top to bottom."""
 
 import ast
+import asyncio
+import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 
 import vsa_optax
 
+jupyter_client = pytest.importorskip("jupyter_client")
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 for _package in ("flax", "ipykernel", "matplotlib", "sklearn"):
@@ -57,16 +61,91 @@ def test_installs_from_one_variable_if_need_be(path: Path) -> None:
     assert "pip install" not in "".join(cell.source for cell in notebook.cells[1:])
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any], None]]:
+    """Runs a notebook, all in one kernel, which imports their libraries once; each finds it without any name."""
+    manager = jupyter_client.AsyncKernelManager(kernel_name="python3")
+    resources = {"metadata": {"path": str(tmp_path_factory.mktemp("notebooks"))}}
+
+    def run(notebook: Any) -> None:
+        notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+        client = nbclient.NotebookClient(notebook, km=manager, timeout=300, resources=resources)
+        try:
+            client.execute()  # The first one starts the kernel.
+        finally:
+            if client.kc is not None:
+                client.kc.stop_channels()
+
+    with pytest.MonkeyPatch.context() as environment:
+        # The kernel starts in another folder, and must find the package under test: it would install another one.
+        environment.setenv("PYTHONPATH", str(Path(vsa_optax.__file__).parents[1]), prepend=os.pathsep)
+        environment.setenv("MPLBACKEND", "Agg")
+        yield run
+    if manager.has_kernel:
+        asyncio.run(manager.shutdown_kernel(now=True))
+
+
 @every_notebook
-def test_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The kernel starts in another folder, and must find the package under test: it would install another one.
-    monkeypatch.setenv("PYTHONPATH", str(Path(vsa_optax.__file__).parents[1]), prepend=os.pathsep)
-    monkeypatch.setenv("MPLBACKEND", "Agg")
+def test_runs_from_top_to_bottom(path: Path, run: Callable[[Any], None]) -> None:
     notebook = nbformat.read(path, as_version=4)
-    resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    run(notebook)
     for cell in _code_cells(notebook):
         assert cell.execution_count is not None
         for output in cell.outputs:
             assert output.output_type != "error"
             assert "Warning" not in output.get("text", "")
+
+
+def test_finds_no_name_of_the_notebook_before(run: Callable[[Any], None]) -> None:
+    first, second = (nbformat.v4.new_code_cell(source) for source in ("import ast", "ast"))
+    run(nbformat.v4.new_notebook(cells=[first]))
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="name 'ast' is not defined"):
+        run(nbformat.v4.new_notebook(cells=[second]))
+
+
+def _file_of(module: str) -> Path | None:
+    """Where a package, or a module in one, is written in Python; found without importing it."""
+    root, *names = module.split(".")
+    spec = importlib.util.find_spec(root)
+    assert spec is not None
+    for folder in spec.submodule_search_locations or ():
+        path = Path(folder, *names)
+        for file in (path / "__init__.py", path.with_suffix(".py")):
+            if file.exists():
+                return file
+    return None
+
+
+def _imported(tree: ast.AST) -> dict[str, str]:
+    """What is imported anywhere in the tree, by the names that it gets."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@every_notebook
+def test_imports_the_submodules_that_it_uses(path: Path) -> None:
+    """A package has a submodule, such as `jax.flatten_util`, once anything imports it: another notebook may have."""
+    tree = ast.parse("\n".join(cell.source for cell in _code_cells(nbformat.read(path, as_version=4))[1:]))
+    imported = _imported(tree)
+    assert "jax" in imported
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
+            package = imported[node.value.id]
+            file = _file_of(package)
+            is_submodule = file is not None and file.name == "__init__.py" and _file_of(f"{package}.{node.attr}")
+            if is_submodule and f"{package}.{node.attr}" not in imported.values():
+                assert node.attr in _imported(ast.parse(file.read_text())), f"{package}.{node.attr} is not imported"
+
+
+def test_eight_devices_are_asked_for_before_jax_is_imported() -> None:
+    """The run does not tell: where another notebook has started JAX, it has the devices that the tests ask for."""
+    notebook = nbformat.read(_ROOT / "notebooks" / "data_parallel.ipynb", as_version=4)
+    lines = "\n".join(cell.source for cell in _code_cells(notebook)).splitlines()
+    (asked,) = (number for number, line in enumerate(lines) if line.startswith('os.environ["XLA_FLAGS"] = '))
+    assert "--xla_force_host_platform_device_count=8" in lines[asked]
+    assert asked < lines.index("import jax")

@@ -1,3 +1,4 @@
+import functools
 import warnings
 
 import jax
@@ -74,13 +75,18 @@ def test_the_largest_number_that_may_be_summed():
         assert bool(total.takes(total.zeros(zeros), gradients)) == is_taken
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda: accumulate_ternary(2, block_size=32), lambda: ternary_multi_steps(optax.sgd(0.1), 2, block_size=32)],
-)
-def test_a_gradient_of_the_right_size_in_another_shape_is_refused_where_parameters_are_given(make):
-    """The trits of a sum do not tell the shape, but the parameters do."""
-    opt, params = make(), {"w": jnp.ones((8, 6))}
-    state = opt.init(params)
-    with pytest.raises(ValueError, match=r"gradients: leaf \['w'\] has shape \(6, 8\), but .* of shape \(8, 6\)"):
-        opt.update({"w": jnp.ones((6, 8))}, state, params)
+def updates_of(params):
+    """Functions of the gradients alone, where the shapes of the parameters are known."""
+    for opt in (accumulate_ternary(2, block_size=32), ternary_multi_steps(optax.sgd(0.1), 2, block_size=32)):
+        yield functools.partial(opt.update, state=opt.init(params), params=params)
+    accumulator = ternary_accumulator(2, block_size=32)
+    yield lambda gradients: accumulator.update(accumulator.init(params), gradients, 0)
+
+
+def test_a_gradient_unlike_its_parameter_is_refused_where_the_shapes_are_known():
+    """The trits of a sum do not tell them, but the parameters do, and so does what an accumulator carries."""
+    for update in updates_of({"w": jnp.ones((8, 6))}):
+        with pytest.raises(ValueError, match=r"gradients: leaf \['w'\] has shape \(6, 8\), but .* of shape \(8, 6\)"):
+            update({"w": jnp.ones((6, 8))})
+        with pytest.raises(TypeError, match=r"gradients: leaf \['w'\] has dtype complex64, but .* of dtype float32"):
+            update({"w": jnp.ones((8, 6), jnp.complex64)})

@@ -447,7 +447,7 @@ def test_a_state_made_outside_shard_map_is_refused_with_the_line_that_makes_it_i
         state_specs(jax.tree.map(np.asarray, state), "data")
     for num in (1, 2):
         specs = state_specs(jax.eval_shape(opt.init, jnp.zeros(3)), "data")
-        inside = jax.shard_map(opt.init, mesh=mesh_of(num), in_specs=P(), out_specs=specs)(jnp.zeros(3))
+        inside = mapped(opt.init, mesh_of(num), P(), specs)(jnp.zeros(3))
         assert state_specs(inside, "data") == specs
     # Without residuals there is nothing that devices have for themselves.
     assert state_specs(compressed_pmean("data", ONE).init(jnp.zeros(3)), "data").step == P()

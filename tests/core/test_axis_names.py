@@ -10,6 +10,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from transformations import TRANSFORMATIONS, states_of
 
+from vsa_optax.core import axis_names
+
 NAMED = ["secants", "window", "recursive", "window in trits", "window of hypervectors", "ternary_multi_steps"]
 SHAPE, NAMES = (8, 16), ("data", None)
 by_name = pytest.mark.parametrize("name", NAMED)
@@ -61,6 +63,23 @@ def test_optax_maps_what_is_like_the_parameters(name):
     for shape, layout in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
         assert layout == layout_of(shape.shape)
     assert jax.tree.structure(optax.tree.map_params(opt, lambda x: x, state)) == jax.tree.structure(state)
+
+
+ALIKE = {
+    "tuple": lambda *names: names,
+    "PartitionSpec": P,
+    "NamedSharding": lambda *names: NamedSharding(mesh_of(AxisType.Auto), P(*names)),
+}
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_an_axis_in_front_is_named_none_in_whatever_has_the_names(kind):
+    """The variable that was given is left as it was."""
+    variable = nnx.Param(jnp.ones(SHAPE))
+    variable.set_metadata("out_sharding", ALIKE[kind](*NAMES))
+    renamed = axis_names.with_axis_in_front({"w": variable})["w"]
+    assert renamed.get_metadata()["out_sharding"] == ALIKE[kind](None, *NAMES)
+    assert variable.get_metadata()["out_sharding"] == ALIKE[kind](*NAMES)
 
 
 class Named(nnx.Module):

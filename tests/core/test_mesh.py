@@ -86,13 +86,14 @@ def test_what_a_program_communicates_over_is_found_wherever_it_does(is_checked):
 
 def test_a_window_is_remembered_for_one_program_only():
     def step(x):
-        assert not mesh.follows_window({"x": x})
+        assert not mesh.follows_window({"x": x}, "before")
         mesh.note_window({"x": x})
-        assert mesh.follows_window({"x": 2 * x})
-        assert not mesh.follows_window({"x": x[None]})
-        assert not mesh.follows_window([x])
+        assert not mesh.follows_window({"x": x}, "before")
+        assert mesh.follows_window({"x": 2 * x}, "link")
+        assert not mesh.follows_window({"x": x[None]}, "link")
+        assert not mesh.follows_window([x], "link")
         return x
 
     for _ in range(2):
         jax.eval_shape(step, jnp.ones(3))
-    assert not mesh.follows_window({"x": jnp.ones(3)})
+    assert not mesh.follows_window({"x": jnp.ones(3)}, "link")

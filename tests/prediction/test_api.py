@@ -1,8 +1,10 @@
 """The two transformations: what they take for settings, what they refuse, and what the bounds of settings mean."""
 
+import dataclasses
 import pydoc
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -39,6 +41,27 @@ def test_settings_that_are_none_name_those_that_are(make):
     for kind in (Guarded, Cycle, AdaptiveCycle):
         with pytest.raises(ValueError, match=rf"call it, phases={kind.__name__}\(\)"):
             make(phases=kind)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Secants(np.int64(5), dtype=jnp.bfloat16),
+        Window(np.int32(5), decay=np.float32(0.5), dtype=np.dtype("float16"), codec=TritCodec(3)),
+        Recursive(decay=1, calibrate=False, residual_decay=np.float32(0.25), dtype=np.float32),
+        Guarded(tolerance=np.float32(0.25), longest=np.int64(7)),
+        Cycle(warmup_steps=np.int32(3), predict_steps=0),
+        AdaptiveCycle(full_steps=np.int8(2), loss_threshold=np.float32(0.5)),
+    ],
+    ids=lambda settings: type(settings).__name__,
+)
+def test_settings_are_values(settings):
+    """What is pasted from ``repr`` is equal, hashes alike, and nothing else is equal."""
+    pasted = eval(repr(settings), {name: getattr(vsa_optax, name) for name in vsa_optax.__all__})
+    assert (pasted, hash(pasted)) == (settings, hash(settings))
+    assert settings not in (Secants(), Window(), Recursive(), Guarded(), Cycle(), AdaptiveCycle())
+    with pytest.raises(AttributeError):
+        setattr(settings, dataclasses.fields(settings)[0].name, 3)
 
 
 @pytest.mark.parametrize("line", [Window, Recursive])

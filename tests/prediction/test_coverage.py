@@ -22,6 +22,7 @@ def covers(recorded, wanted, predictor):
     ("wanted", "named"),
     [
         ("ax", r"\(\['x'\]\)"),
+        ("bc", r"\(\['c'\]\)"),
         ("abcd", r"\(\['b'\], \['c'\], \['d'\]\)"),
         ("abcde", r"\(\['b'\], \['c'\], \['d'\], \.\.\.\)"),
     ],

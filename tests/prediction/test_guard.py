@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from samples import compiled_once
 
 import vsa_optax
 from vsa_optax import Cycle, GuardAction, Guarded, Phase, Recursive, Secants, Window
@@ -23,7 +24,7 @@ def train(opt, loss, params, steps, noise=None):
     """A jitted scan: the losses and parameters at each step, phase_stats at each step, and the last state."""
     opt = optax.with_extra_args_support(opt)
     noise = jnp.zeros([steps, *params.shape]) if noise is None else jnp.asarray(noise)
-    is_plain = not isinstance(opt.init(params), PhaseSwitchedState)
+    is_plain = not isinstance(jax.eval_shape(opt.init, params), PhaseSwitchedState)
 
     def step(carry, shift):
         params, state = carry
@@ -32,8 +33,8 @@ def train(opt, loss, params, steps, noise=None):
         params = optax.apply_updates(params, updates)
         return (params, state), (value, params, 0 if is_plain else vsa_optax.phase_stats(state))
 
-    run = jax.jit(lambda params: jax.lax.scan(step, (params, opt.init(params)), noise))
-    (_, state), (values, path, stats) = run(params)
+    run = jax.jit(lambda params, noise: jax.lax.scan(step, (params, opt.init(params)), noise))
+    (_, state), (values, path, stats) = compiled_once(run.lower(params, noise))(params, noise)
     return np.asarray(values), np.asarray(path), stats, state
 
 
@@ -200,17 +201,36 @@ def test_what_it_knows_nothing_of_bounds_nothing_and_either_length_tells_rest():
         assert after(settings, state, False, jnp.float32(0.0), True, step)[1].leaps == leaps
 
 
-def test_secants_see_one_step_later_what_others_make_of_what_leaves():
-    """As where `predict_gradients` heads a chain: here the parameters jump by themselves, five steps into a leap."""
-    opt, params = vsa_optax.predict_gradients(predictor=Secants(4), phases=Guarded(warmup_steps=2)), jnp.zeros(5)
-    update, state, done = jax.jit(opt.update), opt.init(params), 0
+def into_a_leap(update, state):
+    """State and parameters, each of which moves by one a step, five predictions into a leap that is longer."""
+    params, done = jnp.zeros(5), 0
     while done < 5:
         done = done + 1 if state.machine.phase == Phase.PREDICT else 0
         _, state = update(jnp.ones(5), state, params)
         params += 1
     assert state.machine.guard.length > 6
     assert state.machine.phase == Phase.PREDICT
+    return state, params
+
+
+def test_secants_see_one_step_later_what_others_make_of_what_leaves():
+    """As where `predict_gradients` heads a chain: here the parameters jump by themselves, five steps into a leap."""
+    opt = vsa_optax.predict_gradients(predictor=Secants(4), phases=Guarded(warmup_steps=2))
+    update = jax.jit(opt.update)
+    state, params = into_a_leap(update, opt.init(jnp.zeros(5)))
+    assert state.machine.guard.drift == pytest.approx(np.sqrt(5), rel=1e-5)
     _, state = update(jnp.ones(5), state, params + 40)
+    assert state.machine.phase == Phase.FULL
+
+
+def test_an_update_that_grows_ends_a_leap_before_the_parameters_move():
+    sgd = optax.inject_hyperparams(optax.sgd)(1.0)
+    opt = vsa_optax.phase_switched(sgd, predictor=Secants(4), phases=Guarded(warmup_steps=2))
+    update = jax.jit(opt.update)
+    state, params = into_a_leap(update, opt.init(jnp.zeros(5)))
+    assert state.machine.guard.pace == pytest.approx(np.sqrt(5), rel=1e-5)
+    state.inner_state.hyperparams["learning_rate"] *= 40
+    _, state = update(jnp.ones(5), state, params)
     assert state.machine.phase == Phase.FULL
 
 

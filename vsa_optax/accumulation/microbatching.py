@@ -79,8 +79,8 @@ def ternary_accumulator(
         that of `accumulate_ternary`, inside the step; none between steps.
 
     Raises:
-        ValueError: an argument outside its range.
-        TypeError: at its use, a leaf that is neither floating point nor complex.
+        ValueError: an argument outside its range; at its use, gradients whose structure or shapes change.
+        TypeError: at its use, a leaf that is neither floating point nor complex, or is one or the other by turns.
 
     Warns:
         UserWarning: more than 32 micro-batches in one trit.
@@ -114,6 +114,8 @@ def ternary_accumulator(
         return TernaryAccumulatorState(own, acc_grads, specs, jnp.zeros([], jnp.int32))
 
     def update(carry: TernaryAccumulatorState, value: optax.Updates, index: int | jax.Array) -> TernaryAccumulatorState:
+        # The coded sum does not tell the shapes.
+        checks.check_same_leaves(codecs.shapes_of(carry.specs), value, what="gradients")
         is_finite = total.takes(carry.acc_grads, value)
         acc_grads = grow_if(is_finite, carry.acc_grads, value, jnp.asarray(index, jnp.int32))
         nonfinite_count = carry.nonfinite_count + (~is_finite).astype(jnp.int32)

@@ -206,7 +206,8 @@ def accumulate_ternary(
         ValueError: an argument outside its range; at ``update``, gradients whose structure or shapes are not those
             given to ``init`` (another shape of the same size is seen only where ``params`` are given), or that differ
             between devices which share the state; a state that was made otherwise.
-        TypeError: a leaf that is neither floating point nor complex.
+        TypeError: a leaf that is neither floating point nor complex; at ``update``, where ``params`` are given, a
+            complex gradient of a real parameter, or the reverse.
 
     Warns:
         UserWarning: more than 32 micro-batches in one trit, if ``every_k_schedule`` is a number.
@@ -239,7 +240,7 @@ def accumulate_ternary(
     ) -> tuple[optax.Updates, AccumulateTernaryState]:
         del extra_args
         _check_state(state, AccumulateTernaryState)
-        _check_shapes(params, updates)
+        checks.check_same_leaves(params, updates, what="gradients")
         is_finite = total.takes(state.acc_grads, updates)
         updates, acc_grads = _on_each_device(updates, state.acc_grads, state.mini_step)
         mesh.note_window(updates)
@@ -353,7 +354,7 @@ def ternary_multi_steps(
         acc_grads, is_of_each_device = state.acc_grads, bool(state.fields_of_each_device())
         if is_of_each_device:
             acc_grads = mesh.of_this_device("acc_grads", acc_grads)
-        _check_shapes(params, updates)
+        checks.check_same_leaves(params, updates, what="gradients")
         should_skip, skip_state = _ask(should_skip_update_fn, updates, state.gradient_step, params)
         is_finite = total.takes(acc_grads, updates)
         updates, acc_grads = _on_each_device(updates, acc_grads, state.mini_step)
@@ -383,18 +384,6 @@ def _check_state(state: object, kind: type) -> None:
     is_theirs = isinstance(state, optax.MultiStepsState)
     found = "one that was made by optax.MultiSteps" if is_theirs else type(state).__name__
     raise ValueError(f"state must be of type {kind.__name__}, got {found}: start from opt.init(params)")
-
-
-def _check_shapes(params: optax.Params | None, updates: optax.Updates) -> None:
-    """``ValueError`` that names a gradient of another shape than its parameter's, which the sum in trits cannot tell.
-
-    Only leaf by leaf: containers may differ, and what is missing is for the sum to say.
-    """
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
-    gradients = jax.tree_util.tree_leaves_with_path(updates)
-    if len(shapes) == len(gradients):
-        for (path, gradient), shape in zip(gradients, shapes, strict=True):
-            checks.check_same_shape(path, gradient, shape, what="gradients")
 
 
 def _on_each_device(updates: optax.Updates, acc_grads: Tree, mini_step: jax.Array) -> tuple[optax.Updates, Tree]:

@@ -186,7 +186,7 @@ def compressed_pmean(
         if error_feedback:
             checks.check_same_tree(state.residual, updates, what="gradients", leading_axes=1)
         leaves, treedef = jax.tree.flatten(updates)
-        _check_of_each_device(updates, axes)
+        _check_of_each_device(updates, axes, update_fn)
         specs = [codecs.spec_of(leaf) for leaf in leaves]
         pending = [codecs.as_reals(leaf) for leaf in leaves]
         if error_feedback:
@@ -332,10 +332,10 @@ def _check_axis_name(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _check_of_each_device(updates: optax.Updates, axes: tuple[str, ...]) -> None:
+def _check_of_each_device(updates: optax.Updates, axes: tuple[str, ...], link: object) -> None:
     """``ValueError`` if gradients are the same on all devices already, or are not of the same steps on all."""
     is_known = is_checked(frozenset(axes))
-    if follows_window(updates):
+    if follows_window(updates, link):
         raise ValueError(
             "gradients must be those of the same micro-batches on all devices, got those of accumulate_ternary or "
             "ternary_multi_steps, which do not know which devices share their window: it is complete later on one that "

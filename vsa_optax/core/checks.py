@@ -8,7 +8,6 @@ from typing import Literal, SupportsIndex
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from vsa_optax.core.axis_names import without_names
 from vsa_optax.core.types import Tree
@@ -132,24 +131,31 @@ def check_same_tree(expected: Tree, actual: Tree, *, what: str, leading_axes: in
     for name, leaf in want.items():
         if name not in have:
             raise ValueError(f"{what}: leaf {name} is missing; init saw it among the parameters")
-        kind, wanted = _dtype_name(have[name]), _dtype_name(leaf)
-        if kind not in _SUPPORTED or kind.startswith("complex") != wanted.startswith("complex"):
-            raise TypeError(f"{what}: leaf {name} has dtype {kind}, but init saw a parameter of dtype {wanted}")
-        _check_shape(name, have[name], jnp.shape(leaf)[leading_axes:], what=what)
+        _check_same_leaf(name, leaf, have[name], what=what, leading_axes=leading_axes)
     seen: object = jax.tree.structure(expected)
     given: object = jax.tree.structure(actual)
     if seen != given and _containers(expected) != _containers(actual):
         raise ValueError(f"{what}: the same leaves in other containers: {given}, but init saw {seen}")
 
 
-def check_same_shape(path: tuple[Hashable, ...], leaf: ArrayLike, shape: tuple[int, ...], *, what: str) -> None:
-    """``ValueError`` that names the leaf at ``path`` if its shape is not that of its parameter."""
-    _check_shape(_name(path), leaf, shape, what=what)
+def check_same_leaves(expected: Tree, actual: Tree, *, what: str) -> None:
+    """As `check_same_tree`, but leaf by leaf in their order: containers may differ.
+
+    Trees with other numbers of leaves pass: which of them is missing, places do not tell.
+    """
+    leaves, named = jax.tree.leaves(expected), _named_leaves(actual)
+    if len(leaves) == len(named):
+        for leaf, (name, given) in zip(leaves, named, strict=True):
+            _check_same_leaf(name, leaf, given, what=what)
 
 
-def _check_shape(name: str, leaf: ArrayLike, shape: tuple[int, ...], *, what: str) -> None:
-    if jnp.shape(leaf) != shape:
-        raise ValueError(f"{what}: leaf {name} has shape {jnp.shape(leaf)}, but init saw a parameter of shape {shape}")
+def _check_same_leaf(name: str, expected: Tree, actual: Tree, *, what: str, leading_axes: int = 0) -> None:
+    kind, wanted = _dtype_name(actual), _dtype_name(expected)
+    if kind not in _SUPPORTED or kind.startswith("complex") != wanted.startswith("complex"):
+        raise TypeError(f"{what}: leaf {name} has dtype {kind}, but init saw a parameter of dtype {wanted}")
+    shape, seen = jnp.shape(actual), jnp.shape(expected)[leading_axes:]
+    if shape != seen:
+        raise ValueError(f"{what}: leaf {name} has shape {shape}, but init saw a parameter of shape {seen}")
 
 
 def _containers(tree: Tree) -> object:

@@ -159,9 +159,18 @@ def note_window(updates: Tree) -> None:
         _noted.window = versions.present_trace(), _kind_of(updates)
 
 
-def follows_window(updates: Tree) -> bool:
-    """Whether such gradients were noted in the program that is being traced."""
-    return getattr(_noted, "window", None) == (versions.present_trace(), _kind_of(updates))
+def follows_window(updates: Tree, link: object) -> bool:
+    """Whether such gradients were noted in the program that is being traced, before they first came to this link.
+
+    A link in front of a window meets those that were noted in the step before, if one program has several steps.
+    """
+    place = versions.present_trace(), _kind_of(updates)
+    if getattr(_noted, "first", None) == (place, link):
+        return False
+    if getattr(_noted, "window", None) == place:
+        return True
+    _noted.first = place, link
+    return False
 
 
 def _kind_of(tree: Tree) -> tuple[object, ...]:

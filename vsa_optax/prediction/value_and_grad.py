@@ -1,20 +1,25 @@
 """The backward pass inside a conditional, so that PREDICT steps really do not run it."""
 
-import functools
-import inspect
-import sys
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from vsa_optax.core.mesh import as_varying, varying_axes
 from vsa_optax.core.types import Tree
 from vsa_optax.prediction import unmeasured
 from vsa_optax.prediction.coverage import check_covers
+from vsa_optax.prediction.function_checks import (
+    Array,
+    aux_without_arrays,
+    check_aux,
+    check_aux_in_predict,
+    refuse_hidden_arguments,
+    refuse_modules,
+    refuse_what_is_no_array,
+)
 from vsa_optax.prediction.machine import Phase, last_value, note_repeated_loss
 from vsa_optax.prediction.predictors.secant import SecantHistoryState
 from vsa_optax.prediction.stats import contains_machine, find_machine
@@ -23,7 +28,6 @@ from vsa_optax.prediction.update import PhaseSwitchedState
 Value = TypeVar("Value")
 Value_co = TypeVar("Value_co", covariant=True)
 Result = TypeVar("Result")
-Array: TypeAlias = jax.Array | np.ndarray | np.generic
 _NOT_GIVEN: Any = object()  # None may be the state of an optimizer, or aux.
 
 
@@ -105,11 +109,11 @@ def value_and_grad_by_phase(
         *args: Any, state: Tree = _NOT_GIVEN, aux_in_predict: Tree = _NOT_GIVEN, **kwargs: Any
     ) -> tuple[Value, Tree]:
         _check_state_is_given(state, args)
-        _refuse_hidden_arguments(fun, args)
-        _refuse_modules(fun, args, kwargs)
-        _refuse_what_is_no_array(args, argnums)
+        refuse_hidden_arguments(fun, args)
+        refuse_modules(fun, args, kwargs)
+        refuse_what_is_no_array(args, argnums)
         if has_aux and not value_in_predict and aux_in_predict is _NOT_GIVEN:
-            aux_in_predict = _aux_without_arrays(lambda: fun(*args, **kwargs))
+            aux_in_predict = aux_without_arrays(lambda: fun(*args, **kwargs))
         elif not has_aux or value_in_predict:
             aux_in_predict = None
         machine = find_machine(state)
@@ -132,7 +136,7 @@ def value_and_grad_by_phase(
             return function(*inner_args, **inner_kwargs)
 
         if has_aux:
-            _check_aux(lambda arrays: call(fun, arrays), arrays)
+            check_aux(lambda arrays: call(fun, arrays), arrays)
         axes = None
 
         def traced(arrays: Sequence[Array]) -> tuple[Value, Tree]:
@@ -145,7 +149,7 @@ def value_and_grad_by_phase(
         for switched in _switched(state):
             check_covers(switched, state, grad_shapes)
         if has_aux and not value_in_predict:
-            _check_aux_in_predict(out_shapes[1], aux_in_predict)
+            check_aux_in_predict(out_shapes[1], aux_in_predict)
 
         def with_backward(arrays: Sequence[Array], aux: Tree) -> tuple[Value, Tree]:
             del aux
@@ -193,104 +197,3 @@ def _check_state_is_given(state: Tree, args: tuple[Tree, ...]) -> None:
     places = [place for place, arg in enumerate(args) if contains_machine(arg)]
     got = f"argument {places[0]} holds it" if places else "there is none"
     raise TypeError(f"value_and_grad_by_phase(...) needs state=opt_state (keyword only), the optimizer's state: {got}")
-
-
-def _refuse_hidden_arguments(fun: Callable[..., object], args: tuple[Tree, ...]) -> None:
-    """``TypeError`` for an argument of ``fun`` that cannot be reached, since its name is taken."""
-    try:
-        signature = inspect.signature(fun)
-        filled = signature.bind_partial(*args).arguments
-    except (TypeError, ValueError):  # There is none, or ``fun`` itself will complain.
-        return
-    bound = fun.keywords if isinstance(fun, functools.partial) else {}
-    for name in ("state", "aux_in_predict"):
-        if name in signature.parameters and name not in filled and name not in bound:
-            raise TypeError(
-                f"fun has an argument {name!r} of its own, but {name}= is taken for value_and_grad_by_phase's: give it "
-                "by position, bind it (functools.partial), or rename it"
-            )
-
-
-def _refuse_what_is_no_array(args: tuple[Tree, ...], argnums: int | Sequence[int]) -> None:
-    for place in [argnums] if isinstance(argnums, int) else argnums:
-        if not -len(args) <= place < len(args):
-            return  # JAX says so.
-        for path, leaf in jax.tree_util.tree_leaves_with_path(args[place]):
-            if not (isinstance(leaf, Array | int | float | complex) or hasattr(leaf, "__jax_array__")):
-                raise TypeError(
-                    f"argument {place}, which is differentiated, must be made of arrays, but "
-                    f"{jax.tree_util.keystr(path) or 'itself'} is a {type(leaf).__name__}. Of an Equinox model give "
-                    "the arrays only: params, static = eqx.partition(model, eqx.is_inexact_array), and in the function "
-                    "model = eqx.combine(params, static)"
-                )
-
-
-def _aux_without_arrays(call: Callable[[], object]) -> Tree:
-    """What stands for an aux that holds no arrays, which is itself; ``ValueError`` if it does hold some."""
-    found: list[Tree] = []
-
-    def traced() -> int:
-        out = call()
-        if isinstance(out, tuple) and len(out) == 2:
-            found.append(out[1])
-        return 0
-
-    jax.eval_shape(traced)
-    if found and not jax.tree.leaves(found):
-        return found[0]
-    raise ValueError(
-        "has_aux=True needs value_in_predict=True, or aux_in_predict=, what to return as aux in PREDICT (a tree of "
-        "aux's structure), got neither"
-    )
-
-
-def _check_aux(call: Callable[[Sequence[Array]], object], arrays: Sequence[Array]) -> None:
-    """``TypeError`` if aux holds anything but arrays and numbers."""
-    found: list[tuple[tuple[Hashable, ...], object]] = []
-
-    def traced(arrays: Sequence[Array]) -> int:
-        out = call(arrays)
-        if isinstance(out, tuple) and len(out) == 2:
-            found.extend(jax.tree_util.tree_leaves_with_path(out[1]))
-        return 0
-
-    jax.eval_shape(traced, arrays)
-    for path, leaf in found:
-        try:
-            jnp.result_type(leaf)
-        except TypeError:
-            name = jax.tree_util.keystr(path) or "itself"
-            raise TypeError(
-                f"aux must be made of arrays to pass through a conditional, but {name} is a {type(leaf).__name__}"
-            ) from None
-
-
-def _check_aux_in_predict(expected: Tree, given: Tree) -> None:
-    wanted: object = jax.tree.structure(expected)
-    had: object = jax.tree.structure(given)
-    if wanted != had:
-        raise ValueError(f"aux_in_predict must have the structure of aux, {wanted}, got {had}")
-    for (path, want), have in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(given), strict=True):
-        if (jnp.shape(have), jnp.result_type(have)) != (want.shape, want.dtype):
-            raise ValueError(
-                f"aux_in_predict{jax.tree_util.keystr(path)} must have shape {want.shape} and dtype {want.dtype} like "
-                f"aux, got shape {jnp.shape(have)} and dtype {jnp.result_type(have)}"
-            )
-
-
-def _refuse_modules(fun: Callable[..., object], args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> None:
-    nnx = sys.modules.get("flax.nnx")  # If Flax was never imported, nothing here is a Module.
-    if nnx is None:
-        return
-
-    def is_module(x: object) -> bool:
-        return isinstance(x, nnx.Module)
-
-    everything = (args, kwargs, getattr(fun, "__self__", None), fun)
-    if any(is_module(x) for x in jax.tree.leaves(everything, is_leaf=is_module)):
-        raise TypeError(
-            "a Flax nnx Module was given, but what it changes inside a conditional (batch statistics, dropout counts) "
-            "would be lost: split it, graphdef, params, rest = nnx.split(model, nnx.Param, ...), pass the states, put "
-            "them together in the function, model = nnx.merge(graphdef, params, rest, copy=True), and return what "
-            "changes as aux, nnx.state(model, nnx.Not(nnx.Param))"
-        )
