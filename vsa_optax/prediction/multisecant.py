@@ -24,6 +24,7 @@ import optax
 
 from vsa_optax.core import checks
 from vsa_optax.core.axis_names import with_axis_in_front
+from vsa_optax.core.mesh import varying_axes
 from vsa_optax.core.trees import all_finite, map_leaves, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import inner_products, numerics
@@ -72,7 +73,7 @@ class MultisecantState(NamedTuple):
         diff_params: tree of ``[W, *shape]``, moves from accepted parameters to those evaluated next, in a ring.
         diff_gradients: tree of ``[W, *shape]``, how the gradient changed by them.
         leap: the last one, by which the next gradient is judged.
-        losses: ``[8]``, the last accepted ones, in a ring; infinite before any.
+        losses: ``[8]``, the last accepted ones, in a ring; minus infinity before any.
         loss: ``[]``, at the accepted parameters.
         damping: ``[]``, λ.
         log_curvature: ``[]``, logarithm of the curvature outside of the span, averaged.
@@ -200,7 +201,7 @@ def multisecant(
             diff_params=_rings(params, window, dtype),
             diff_gradients=_rings(params, window, dtype),
             leap=LeapState(number(window), number(), number(), count()),
-            losses=number(_NUM_LOSSES) + jnp.inf,
+            losses=number(_NUM_LOSSES) - jnp.inf,
             loss=number() + jnp.inf,
             damping=number() + _FIRST_DAMPING,
             log_curvature=number(),
@@ -223,6 +224,7 @@ def multisecant(
                 "value=loss) does"
             )
         _check_state(state, window)
+        _check_agreement(updates, extra_args["value"], state)
         checks.check_same_tree(state.gradient, updates, what="gradients")
         checks.check_same_tree(state.gradient, params, what="params")
         value = checks.check_scalar("value", extra_args["value"]).astype(state.loss.dtype)
@@ -460,6 +462,17 @@ def _check_inner_state(inner_state: optax.OptState) -> None:
             raise ValueError("opt must not contain a multisecant of its own: use it once")
         if isinstance(node, kinds):
             raise ValueError("opt must not contain a line search: it evaluates the loss itself at every step")
+
+
+def _check_agreement(gradients: optax.Updates, value: object, state: MultisecantState) -> None:
+    """``ValueError`` if what enters differs between devices that share the state: they would go apart."""
+    for what, tree in (("gradients", gradients), ("value", value)):
+        axes = varying_axes(tree) - varying_axes(state.damping)
+        if axes:
+            raise ValueError(
+                f"{what} must be the same on all devices along {sorted(axes)}, which share the state: average with "
+                "jax.lax.pmean before update, gradients and loss"
+            )
 
 
 def _check_state(state: optax.OptState, window: int) -> None:
