@@ -36,11 +36,12 @@ def inner_of_records(records: jax.Array, x: jax.Array) -> jax.Array:
 
 def inner_of_all_records(records: jax.Array, others: jax.Array) -> jax.Array:
     """``[W, V]``: ``<r_i, o_j>`` of ``[W, *shape]`` with ``[V, *shape]``, in at least f32; one matrix product."""
-    wide = numerics.promoted(records.dtype, others.dtype, jnp.float32)
+    dtype = numerics.promoted(records.dtype, others.dtype)
+    wide = numerics.promoted(dtype, jnp.float32)
     shape = tuple(range(1, records.ndim))
     products = jnp.tensordot(
-        records.conj(),
-        others,
+        records.conj().astype(dtype),
+        others.astype(dtype),
         axes=(shape, shape),
         precision="highest",
         preferred_element_type=wide,

@@ -302,7 +302,8 @@ def _judged(
     slot = state.num_secants % state.leap.change.size
     record = functools.partial(_recorded, slot=slot, is_recorded=is_leap)
     num_evaluations = optax.safe_increment(state.num_evaluations)
-    share = (1 - _METRIC_DECAY) / (1 - _METRIC_DECAY**num_evaluations)  # Of an average without the bias of its start.
+    forgotten = _METRIC_DECAY ** num_evaluations.astype(value.dtype)
+    share = (1 - _METRIC_DECAY) / (1 - forgotten)  # Of an average without the bias of its start.
     accepted_gradient = tree_where(is_accepted, gradient, state.gradient)
     newest = state.num_accepted % _NUM_LOSSES
     return state._replace(
@@ -317,9 +318,9 @@ def _judged(
         log_curvature=jnp.where(is_measured, log_curvature, state.log_curvature),
         prediction_error=jnp.where(is_leap, jnp.sqrt(squared_error), state.prediction_error),
         num_evaluations=num_evaluations,
-        num_accepted=state.num_accepted + is_accepted,
-        num_secants=state.num_secants + is_leap,
-        nonfinite_count=state.nonfinite_count + ~is_finite,
+        num_accepted=_count_if(is_accepted, state.num_accepted),
+        num_secants=_count_if(is_leap, state.num_secants),
+        nonfinite_count=_count_if(~is_finite, state.nonfinite_count),
     )
 
 
@@ -333,7 +334,7 @@ def _leap(state: MultisecantState, base: optax.Updates) -> tuple[Tree, LeapState
     squared_gradient = squared_outside = zero
     for row in rows:
         products = jax.tree.map(lambda total, x: total + x.astype(wide), products, _products(*row))
-        squared_gradient = squared_gradient + _sum(_squared(_wide(row[0])) / _metric(row[1])).astype(wide)
+        squared_gradient = squared_gradient + _squared_norm(row[0], row[1]).astype(wide)
 
     is_base = (state.damping >= _MOST_DAMPING) | (state.num_secants == 0)
     damping, curvature = jnp.where(is_base, jnp.inf, state.damping), jnp.exp(state.log_curvature)
@@ -353,7 +354,8 @@ def _products(
     gradient: jax.Array, rms: jax.Array, diff_params: jax.Array, diff_gradients: jax.Array, base: jax.Array
 ) -> Products:
     """Those of one leaf."""
-    measured = _wide(diff_params) * _metric(rms)[None]
+    wide = _wide(diff_params)
+    measured = wide * _metric(rms, wide.dtype)[None]
     return Products(
         gram=inner_products.inner_of_all_records(measured, diff_params),
         cross=inner_products.inner_of_all_records(diff_params, diff_gradients),
@@ -375,15 +377,19 @@ def _step(
     of_gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The step of one leaf, and the squared length of its part outside of the span; one pass over the records."""
-    metric, wide_base = _metric(rms), _wide(base)
-    dtype = numerics.promoted(metric.dtype, wide_base.dtype)
-    base_outside = wide_base - _combined(solved.step, diff_params)
-    gradient_outside = (_wide(gradient) + _combined(solved.change, diff_gradients)) / metric - _combined(
-        solved.gradient, diff_params
-    )
+    dtype = numerics.promoted(gradient.dtype, base.dtype, jnp.float32)
+    wide_base = base.astype(dtype)
+
+    def combined(coefficients: jax.Array, records: jax.Array) -> jax.Array:
+        return _combined(coefficients, records).astype(dtype)
+
+    base_outside = wide_base - combined(solved.step, diff_params)
+    changed = gradient.astype(dtype) + combined(solved.change, diff_gradients)
+    gradient_outside = changed / _metric(rms, dtype) - combined(solved.gradient, diff_params)
     outside = of_base.astype(dtype) * base_outside - of_gradient.astype(dtype) * gradient_outside
-    step = jnp.where(is_base, wide_base, _combined(solved.inside, diff_params) + outside)
-    return step, _sum(_squared(outside) * metric)
+    step = jnp.where(is_base, wide_base, combined(solved.inside, diff_params) + outside)
+    squared = _squared(outside)
+    return step, jnp.sum(squared * _metric(rms, squared.dtype))
 
 
 def _missed(state: MultisecantState, gradient: optax.Updates) -> jax.Array:
@@ -391,28 +397,39 @@ def _missed(state: MultisecantState, gradient: optax.Updates) -> jax.Array:
     missed = jnp.zeros([], state.loss.dtype)
     trees = gradient, state.gradient, state.gradient_rms, state.diff_gradients
     for new, old, rms, records in zip(*map(jax.tree.leaves, trees), strict=True):
-        error = (_wide(new) - _wide(old)) - _combined(state.leap.change, records)
-        missed = missed + _sum(_squared(error) / _metric(rms)).astype(missed.dtype)
+        change = _difference(new, old)
+        error = change - _combined(state.leap.change, records).astype(change.dtype)
+        missed = missed + _squared_norm(error, rms).astype(missed.dtype)
     return missed
 
 
 def _recorded(
     records: jax.Array, new: jax.Array, old: jax.Array, *, slot: jax.Array, is_recorded: jax.Array
 ) -> jax.Array:
-    change = numerics.saturating_cast(_wide(new) - _wide(old), records.dtype)
+    change = numerics.saturating_cast(_difference(new, old), records.dtype)
     return records.at[slot].set(jnp.where(is_recorded, change, records[slot]))
 
 
 def _averaged(rms: jax.Array, gradient: jax.Array, *, share: jax.Array) -> jax.Array:
     """The root of the average with one more square in it; no square leaves the range."""
-    old, new = _wide(rms), jnp.abs(_wide(gradient))
-    of_new = jnp.sqrt(share).astype(new.dtype)
-    return numerics.saturating_cast(jnp.hypot(jnp.sqrt(1 - share).astype(old.dtype) * old, of_new * new), rms.dtype)
+    new = jnp.abs(_wide(gradient))
+    of_old, of_new = jnp.sqrt(1 - share).astype(new.dtype), jnp.sqrt(share).astype(new.dtype)
+    return numerics.saturating_cast(jnp.hypot(of_old * rms.astype(new.dtype), of_new * new), rms.dtype)
 
 
-def _metric(rms: jax.Array) -> jax.Array:
+def _count_if(condition: jax.Array, count: jax.Array) -> jax.Array:
+    return jnp.where(condition, optax.safe_increment(count), count)
+
+
+def _metric(rms: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """D⁻¹: by it displacements are measured."""
-    return _wide(rms) + _EPSILON
+    return (_wide(rms) + _EPSILON).astype(dtype)
+
+
+def _squared_norm(gradient: jax.Array, rms: jax.Array) -> jax.Array:
+    """``[]``, ``g'Dg``."""
+    squared = _squared(_wide(gradient))
+    return jnp.sum(squared / _metric(rms, squared.dtype))
 
 
 def _combined(coefficients: jax.Array, records: jax.Array) -> jax.Array:
@@ -424,12 +441,13 @@ def _squared(x: jax.Array) -> jax.Array:
     return (x.conj() * x).real
 
 
-def _sum(x: jax.Array) -> jax.Array:
-    return jnp.sum(x)
-
-
 def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
     return x / jnp.where(y > 0, y, 1)
+
+
+def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
+    dtype = numerics.promoted(new.dtype, old.dtype, jnp.float32)
+    return new.astype(dtype) - old.astype(dtype)
 
 
 def _wide(x: jax.Array) -> jax.Array:
