@@ -303,7 +303,8 @@ def _judged(
     record = functools.partial(_recorded, slot=slot, is_recorded=is_leap)
     num_evaluations = optax.safe_increment(state.num_evaluations)
     forgotten = _METRIC_DECAY ** num_evaluations.astype(value.dtype)
-    share = (1 - _METRIC_DECAY) / (1 - forgotten)  # Of an average without the bias of its start.
+    # Of an average without the bias of its start; rounding may make more than 1 of the first.
+    share = jnp.minimum((1 - _METRIC_DECAY) / (1 - forgotten), 1)
     accepted_gradient = tree_where(is_accepted, gradient, state.gradient)
     newest = state.num_accepted % _NUM_LOSSES
     return state._replace(
