@@ -153,8 +153,8 @@ def multisecant(
         have the dtype that ``opt`` gives them.
 
     State cost:
-        ``opt``'s own, twice the parameters, ``2 W + 1`` times them in ``history_dtype``, and ``4 W + 60`` bytes: 42
-        bytes a float32 parameter with the defaults.
+        ``opt``'s own, twice the parameters, ``2 * W + 1`` times them in ``history_dtype``, and ``4 * W + 76`` bytes:
+        42 bytes a float32 parameter with the defaults.
 
     Raises:
         ValueError: a setting out of range; an ``opt`` with a line search; two rates that would multiply; at ``update``,
@@ -226,13 +226,13 @@ def multisecant(
         checks.check_same_tree(state.gradient, params, what="params")
         value = checks.check_scalar("value", extra_args["value"]).astype(state.loss.dtype)
 
-        state = _judged(state, updates, value, params)
+        count, state = state.num_evaluations, _judged(state, updates, value, params)
         has_point = state.num_accepted > 0
         extra_args["value"] = state.loss
         base, inner_state = opt.update(state.gradient, state.inner_state, state.params, **extra_args)
         inner_state = tree_where(has_point, inner_state, state.inner_state)
         if learning_rate is not None:
-            rate = learning_rate(state.num_evaluations) if callable(learning_rate) else learning_rate
+            rate = learning_rate(count) if callable(learning_rate) else learning_rate
             base = jax.tree.map(lambda b: jnp.asarray(rate, b.dtype) * b, base)
         step, leap = _leap(state, base)
 
