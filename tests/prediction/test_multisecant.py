@@ -151,3 +151,253 @@ def test_fifty_updates_are_those_of_the_twin():
         stats = vsa_optax.multisecant_stats(state)
         assert (stats.evaluations, stats.accepted, stats.nonfinite_count) == (50, accepted.count(True), 4)
         assert stats.dimension == 5
+
+
+def test_a_quadratic_of_few_dimensions_is_solved_in_few_evaluations():
+    """At most two a dimension."""
+    run = Run().steps(quadratic, 2 * SIZE + 1)
+    assert min(run.values) < 1e-4 * run.values[0]
+    state, params = plain()[0].init(tree_of(START)), tree_of(START)
+    for _ in run.values:
+        updates, state = plain()[1](tree_of(quadratic(flat_of(params))[1]), state, params)
+        params = optax.apply_updates(params, updates)
+    assert quadratic(flat_of(params))[0] > 0.3 * run.values[0]
+
+
+def test_a_saddle_is_left_downhill():
+    """Newton's step would lead to it."""
+    curvatures = np.array([4.0, 2.0, 1.0, -1.0, 3.0, 2.0])
+
+    def saddle(x):
+        return 0.5 * np.sum(curvatures * x**2) + 0.025 * np.sum(x**4), curvatures * x + 0.1 * x**3
+
+    run = Run([1.0, 1.0, 1.0, 1e-3, 1.0, 1.0]).steps(saddle, 40)
+    assert abs(run.best[3]) > 3
+    assert run.state.loss == pytest.approx(-2.5, abs=0.05)
+
+
+def test_a_rejected_point_is_gone_back_from():
+    """To the accepted parameters, of which no bit changed; and its secant is kept."""
+    run = Run().steps(rosenbrock, 12)
+    before, given, secants = run.state, run.params, int(run.state.num_secants)
+    updates = run.step(rosenbrock, value=1e6)
+    after = run.state
+    for name in ("params", "gradient", "losses", "loss", "num_accepted"):
+        assert_same(getattr(after, name), getattr(before, name))
+    slot = secants % 8
+    moved = jax.tree.map(np.subtract, given, before.params)
+    for ring, move in zip(jax.tree.leaves(after.diff_params), jax.tree.leaves(moved), strict=True):
+        np.testing.assert_array_equal(ring[slot], move)
+    assert after.damping == pytest.approx(float(before.damping) * multisecant._MUCH_MORE)
+    # What leaves goes back, and from there on: at the damping's bound by the optimizer's own step.
+    state = before._replace(damping=jnp.float32(0.9 * multisecant._MOST_DAMPING))
+    value, gradient = 1e6, rosenbrock(flat_of(given))[1]
+    updates, after = wrapped()[1](tree_of(gradient), state, given, value=np.float32(value))
+    assert after.damping == multisecant._MOST_DAMPING
+    own, _ = plain()[1](before.gradient, before.inner_state, before.params)
+    expected = flat_of(before.params) + flat_of(own)
+    np.testing.assert_allclose(flat_of(optax.apply_updates(given, updates)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_it_is_compared_with_the_largest_of_the_last_accepted_losses():
+    run = Run().steps(rosenbrock, 20)
+    run.state = run.state._replace(losses=jnp.arange(1.0, 9.0), damping=jnp.float32(0.1))
+    assert run.state.losses.shape == (multisecant._NUM_LOSSES,)
+    before = run.state
+    for value, is_accepted in ((8.0, True), (np.nextafter(np.float32(8), np.float32(9)), False)):
+        run.state = before
+        run.step(rosenbrock, value=value)
+        assert (run.state.num_accepted > before.num_accepted) == is_accepted
+    # The oldest is forgotten first.
+    run.state, slot = before, int(before.num_accepted) % multisecant._NUM_LOSSES
+    run.step(rosenbrock, value=0.5)
+    np.testing.assert_array_equal(run.state.losses, before.losses.at[slot].set(0.5))
+
+
+def test_at_the_bound_of_damping_it_is_the_optimizer():
+    """Whatever the loss, bit for bit."""
+    opt, update = plain()
+    run, params = Run(), tree_of(START)
+    run.state, state = run.state._replace(damping=jnp.float32(multisecant._MOST_DAMPING)), opt.init(params)
+    for count in range(30):
+        updates, state = update(tree_of(rosenbrock(flat_of(params))[1]), state, params)
+        assert_same(run.step(rosenbrock, value=float(count)), updates)
+        params = optax.apply_updates(params, updates)
+    assert_same(run.state.inner_state, state)
+    assert (run.stats.rejected, run.stats.damping) == (0, multisecant._MOST_DAMPING)
+
+
+def test_with_noise_it_becomes_the_optimizer():
+    rng, opt = np.random.default_rng(0), plain()[0]
+    run, params, state, dampings = Run(), tree_of(START), opt.init(tree_of(START)), []
+    for _ in range(200):
+        noise = 3 * np.sqrt(CURVATURES) * rng.normal(size=SIZE)
+
+        def noisy(x, noise=noise):
+            value, gradient = quadratic(x)
+            return value + noise @ x, gradient + noise
+
+        dampings.append(float(run.state.damping))
+        accepted = run.stats.accepted
+        run.step(noisy)
+        assert dampings[-1] < multisecant._MOST_DAMPING or run.stats.accepted == accepted + 1
+        updates, state = plain()[1](tree_of(noisy(flat_of(params))[1]), state, params)
+        params = optax.apply_updates(params, updates)
+    assert np.mean(np.array(dampings[50:]) == multisecant._MOST_DAMPING) > 0.9
+    assert run.stats.accepted > 190
+    assert quadratic(run.best)[0] < 1.5 * quadratic(flat_of(params))[0] + 1
+
+
+@pytest.mark.parametrize("every", [3, 5])
+def test_gradients_and_losses_of_another_function_make_it_no_worse_than_the_optimizer(every):
+    def other(x):
+        return 5 * np.sum((x + 3) ** 2) - 50, 10 * (x + 3)
+
+    run, params, state = Run(), tree_of(START), plain()[0].init(tree_of(START))
+    for count in range(150):
+        fun = other if count % every == every - 1 else rosenbrock
+        run.step(fun)
+        updates, state = plain()[1](tree_of(fun(flat_of(params))[1]), state, params)
+        params = optax.apply_updates(params, updates)
+    assert rosenbrock(run.best)[0] < 1.05 * rosenbrock(flat_of(params))[0]
+
+
+def test_what_is_not_finite_is_rejected_and_counted_and_leaves_no_trace():
+    run, bad = Run(), 0
+    for count in range(60):
+        before = run.state
+        value, gradient = rosenbrock(flat_of(run.params))
+        broken = {7: {"value": np.nan}, 8: {"value": np.inf}, 9: {"value": -np.inf}}.get(count, {})
+        if count % 10 == 2:
+            broken = {"gradient": np.where(np.arange(SIZE) == 4, np.nan if count % 20 == 2 else -np.inf, gradient)}
+        run.step(rosenbrock, **broken)
+        bad += bool(broken)
+        assert run.stats.nonfinite_count == bad
+        if broken:
+            names = "params", "gradient", "diff_params", "diff_gradients", "losses", "num_secants", "num_accepted"
+            names += "log_curvature", "prediction_error"
+            for name in names:
+                assert_same(getattr(run.state, name), getattr(before, name))
+            assert run.state.damping >= before.damping
+        assert np.isfinite(flat_of(run.params)).all()
+        state = run.state._replace(losses=None)  # Infinite before any.
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+        assert value < 1e4
+    assert run.stats.rejected >= bad == 9
+    assert run.state.loss < 5
+
+
+def test_before_the_first_finite_evaluation_nothing_moves():
+    run = Run()
+    first = run.state
+    for broken in ({"value": np.nan}, {"gradient": np.full(SIZE, np.inf)}):
+        assert not flat_of(run.step(rosenbrock, **broken)).any()
+        assert_same(run.state.inner_state, first.inner_state)
+        assert (run.stats.accepted, run.stats.damping) == (0, first.damping)
+    own, _ = plain()[1](tree_of(rosenbrock(START)[1]), plain()[0].init(tree_of(START)), tree_of(START))
+    assert_same(run.step(rosenbrock), own)
+    assert run.stats == (3, 1, 2, 2, first.damping, 0, 0)
+
+
+def test_what_is_missing_or_does_not_fit_is_said():
+    opt, params = wrapped()[0], tree_of(START)
+    state = jax.eval_shape(opt.init, params)
+
+    def refused(message, error=ValueError, *, gradients=params, state=state, params=params, opt=opt, **extra):
+        with pytest.raises(error, match=message):
+            jax.eval_shape(functools.partial(opt.update, **extra), gradients, state, params)
+
+    refused(r"^value must be given, the loss at params: update\(grads, state, params, value=loss\); got None.*nnx")
+    refused("^params must be given", params=None, value=1.0)
+    refused(r"value must be one real number, got shape \(2,\)", value=np.ones(2))
+    refused(r"gradients: leaf \['v'\] is missing", gradients={**params, "v": None}, value=1.0)
+    refused(r"gradients: leaf \['w'\] has shape \(4,\)", gradients={**params, "w": np.ones(4)}, value=1.0)
+    refused(r"params: leaf \['b'\] has shape \(1,\)", params={**params, "b": np.ones(1)}, value=1.0)
+    refused("history_window is 8, here 7", opt=vsa_optax.multisecant(optax.adam(0.1), history_window=7), value=1.0)
+    refused("state must be what init returned, a MultisecantState, got tuple", state=(), value=1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: vsa_optax.multisecant(0.1), "opt must be an optax.GradientTransformation, got 0.1"),
+        (lambda: vsa_optax.multisecant(optax.adam(1.0), history_window=0), "history_window must be an integer >= 1"),
+        (lambda: vsa_optax.multisecant(optax.adam(1.0), history_dtype="int8"), "history_dtype must be None or one of"),
+        (
+            lambda: vsa_optax.multisecant(optax.adam(1.0), learning_rate=-1.0),
+            "learning_rate must be a finite number >=",
+        ),
+    ],
+)
+def test_refused_where_it_is_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("opt", "message"),
+    [
+        (vsa_optax.multisecant(optax.lbfgs()), "opt must not contain a line search"),
+        (
+            vsa_optax.multisecant(optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5))),
+            "opt must not contain a line search",
+        ),
+        (vsa_optax.multisecant(optax.chain(vsa_optax.multisecant(optax.sgd(1.0)))), "a multisecant of its own"),
+        (
+            vsa_optax.multisecant(optax.adam(optax.constant_schedule(0.1)), learning_rate=0.1),
+            "learning_rate must be None where opt scales by a rate of its own.*multiply",
+        ),
+    ],
+)
+def test_refused_at_init(opt, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(opt.init, tree_of(START))
+
+
+def test_leaves_without_gradients_are_refused():
+    with pytest.raises(TypeError, match=r"leaf \['n'\] has dtype int32"):
+        wrapped()[0].init({"n": np.ones(3, np.int32)})
+
+
+@pytest.mark.parametrize("num", [0, 2])
+def test_stats_want_exactly_one_state(num):
+    states = [wrapped()[0].init(tree_of(START))] * num
+    with pytest.raises(ValueError, match=f"expected one state of multisecant in the optimizer state, found {num}"):
+        vsa_optax.multisecant_stats([optax.EmptyState(), *states])
+
+
+def trained(opt, steps=8):
+    """Parameters and state after some steps on a valley of two dimensions, in one program."""
+    opt = optax.with_extra_args_support(opt)
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(lambda x: (1 - x[0]) ** 2 + 10 * (x[1] - x[0] ** 2) ** 2)(params)
+        updates, state = opt.update(grads, state, params, value=value)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = jnp.array([-1.0, 1.0])
+    return jax.jit(lambda: jax.lax.scan(step, (start, opt.init(start)), length=steps)[0])()
+
+
+def leaping(learning_rate):
+    return vsa_optax.multisecant(optax.adam(1.0), learning_rate=learning_rate, history_window=2)
+
+
+SCHEDULE = optax.cosine_decay_schedule(0.1, 10)
+
+
+def test_schedules_count_evaluations_inside_and_outside():
+    inside, state = trained(vsa_optax.multisecant(optax.adam(SCHEDULE), history_window=2))
+    outside, _ = trained(leaping(SCHEDULE))
+    np.testing.assert_array_equal(inside, outside)
+    assert optax.tree.get(state.inner_state[-1], "count") == vsa_optax.multisecant_stats(state).evaluations == 8
+
+
+def test_a_rate_may_be_injected():
+    """Like the optimizer's own, it is for the updates only; the accepted parameters are where it has been."""
+    injected, state = trained(optax.inject_hyperparams(leaping)(0.1))
+    constant, of_constant = trained(vsa_optax.multisecant(optax.adam(0.1), history_window=2))
+    np.testing.assert_allclose(injected, constant, rtol=1e-5)
+    assert vsa_optax.multisecant_stats(state)[:4] == vsa_optax.multisecant_stats(of_constant)[:4]
+    assert optax.tree.get(state, "learning_rate") == np.float32(0.1)
