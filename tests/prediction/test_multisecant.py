@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from jax.sharding import PartitionSpec as P
 
 import vsa_optax
 from vsa_optax import checkpoint
@@ -493,3 +494,100 @@ def test_scanned_and_again_the_bits_are_the_same():
         looped = step(*looped)
     for _ in range(2):
         assert_same(scanned(PARAMS, state, 12), looped)
+
+
+def test_optax_maps_what_is_like_the_parameters():
+    """Accepted parameters, their gradient, its root mean square, two rings, and the optimizer's two moments."""
+    opt, params = wrapped()[0], tree_of(START)
+    state = jax.eval_shape(opt.init, params)
+    marked = optax.tree.map_params(opt, lambda x: "param", state, transform_non_params=lambda x: "other")
+    assert jax.tree.leaves(marked).count("param") == 7 * len(params)
+    assert jax.tree.structure(optax.tree.map_params(opt, lambda x: x, state)) == jax.tree.structure(state)
+
+
+def test_a_state_may_be_made_of_shapes():
+    opt, params = wrapped()[0], tree_of(START)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert jax.tree.map(jnp.shape, opt.init(shapes)) == jax.tree.map(jnp.shape, opt.init(params))
+
+
+def test_parameters_of_weak_type_do_not_compile_it_twice():
+    opt, params = vsa_optax.multisecant(optax.sgd(0.1), history_window=1), jnp.asarray(2.0)
+    assert params.weak_type
+    state = opt.init(params)
+    _, after = jax.eval_shape(lambda: opt.update(params, state, params, value=1.0))
+    kinds = [jax.tree.map(lambda x: (x.dtype, x.weak_type), tree) for tree in (state, after)]
+    assert kinds[0] == kinds[1]
+
+
+def test_a_checkpoint_continues_with_the_same_bits(tmp_path):
+    run = Run()
+    for count in range(16):
+        if count == 9:
+            checkpoint.save(tmp_path, count, (run.params, run.state))
+        run.step(rosenbrock, **({"value": 1e6} if count == 8 else {}))
+    fresh = Run(np.zeros(SIZE))
+    count, (params, state) = checkpoint.restore(tmp_path, (fresh.params, fresh.state))
+    resumed = Run(state=state)
+    resumed.params = params
+    resumed.steps(rosenbrock, 16 - count)
+    assert_same((resumed.params, resumed.state), (run.params, run.state))
+
+
+def test_inside_and_around_optax():
+    """A mask, a chain and one vector of all leaves change nothing."""
+    params = tree_of(START)
+
+    def run(opt, steps=7):
+        def step(carry, _):
+            params, state = carry
+
+            def fun(tree):
+                x = jnp.concatenate([jnp.ravel(tree[name]) for name in ("b", "v", "w")])
+                return jnp.sum(10 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+            value, grads = jax.value_and_grad(fun)(params)
+            updates, state = opt.update(grads, state, params, value=value)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jax.jit(lambda: jax.lax.scan(step, (params, opt.init(params)), length=steps))()
+
+    leaping = vsa_optax.multisecant(optax.sgd(1e-3, momentum=0.9), history_dtype=None)
+    frozen = {"b": True, "empty": False, "v": True, "w": True}
+    nested = optax.masked(optax.flatten(optax.chain(optax.clip(1e6), leaping)), frozen)
+    (found, state), values = run(nested)
+    (wanted, of_plain), of_plain_values = run(leaping)
+    np.testing.assert_allclose(values, of_plain_values, rtol=1e-3)
+    np.testing.assert_allclose(flat_of(found), flat_of(wanted), rtol=1e-3, atol=1e-4)
+    assert vsa_optax.multisecant_stats(state)[:4] == vsa_optax.multisecant_stats(of_plain)[:4]
+
+
+def test_inside_shard_map_gradients_and_losses_are_averaged():
+    """Each of eight devices has its part of the batch; all take the same steps, those of one device."""
+    opt, x = vsa_optax.multisecant(optax.adam(0.05), history_window=3), jnp.sin(jnp.arange(48.0)).reshape(16, 3)
+    params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
+
+    def fun(params, x):
+        return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) - 0.5) ** 2)
+
+    def steps(params, x, average):
+        def step(carry, _):
+            params, state = carry
+            value, grads = average(jax.value_and_grad(fun)(params, x))
+            updates, state = opt.update(grads, state, params, value=value)
+            return (optax.apply_updates(params, updates), state), value
+
+        return jax.lax.scan(step, (params, opt.init(params)), length=10)
+
+    def averaged(params, x):
+        # What varies is averaged; what the gradient is taken at does not.
+        return steps(params, x, lambda tree: jax.lax.pmean(tree, "data"))
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    (_, state), values = jax.jit(jax.shard_map(averaged, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))(
+        params, x
+    )
+    (_, alone), of_one = jax.jit(functools.partial(steps, average=lambda tree: tree))(params, x)
+    np.testing.assert_allclose(values, of_one, rtol=0.02)  # What sums in another order add up to.
+    assert vsa_optax.multisecant_stats(state)[:4] == vsa_optax.multisecant_stats(alone)[:4]
+    assert values[-1] < 0.1 * values[0]

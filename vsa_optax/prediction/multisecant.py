@@ -193,7 +193,7 @@ def multisecant(
         zero, count = jnp.zeros([], wide), jnp.zeros([], jnp.int32)
         return MultisecantState(
             inner_state=inner_state,
-            params=jax.tree.map(jnp.array, params),
+            params=jax.tree.map(_copied, params),
             gradient=zeros_as_stored(params, None),
             gradient_rms=jax.tree.map(lambda x: jnp.zeros_like(x.real), zeros_as_stored(params, dtype)),
             diff_params=_rings(params, window, dtype),
@@ -453,6 +453,11 @@ def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
 
 def _wide(x: jax.Array) -> jax.Array:
     return x.astype(numerics.promoted(x.dtype, jnp.float32))
+
+
+def _copied(leaf: jax.Array) -> jax.Array:
+    """A copy, so that parameters and state can both be donated; zeros where only the shape is given."""
+    return jnp.zeros_like(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf)
 
 
 def _rings(params: optax.Params, window: int, dtype: jnp.dtype | None) -> Tree:
