@@ -104,22 +104,6 @@ def leaping(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformati
     return vsa_optax.multisecant(optax.adam(learning_rate), history_window=2)
 
 
-def with_a_loss(inner: Factory) -> Factory:
-    """The same, but a loss that is not given is taken for 1, like the one that Optax's tests give where they do."""
-
-    def factory(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-        opt = inner(learning_rate)
-
-        def update_fn(
-            updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
-        ) -> tuple[optax.Updates, optax.OptState]:
-            return opt.update(updates, state, params, **({"value": jnp.ones([])} | extra_args))
-
-        return optax.GradientTransformationExtraArgs(opt.init, update_fn)
-
-    return factory
-
-
 def about_to_predict(inner: Factory) -> Factory:
     """The same, but ``init`` takes the steps before the first of PREDICT: many of Optax's tests take only one."""
 
@@ -189,10 +173,6 @@ for _name, _suites in (
 ):
     _factory = about_to_predict(VARIANTS[_name].factory)
     VARIANTS[f"started_{_name}"] = Variant(_factory, VARIANTS[_name].learning_rate, False, _suites, is_started=True)
-
-VARIANTS["leaping"] = Variant(
-    with_a_loss(leaping), 1e-2, optimizes=False, suites=frozenset({"float64"}), predicts=False
-)
 
 # They need the loss at every step, which Optax's tests give only to optimizers of certain names: of `optax.contrib`.
 NEED_THE_LOSS = {
