@@ -215,6 +215,54 @@ def test_it_is_compared_with_the_largest_of_the_last_accepted_losses():
     np.testing.assert_array_equal(run.state.losses, before.losses.at[slot].set(0.5))
 
 
+def test_damping_stays_within_its_bounds():
+    run = Run().steps(quadratic, 5)
+    for damping, value in ((multisecant._LEAST_DAMPING, 0.0), (multisecant._MOST_DAMPING, np.inf)):
+        run.state = run.state._replace(damping=jnp.float32(damping))
+        run.step(quadratic, value=value)
+        assert run.state.damping == np.float32(damping)
+
+
+def test_a_coordinate_without_a_gradient_stays_where_it_is():
+    """Its root mean square is zero."""
+    run = Run()
+    for _ in range(10):
+        run.step(rosenbrock, gradient=rosenbrock(flat_of(run.params))[1] * (np.arange(SIZE) != 3))
+        assert flat_of(run.params)[3] == START[3]
+        state = run.state._replace(losses=None)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_the_optimizer_is_given_what_was_accepted():
+    """Its loss, too; and what it makes of nothing does not leave."""
+
+    def update(updates, state, params=None, *, value, **extra):
+        del state
+        return jax.tree.map(jnp.ones_like, updates), (value, updates, params, extra["other"])
+
+    given = optax.GradientTransformationExtraArgs(
+        lambda params: (jnp.float32(0), params, params, jnp.float32(0)), update
+    )
+    opt = vsa_optax.multisecant(given, history_window=1)
+    step, x = jax.jit(opt.update), np.float32(3)
+    state = opt.init(x)
+    updates, state = step(np.float32(np.nan), state, x, value=np.float32(5), other=np.float32(7))
+    assert (updates, *state.inner_state) == (0, 0, x, x, 0)
+    updates, state = step(np.float32(2), state, x, value=np.float32(5), other=np.float32(7))
+    assert (updates, *state.inner_state) == (1, 5, 2, 3, 7)
+    _, state = step(np.float32(1), state, x + 1, value=np.float32(np.inf), other=np.float32(8))
+    assert state.inner_state == (5, 2, 3, 8)
+
+
+def test_gradients_beyond_the_range_of_the_parameters_are_taken_at_their_largest():
+    opt = vsa_optax.multisecant(optax.sgd(1e-6), history_window=1)
+    step, x = jax.jit(opt.update), np.float16(3)
+    state = opt.init(x)
+    for _ in range(2):
+        _, state = step(np.float32(1e6), state, x, value=np.float32(5))
+    assert state.gradient == np.finfo(np.float16).max
+
+
 def test_at_the_bound_of_damping_it_is_the_optimizer():
     """Whatever the loss, bit for bit."""
     opt, update = plain()

@@ -305,7 +305,7 @@ def _judged(
     forgotten = _METRIC_DECAY ** num_evaluations.astype(value.dtype)
     # Of an average without the bias of its start; rounding may make more than 1 of the first.
     share = jnp.minimum((1 - _METRIC_DECAY) / (1 - forgotten), 1)
-    accepted_gradient = tree_where(is_accepted, gradient, state.gradient)
+    accepted_gradient = tree_where(is_accepted, map_leaves(_as_kept, state.gradient, gradient), state.gradient)
     newest = state.num_accepted % _NUM_LOSSES
     return state._replace(
         params=tree_where(is_accepted, params, state.params),
@@ -409,6 +409,10 @@ def _recorded(
 ) -> jax.Array:
     change = numerics.saturating_cast(_difference(new, old), records.dtype)
     return records.at[slot].set(jnp.where(is_recorded, change, records[slot]))
+
+
+def _as_kept(old: jax.Array, new: jax.Array) -> jax.Array:
+    return new if new.dtype == old.dtype else numerics.saturating_cast(new, old.dtype)
 
 
 def _averaged(rms: jax.Array, gradient: jax.Array, *, share: jax.Array) -> jax.Array:
