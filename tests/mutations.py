@@ -83,7 +83,7 @@ SECANT = (
 LEAP = "prediction/test_multisecant.py -k twin"
 LEAP_FIT = "prediction/fits/test_multisecant_fit.py"
 LEAPS = "prediction/test_multisecant.py"
-CONSTANT = "test_defaults.py -k constants"
+LEAP_CONSTANT = f"{LEAP_FIT} {LEAPS} -k constants"
 
 MUTANTS = [
     Mutant("calibration.measure", "forget * sums.products + products", "sums.products + products", CALIBRATION),
@@ -141,8 +141,8 @@ MUTANTS = [
     ),
     Mutant("secant.SecantPredictor.compare", "at[:, slot].set(missed)", "at[:, slot].set(-missed)", SECANT),
     Mutant("secant.SecantPredictor.compare", "tree.map(_difference, target", "tree.map(jnp.add, target", SECANT),
-    Mutant("multisecant_fit.RIDGE", "1e-05", "0.0001", CONSTANT),
-    Mutant("multisecant_fit._LEAST_EIGENVALUE", "1e-06", "1e-05", CONSTANT),
+    Mutant("multisecant_fit.RIDGE", "1e-05", "0.0001", LEAP_CONSTANT),
+    Mutant("multisecant_fit._LEAST_EIGENVALUE", "1e-06", "1e-05", LEAP_CONSTANT),
     Mutant("multisecant_fit.solve", "_LEAST_EIGENVALUE * jnp", "0 * jnp", f"{LEAP_FIT} -k no_length"),
     Mutant("multisecant_fit.solve", "jnp.abs(curvatures)", "curvatures", f"{LEAP_FIT} -k negative"),
     Mutant("multisecant_fit.solve", "own_step) - _matmul", "own_step) + _matmul", f"{LEAP_FIT} -k twin"),
@@ -162,19 +162,19 @@ MUTANTS = [
     Mutant("multisecant_fit._hessian", "roots[None] / roots[:, None]", "1", f"{LEAP_FIT} -k least_squares"),
     Mutant("multisecant_fit._hessian", "[None] + 2 * RIDGE", "[None]", f"{LEAP_FIT} -k least_squares"),
     Mutant("inner_products.inner_of_all_records", "conj()", "real", "kernels/test_inner_products.py -k all_records"),
-    Mutant("multisecant._NUM_LOSSES", "8", "1", CONSTANT),
-    Mutant("multisecant.(_LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING)", "1e-06", "1e-05", CONSTANT),
-    Mutant("multisecant.(_LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING)", "1.0", "2.0", CONSTANT),
-    Mutant("multisecant.(_LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING)", "100.0", "50.0", CONSTANT),
-    Mutant("multisecant.(_LESS, _MORE, _MUCH_MORE)", "0.5", "0.7", CONSTANT),
-    Mutant("multisecant.(_LESS, _MORE, _MUCH_MORE)", "1.5", "1.2", CONSTANT),
-    Mutant("multisecant.(_LESS, _MORE, _MUCH_MORE)", "4.0", "3.0", CONSTANT),
-    Mutant("multisecant._WORST_ERROR", "1.0", "2.0", CONSTANT),
-    Mutant("multisecant._METRIC_DECAY", "0.98", "0.9", CONSTANT),
-    Mutant("multisecant._EPSILON", "1e-08", "1e-06", CONSTANT),
-    Mutant("multisecant._CURVATURE_SHARE", "0.3", "1.0", CONSTANT),
-    Mutant("multisecant._CURVATURE_DECAY", "0.5", "0.9", CONSTANT),
-    Mutant("multisecant._MOST_LOGARITHM", "80.0", "800.0", CONSTANT),
+    Mutant("multisecant._NUM_LOSSES", "8", "1", LEAP_CONSTANT),
+    Mutant("multisecant.(_LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING)", "1e-06", "1e-05", LEAP_CONSTANT),
+    Mutant("multisecant.(_LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING)", "1.0", "2.0", LEAP_CONSTANT),
+    Mutant("multisecant.(_LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING)", "100.0", "50.0", LEAP_CONSTANT),
+    Mutant("multisecant.(_LESS, _MORE, _MUCH_MORE)", "0.5", "0.7", LEAP_CONSTANT),
+    Mutant("multisecant.(_LESS, _MORE, _MUCH_MORE)", "1.5", "1.2", LEAP_CONSTANT),
+    Mutant("multisecant.(_LESS, _MORE, _MUCH_MORE)", "4.0", "3.0", LEAP_CONSTANT),
+    Mutant("multisecant._WORST_ERROR", "1.0", "2.0", LEAP_CONSTANT),
+    Mutant("multisecant._METRIC_DECAY", "0.98", "0.9", LEAP_CONSTANT),
+    Mutant("multisecant._EPSILON", "1e-08", "1e-06", LEAP_CONSTANT),
+    Mutant("multisecant._CURVATURE_SHARE", "0.3", "1.0", LEAP_CONSTANT),
+    Mutant("multisecant._CURVATURE_DECAY", "0.5", "0.9", LEAP_CONSTANT),
+    Mutant("multisecant._MOST_LOGARITHM", "80.0", "800.0", LEAP_CONSTANT),
     Mutant("multisecant._judged", "jnp.max(state.losses)", "jnp.min(state.losses)", f"{LEAPS} -k last_accepted"),
     Mutant("multisecant._judged", "value <= jnp.max", "value < jnp.max", f"{LEAPS} -k last_accepted"),
     Mutant("multisecant._judged", "num_accepted % _NUM_LOSSES", "num_accepted % 2", f"{LEAPS} -k last_accepted"),

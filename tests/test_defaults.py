@@ -15,7 +15,6 @@ import vsa_optax
 from vsa_optax import AdaptiveCycle, Cycle, Guarded, Recursive, Secants, TritCodec, Window
 from vsa_optax.accumulation import ternary_sum
 from vsa_optax.prediction import guard, machine, multisecant, presets, step
-from vsa_optax.prediction.fits import multisecant_fit
 
 # Changing a line here changes what programs of users do.
 SIGNATURES = """
@@ -96,37 +95,6 @@ def public():
 
 def test_names_arguments_and_defaults():
     assert sorted(public()) == SIGNATURES.strip().splitlines()
-
-
-# Of the leaps: each was tried at other values, and runs are other runs with other ones.
-CONSTANTS = {
-    multisecant: """
-_NUM_LOSSES = 8
-_LEAST_DAMPING = 1e-06
-_FIRST_DAMPING = 1.0
-_MOST_DAMPING = 100.0
-_LESS = 0.5
-_MORE = 1.5
-_MUCH_MORE = 4.0
-_WORST_ERROR = 1.0
-_METRIC_DECAY = 0.98
-_EPSILON = 1e-08
-_CURVATURE_SHARE = 0.3
-_CURVATURE_DECAY = 0.5
-_MOST_LOGARITHM = 80.0
-""",
-    multisecant_fit: """
-RIDGE = 1e-05
-_LEAST_EIGENVALUE = 1e-06
-""",
-}
-
-
-@pytest.mark.parametrize("module", CONSTANTS)
-def test_constants(module):
-    lines = CONSTANTS[module].strip().splitlines()
-    names = [name for name, value in vars(module).items() if name.isupper() and isinstance(value, int | float)]
-    assert [f"{name} = {getattr(module, name)!r}" for name in names] == lines
 
 
 PRESETS = ("conservative", "balanced", "aggressive")

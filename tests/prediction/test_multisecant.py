@@ -20,6 +20,29 @@ SIZE, RATE = 6, 0.05
 CURVATURES = np.geomspace(1, 100, SIZE)
 START = np.array([-1.2, 1.0, 0.5, -0.5, 1.5, -1.0])
 
+# Runs are other runs with other ones.
+CONSTANTS = """
+_NUM_LOSSES = 8
+_LEAST_DAMPING = 1e-06
+_FIRST_DAMPING = 1.0
+_MOST_DAMPING = 100.0
+_LESS = 0.5
+_MORE = 1.5
+_MUCH_MORE = 4.0
+_WORST_ERROR = 1.0
+_METRIC_DECAY = 0.98
+_EPSILON = 1e-08
+_CURVATURE_SHARE = 0.3
+_CURVATURE_DECAY = 0.5
+_MOST_LOGARITHM = 80.0
+"""
+
+
+def test_the_constants_are_those_that_were_tried():
+    """All that this module has; every other test takes them from there."""
+    numbers = {name: value for name, value in vars(multisecant).items() if name.isupper() and np.isscalar(value)}
+    assert [f"{name} = {value!r}" for name, value in numbers.items()] == CONSTANTS.strip().splitlines()
+
 
 def tree_of(flat, dtype=np.float32):
     flat = np.asarray(flat, dtype)

@@ -21,6 +21,10 @@ def in_double_precision():
         yield
 
 
+def test_the_constants_are_those_that_were_tried():
+    assert (multisecant_fit.RIDGE, multisecant_fit._LEAST_EIGENVALUE) == (1e-5, 1e-6)
+
+
 @functools.cache
 def drawn(seed=0):
     """Moves, changes of a gradient that is nearly linear, a gradient, a step and a metric; flat."""
