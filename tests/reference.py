@@ -264,8 +264,9 @@ class Multisecant:
             self.error = np.sqrt(squared / np.sum(self.gradient**2 / self.metric))
             if self.is_accepted and value <= self.loss and self.error**2 < of._WORST_ERROR:
                 factor = of._LESS
-            found, kept = of._CURVATURE_SHARE * np.sqrt(squared / squared_outside), of._CURVATURE_DECAY
-            self.curvature = found if self.curvature is None else self.curvature**kept * found ** (1 - kept)
+            if squared_outside > of._LEAST_OUTSIDE * np.sum(self.metric * self.leap.inside**2):
+                found, kept = of._CURVATURE_SHARE * np.sqrt(squared / squared_outside), of._CURVATURE_DECAY
+                self.curvature = found if self.curvature is None else self.curvature**kept * found ** (1 - kept)
             self.moves = np.concatenate([self.moves, [point - self.point]])[-self.window :]
             self.changes = np.concatenate([self.changes, [gradient - self.gradient]])[-self.window :]
         if not is_first:

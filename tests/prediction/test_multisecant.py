@@ -34,6 +34,7 @@ _METRIC_DECAY = 0.98
 _EPSILON = 1e-08
 _CURVATURE_SHARE = 0.3
 _CURVATURE_DECAY = 0.5
+_LEAST_OUTSIDE = 1e-06
 _MOST_LOGARITHM = 80.0
 """
 
@@ -170,7 +171,7 @@ def test_fifty_updates_are_those_of_the_twin():
                 np.testing.assert_allclose(found, of_twin, rtol=1e-6, atol=1e-9)
             accepted.append(twin.is_accepted)
             params = optax.apply_updates(params, updates)
-        assert accepted.count(False) > 7
+        assert accepted.count(False) >= 7
         assert twin.loss < 1
         stats = vsa_optax.multisecant_stats(state)
         assert (stats.evaluations, stats.accepted, stats.nonfinite_count) == (50, accepted.count(True), 4)
@@ -180,7 +181,7 @@ def test_fifty_updates_are_those_of_the_twin():
 def test_a_quadratic_of_few_dimensions_is_solved_in_few_evaluations():
     """At most two a dimension."""
     run = Run().steps(quadratic, 2 * SIZE + 1)
-    assert min(run.values) < 1e-4 * run.values[0]
+    assert min(run.values) < 1e-8 * run.values[0]
     state, params = plain()[0].init(tree_of(START)), tree_of(START)
     for _ in run.values:
         updates, state = plain()[1](tree_of(quadratic(flat_of(params))[1]), state, params)

@@ -42,6 +42,7 @@ _EPSILON = 1e-8
 # Of what is missed of a gradient: all of it, as if it were curvature outside of the span, would be too much.
 _CURVATURE_SHARE = 0.3
 _CURVATURE_DECAY = 0.5  # Of the average of its logarithm.
+_LEAST_OUTSIDE = 1e-6  # Of the squared length of the leap inside of the span; less is what rounding left.
 _MOST_LOGARITHM = 80.0  # Exponentials of both signs stay in f32's range.
 
 
@@ -51,7 +52,7 @@ class LeapState(NamedTuple):
     Attributes:
         change: ``[W]``, coefficients of ``diff_gradients`` in the change of the gradient that it predicts.
         squared_gradient: ``[]``, ``||g||²`` where it starts.
-        squared_outside: ``[]``, squared length of its part outside of the span.
+        squared_outside: ``[]``, squared length of its part outside of the span; 0 where that is but rounding.
         dimension: ``[] int32``, of the span.
     """
 
@@ -294,7 +295,7 @@ def _judged(
     damping = jnp.clip(state.damping * factor.astype(state.damping.dtype), _LEAST_DAMPING, _MOST_DAMPING)
 
     curvature = _CURVATURE_SHARE * jnp.sqrt(_ratio(missed, state.leap.squared_outside))
-    is_measured = is_leap & (curvature > 0) & jnp.isfinite(curvature)
+    is_measured = is_leap & (state.leap.squared_outside > 0) & (curvature > 0) & jnp.isfinite(curvature)
     log_curvature = jnp.clip(jnp.log(jnp.where(is_measured, curvature, 1)), -_MOST_LOGARITHM, _MOST_LOGARITHM)
     kept = jnp.where(state.num_secants > 0, _CURVATURE_DECAY, 0).astype(curvature.dtype)  # The first is no average.
     log_curvature = kept * state.log_curvature + (1 - kept) * log_curvature
@@ -347,6 +348,8 @@ def _leap(state: MultisecantState, base: optax.Updates) -> tuple[Tree, LeapState
         step, squared = _step(*row, solved=solved, is_base=is_base, of_base=of_base, of_gradient=of_gradient)
         steps.append(step)
         squared_outside = squared_outside + squared.astype(wide)
+    squared_inside = jnp.sum(solved.inside[:, None] * products.gram * solved.inside[None])
+    squared_outside = jnp.where(squared_outside > _LEAST_OUTSIDE * squared_inside, squared_outside, 0)
     leap = LeapState(solved.change, squared_gradient, squared_outside, solved.dimension)
     return jax.tree.unflatten(jax.tree.structure(base), steps), leap
 
