@@ -238,6 +238,23 @@ def test_it_is_compared_with_the_largest_of_the_last_accepted_losses():
     np.testing.assert_array_equal(run.state.losses, before.losses.at[slot].set(0.5))
 
 
+def test_damping_falls_where_the_loss_does_and_the_gradient_is_as_predicted():
+    run = Run().steps(quadratic, 5)
+    before, given, loss = run.state, run.params, float(run.state.loss)
+    right = quadratic(flat_of(given))[1]
+    wrong = right + 10 * np.linalg.norm(flat_of(before.gradient))
+    below, above = 0.9 * loss, 1.1 * loss
+    for value, gradient, factor in (
+        (below, right, multisecant._LESS),
+        (above, right, multisecant._MORE),
+        (below, wrong, multisecant._MORE),
+    ):
+        run.state, run.params = before._replace(losses=before.losses.at[:].set(2 * loss)), given
+        run.step(quadratic, value=value, gradient=gradient)
+        assert run.state.damping == pytest.approx(factor * float(before.damping))
+        assert run.state.num_accepted == before.num_accepted + 1
+
+
 def test_damping_stays_within_its_bounds():
     run = Run().steps(quadratic, 5)
     for damping, value in ((multisecant._LEAST_DAMPING, 0.0), (multisecant._MOST_DAMPING, np.inf)):
