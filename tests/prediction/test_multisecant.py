@@ -544,7 +544,7 @@ def loss(params, x):
 
 @functools.cache
 def programs():
-    """A step, the scan of it, and the state they begin with."""
+    """The transformation, a step, and the scan of it."""
     opt = vsa_optax.multisecant(optax.adamw(1e-2), history_window=3)
 
     def step(params, state):
@@ -555,12 +555,13 @@ def programs():
     def scanned(params, state, num):
         return jax.lax.scan(lambda carry, _: (step(*carry), None), (params, state), length=num)[0]
 
-    state = opt.init(PARAMS)
-    return jax.jit(step, donate_argnums=(0, 1)), jax.jit(scanned, static_argnums=2), state
+    return opt, jax.jit(step, donate_argnums=(0, 1)), jax.jit(scanned, static_argnums=2)
 
 
 def test_a_step_is_one_program_without_control_flow_that_reuses_its_memory():
-    step, _, state = programs()
+    opt, step, _ = programs()
+    params = jax.tree.map(jnp.array, PARAMS)
+    state = opt.init(params)
     compiled = step.lower(PARAMS, state).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert not re.search(r" (while|conditional)\(", text)
@@ -568,7 +569,6 @@ def test_a_step_is_one_program_without_control_flow_that_reuses_its_memory():
     assert memory.alias_size_in_bytes >= size + sum(leaf.nbytes for leaf in jax.tree.leaves(state)) - 100
     # On a CPU, which turns the histories over for their products in f32: far more than they need.
     assert memory.temp_size_in_bytes < 25 * size
-    params, state = jax.tree.map(jnp.array, (PARAMS, state))
     for _ in range(12):
         donated = [leaf for leaf in jax.tree.leaves((params, state)) if leaf.ndim]
         params, state = step(params, state)
@@ -578,12 +578,13 @@ def test_a_step_is_one_program_without_control_flow_that_reuses_its_memory():
 
 
 def test_scanned_and_again_the_bits_are_the_same():
-    step, scanned, state = programs()
-    looped = jax.tree.map(jnp.array, (PARAMS, state))
+    opt, step, scanned = programs()
+    params = jax.tree.map(jnp.array, PARAMS)
+    looped = params, opt.init(params)
     for _ in range(12):
         looped = step(*looped)
     for _ in range(2):
-        assert_same(scanned(PARAMS, state, 12), looped)
+        assert_same(scanned(PARAMS, opt.init(PARAMS), 12), looped)
 
 
 def test_optax_maps_what_is_like_the_parameters():
