@@ -9,6 +9,11 @@ Each method chooses rate, betas and its own settings by a few seeds, and is comp
 with plain Adam's betas at a quarter of plain Adam's best rate, which is where recipes usually are. Plain Adam is given
 fewer and more steps, rate and betas chosen and compared by the same seeds: that tells how many backward passes it needs
 for the loss that a method ends at.
+
+`coast` is Adam in disguise: a gradient of zero in every second step is plain Adam on the gradients in between, with
+betas `(b1**2, b2**2)` and, to a percent, the rate times `sqrt(1 + b2)`. A grid of plain Adam's that lacks these lets
+it look like a saving; hence (0.8, 0.95), and rates in steps of the square root of 2. X
+than both: theirs has three pairs of betas, and rates a factor of 2 or more apart.
 """
 
 import argparse
@@ -29,11 +34,13 @@ import numpy as np
 import optax
 import prediction_tasks
 import sentence_transformer
-from guard import BETAS, MOST_WORSE, MOST_WORSE_SEED, geometric_mean
+from guard import BETAS as GUARD_BETAS
+from guard import MOST_WORSE, MOST_WORSE_SEED, geometric_mean
 from prediction_methods import METHODS, RECIPE, WARMUP
 from prediction_report import draw, print_case
 
 CASES = prediction_tasks.CASES | digits_cnn.CASES | sentence_transformer.CASES | byte_transformer.CASES
+BETAS = (*GUARD_BETAS, (0.8, 0.95))
 LARGE = [*sentence_transformer.CASES, *byte_transformer.CASES]
 # What takes part where runs are long; there each method takes the betas that are best for plain Adam, and on a GPU the
 # first of its settings.
@@ -175,17 +182,17 @@ def plan_of(name, options):
     first = FIRST_TUNING_SEED
     return Plan(
         tuple(methods),
-        case.rates if takes_long else doubling(case.rates),
-        BETAS[:2] if is_large else BETAS,
+        half_octaves(case.rates),
+        BETAS[:2] + BETAS[-1:] if is_large else BETAS,
         range(first, first + (1 if is_large else 2 if case.runs_apart else 6)),
         range(options.seeds or (5 if takes_long else 10)),
     )
 
 
-def doubling(rates):
-    """From the smallest to the largest or beyond, each twice the one before."""
-    num = int(np.ceil(np.log2(max(rates) / min(rates))))
-    return tuple(min(rates) * 2**power for power in range(num + 1))
+def half_octaves(rates):
+    """From the smallest to the largest or beyond, each the one before times the square root of 2."""
+    num = int(np.ceil(2 * np.log2(max(rates) / min(rates))))
+    return tuple(min(rates) * 2 ** (power / 2) for power in range(num + 1))
 
 
 def tuning_jobs(name, plan, steps, methods, betas):
@@ -224,10 +231,10 @@ def budgets_of(name, steps):
 
 
 def budget_tuning_jobs(name, plan, steps, best):
-    """Plain Adam with other numbers of steps: its best rate and the next ones, with all betas unless runs are long."""
+    """Plain Adam with other numbers of steps: its best rate and those round it, with all betas unless runs are long."""
     _, rate, betas = best["plain"]
     at = plan.rates.index(rate)
-    rates = [*itertools.product(plan.rates[max(0, at - 1) : at + 2], (betas,) if name in LARGE else plan.betas)]
+    rates = [*itertools.product(plan.rates[max(0, at - 2) : at + 3], (betas,) if name in LARGE else plan.betas)]
     return [
         job
         for budget in reversed(budgets_of(name, steps))

@@ -54,6 +54,30 @@ def no_batches(seed, steps):
     return np.zeros((steps, 1), np.int32)
 
 
+def pinn_errors(frequency, points, params):
+    """``[points]`` errors of the equation, and the two values at the ends, of the network of `pinn`."""
+
+    def solution(x):
+        hidden = x[None]
+        for layer in params[:-1]:
+            hidden = jnp.tanh(hidden @ layer["kernel"] + layer["bias"])
+        return (hidden @ params[-1]["kernel"] + params[-1]["bias"])[0]
+
+    residual = jax.vmap(jax.grad(jax.grad(solution)))(points) + jnp.sin(frequency * np.pi * points)
+    return residual, (solution(jnp.array(0.0)), solution(jnp.array(1.0)))
+
+
+def pinn_residuals(frequency, num_points=128):
+    """Parameters to a vector whose squares sum to the loss of `pinn`."""
+    points = jnp.linspace(0, 1, num_points)
+
+    def residuals(params):
+        residual, ends = pinn_errors(frequency, points, params)
+        return jnp.append(residual / np.sqrt(num_points), np.sqrt(BOUNDARY_WEIGHT) * jnp.stack(ends))
+
+    return residuals
+
+
 @functools.cache
 def pinn(frequency, width=32, num_points=128):
     """A network of two hidden layers for ``u'' = -sin(frequency pi x)`` on [0, 1], zero at both ends."""
@@ -69,17 +93,9 @@ def pinn(frequency, width=32, num_points=128):
             layers.append({"kernel": scale * jax.random.normal(key, (fan_in, fan_out)), "bias": bias})
         return layers
 
-    def solution(params, x):
-        hidden = x[None]
-        for layer in params[:-1]:
-            hidden = jnp.tanh(hidden @ layer["kernel"] + layer["bias"])
-        return (hidden @ params[-1]["kernel"] + params[-1]["bias"])[0]
-
     def final(params):
-        second = jax.vmap(jax.grad(jax.grad(functools.partial(solution, params))))(points)
-        residual = second + jnp.sin(frequency * np.pi * points)
-        ends = solution(params, jnp.array(0.0)) ** 2 + solution(params, jnp.array(1.0)) ** 2
-        return jnp.mean(residual**2) + BOUNDARY_WEIGHT * ends
+        residual, ends = pinn_errors(frequency, points, params)
+        return jnp.mean(residual**2) + BOUNDARY_WEIGHT * (ends[0] ** 2 + ends[1] ** 2)
 
     num = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: init(0))))
     return Task(

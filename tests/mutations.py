@@ -182,7 +182,7 @@ MUTANTS = [
     Mutant("multisecant._judged", "_MORE, _MUCH_MORE)", "_MUCH_MORE, _MUCH_MORE)", LEAP),
     Mutant("multisecant._judged", "_MORE, _MUCH_MORE)", "_MORE, _MORE)", f"{LEAPS} -k gone_back"),
     Mutant("multisecant._judged", "_LESS, jnp.where", "_MORE, jnp.where", LEAP),
-    Mutant("multisecant._judged", "(value <= state.loss) & (squared", "(squared", LEAP),
+    Mutant("multisecant._judged", "(value <= state.loss) & (squared", "(squared", f"{LEAPS} -k falls"),
     Mutant("multisecant._judged", " & (squared_error < _WORST_ERROR)", "", LEAP),
     Mutant("multisecant._judged", "factor.astype(state.damping.dtype), _LEAST", "1, _LEAST", LEAP),
     Mutant("multisecant._judged", "_LEAST_DAMPING, _MOST_DAMPING)", "0, _MOST_DAMPING)", f"{LEAPS} -k its_bounds"),

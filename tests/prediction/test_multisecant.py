@@ -239,6 +239,23 @@ def test_it_is_compared_with_the_largest_of_the_last_accepted_losses():
     np.testing.assert_array_equal(run.state.losses, before.losses.at[slot].set(0.5))
 
 
+def test_damping_falls_where_the_loss_does_and_the_gradient_is_as_predicted():
+    run = Run().steps(quadratic, 5)
+    before, given, loss = run.state, run.params, float(run.state.loss)
+    right = quadratic(flat_of(given))[1]
+    wrong = right + 10 * np.linalg.norm(flat_of(before.gradient))
+    below, above = 0.9 * loss, 1.1 * loss
+    for value, gradient, factor in (
+        (below, right, multisecant._LESS),
+        (above, right, multisecant._MORE),
+        (below, wrong, multisecant._MORE),
+    ):
+        run.state, run.params = before._replace(losses=before.losses.at[:].set(2 * loss)), given
+        run.step(quadratic, value=value, gradient=gradient)
+        assert run.state.damping == pytest.approx(factor * float(before.damping))
+        assert run.state.num_accepted == before.num_accepted + 1
+
+
 def test_damping_stays_within_its_bounds():
     run = Run().steps(quadratic, 5)
     for damping, value in ((multisecant._LEAST_DAMPING, 0.0), (multisecant._MOST_DAMPING, np.inf)):
@@ -528,7 +545,7 @@ def loss(params, x):
 
 @functools.cache
 def programs():
-    """A step, the scan of it, and the state they begin with."""
+    """The transformation, a step, and the scan of it."""
     opt = vsa_optax.multisecant(optax.adamw(1e-2), history_window=3)
 
     def step(params, state):
@@ -539,12 +556,13 @@ def programs():
     def scanned(params, state, num):
         return jax.lax.scan(lambda carry, _: (step(*carry), None), (params, state), length=num)[0]
 
-    state = opt.init(PARAMS)
-    return jax.jit(step, donate_argnums=(0, 1)), jax.jit(scanned, static_argnums=2), state
+    return opt, jax.jit(step, donate_argnums=(0, 1)), jax.jit(scanned, static_argnums=2)
 
 
 def test_a_step_is_one_program_without_control_flow_that_reuses_its_memory():
-    step, _, state = programs()
+    opt, step, _ = programs()
+    params = jax.tree.map(jnp.array, PARAMS)
+    state = opt.init(params)
     compiled = step.lower(PARAMS, state).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert not re.search(r" (while|conditional)\(", text)
@@ -552,7 +570,6 @@ def test_a_step_is_one_program_without_control_flow_that_reuses_its_memory():
     assert memory.alias_size_in_bytes >= size + sum(leaf.nbytes for leaf in jax.tree.leaves(state)) - 100
     # On a CPU, which turns the histories over for their products in f32: far more than they need.
     assert memory.temp_size_in_bytes < 25 * size
-    params, state = jax.tree.map(jnp.array, (PARAMS, state))
     for _ in range(12):
         donated = [leaf for leaf in jax.tree.leaves((params, state)) if leaf.ndim]
         params, state = step(params, state)
@@ -562,12 +579,13 @@ def test_a_step_is_one_program_without_control_flow_that_reuses_its_memory():
 
 
 def test_scanned_and_again_the_bits_are_the_same():
-    step, scanned, state = programs()
-    looped = jax.tree.map(jnp.array, (PARAMS, state))
+    opt, step, scanned = programs()
+    params = jax.tree.map(jnp.array, PARAMS)
+    looped = params, opt.init(params)
     for _ in range(12):
         looped = step(*looped)
     for _ in range(2):
-        assert_same(scanned(PARAMS, state, 12), looped)
+        assert_same(scanned(PARAMS, opt.init(PARAMS), 12), looped)
 
 
 def test_optax_maps_what_is_like_the_parameters():

@@ -190,8 +190,9 @@ def multisecant(
         inner_state = opt.init(params)
         _check_inner_state(inner_state)
         check_one_rate(inner_state, learning_rate, rests=False)
-        wide = _scalar_dtype(params)
-        zero, count = jnp.zeros([], wide), jnp.zeros([], jnp.int32)
+        # Arrays of their own: a buffer cannot be donated twice.
+        number = functools.partial(_zeros, dtype=_scalar_dtype(params))
+        count = functools.partial(_zeros, dtype=jnp.int32)
         return MultisecantState(
             inner_state=inner_state,
             params=jax.tree.map(_copied, params),
@@ -199,16 +200,16 @@ def multisecant(
             gradient_rms=jax.tree.map(lambda x: jnp.zeros_like(x.real), zeros_as_stored(params, dtype)),
             diff_params=_rings(params, window, dtype),
             diff_gradients=_rings(params, window, dtype),
-            leap=LeapState(jnp.zeros([window], wide), zero, zero, count),
-            losses=jnp.full([_NUM_LOSSES], jnp.inf, wide),
-            loss=jnp.full([], jnp.inf, wide),
-            damping=jnp.full([], _FIRST_DAMPING, wide),
-            log_curvature=zero,
-            prediction_error=zero,
-            num_evaluations=count,
-            num_accepted=count,
-            num_secants=count,
-            nonfinite_count=count,
+            leap=LeapState(number(window), number(), number(), count()),
+            losses=number(_NUM_LOSSES) + jnp.inf,
+            loss=number() + jnp.inf,
+            damping=number() + _FIRST_DAMPING,
+            log_curvature=number(),
+            prediction_error=number(),
+            num_evaluations=count(),
+            num_accepted=count(),
+            num_secants=count(),
+            nonfinite_count=count(),
         )
 
     def update_fn(
@@ -465,6 +466,10 @@ def _wide(x: jax.Array) -> jax.Array:
 def _copied(leaf: jax.Array) -> jax.Array:
     """A copy, so that parameters and state can both be donated; zeros where only the shape is given."""
     return jnp.zeros_like(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf)
+
+
+def _zeros(*shape: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return jnp.zeros(shape, dtype)
 
 
 def _rings(params: optax.Params, window: int, dtype: jnp.dtype | None) -> Tree:
