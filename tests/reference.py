@@ -183,6 +183,123 @@ class SecantPredictor:
         self.gradients.append(gradient)
 
 
+def symmetric_fit(changes, eigenvalues, ridge, curvature):
+    """The symmetric B of least ``sum_j ||B_j √e_j - c_j||² + ridge ||B - curvature I||²``, ``c_j`` its columns."""
+    size = len(eigenvalues)
+    if not size:
+        return np.zeros((0, 0))
+    pairs = [(i, j) for i in range(size) for j in range(i + 1)]
+    rows, wanted = [], []
+    for i in range(size):
+        for j in range(size):
+            element = np.array([float({i, j} == {k, m}) for k, m in pairs])
+            rows += [np.sqrt(eigenvalues[j]) * element, np.sqrt(ridge) * element]
+            wanted += [changes[i, j], np.sqrt(ridge) * curvature * (i == j)]
+    found, hessian = np.linalg.lstsq(np.array(rows), np.array(wanted), rcond=None)[0], np.zeros((size, size))
+    for (i, j), element in zip(pairs, found, strict=True):
+        hessian[i, j] = hessian[j, i] = element
+    return hessian
+
+
+class Leap:
+    """The step that minimises ``g's + s'Hs / 2 + damping * curvature * ||s - b||² / 2``, of flat arrays.
+
+    ``||s||²`` is ``sum(metric * s²)``. Attributes: ``inside`` and ``outside``, the step's parts in the span of the
+    moves and outside; ``change``, that of the gradient by the first; ``base`` and ``gradient``, what the span has of b
+    and of D times the gradient so changed; ``dimension``.
+    """
+
+    def __init__(self, moves, changes, gradient, base, metric, *, curvature, damping, ridge, least):
+        lengths = np.sqrt(np.sum(metric * moves**2, axis=1))
+        used = lengths > 0
+        moves, changes = moves[used] / lengths[used, None], changes[used] / lengths[used, None]
+        eigenvalues, vectors = np.linalg.eigh(moves * metric @ moves.T)
+        known = eigenvalues > least * max([0.5, *eigenvalues])
+        eigenvalues, vectors = eigenvalues[known], vectors[:, known]
+        basis = vectors.T @ moves / np.sqrt(eigenvalues)[:, None]  # Rows of length 1, at right angles.
+        hessian = symmetric_fit(basis @ (vectors.T @ changes).T, eigenvalues, ridge, curvature)
+        curvatures, axes = np.linalg.eigh(hessian)
+        sizes = (axes * abs(curvatures)) @ axes.T
+
+        own_gradient, own_base = basis @ gradient, basis @ (metric * base)
+        if np.isinf(damping):
+            own, of_base, of_gradient = own_base, 1, 0
+        else:
+            weight = damping * curvature
+            own = np.linalg.solve(sizes + weight * np.eye(len(sizes)), weight * own_base - own_gradient)
+            of_base, of_gradient = damping / (1 + damping), 1 / (1 + damping)
+        self.inside, self.base = own @ basis, own_base @ basis
+        self.change = (own * np.sqrt(eigenvalues) / (eigenvalues + ridge)) @ (vectors.T @ changes)
+        self.gradient = (basis @ (gradient + self.change)) @ basis
+        gradient_outside = (gradient + self.change) / metric - self.gradient
+        self.outside = of_base * (base - self.base) - of_gradient * gradient_outside / curvature
+        self.dimension = len(eigenvalues)
+
+
+class Multisecant:
+    """Leaps from flat arrays; ``base(gradient)`` is the optimizer's step, ``of`` and ``fit`` have the constants."""
+
+    def __init__(self, base, size, *, window, of, fit):
+        self.base, self.window, self.of, self.fit = base, window, of, fit
+        self.point = self.gradient = self.mean_square = np.zeros(size)
+        self.moves = np.zeros((0, size))
+        self.changes = np.zeros((0, size))
+        self.losses, self.loss, self.damping, self.curvature = [], np.inf, of._FIRST_DAMPING, None
+        self.num_evaluations = self.num_accepted = self.error = 0
+        self.leap, self.is_accepted = None, None
+
+    def judge(self, point, gradient, value):
+        of, is_first = self.of, self.num_accepted == 0
+        self.num_evaluations += 1
+        is_finite = np.isfinite(value) and np.isfinite(gradient).all()
+        is_allowed = len(self.losses) < of._NUM_LOSSES or value <= max(self.losses[-of._NUM_LOSSES :])
+        self.is_accepted = bool(is_finite and (is_first or self.damping >= of._MOST_DAMPING or is_allowed))
+        factor = of._MORE if self.is_accepted else of._MUCH_MORE
+        if is_finite and not is_first:
+            missed = gradient - self.gradient - self.leap.change
+            squared, squared_outside = (
+                np.sum(missed**2 / self.metric),
+                np.sum(self.metric * self.leap.outside**2),
+            )
+            self.error = np.sqrt(squared / np.sum(self.gradient**2 / self.metric))
+            if self.is_accepted and value <= self.loss and self.error**2 < of._WORST_ERROR:
+                factor = of._LESS
+            if squared_outside > of._LEAST_OUTSIDE * np.sum(self.metric * self.leap.inside**2):
+                found, kept = of._CURVATURE_SHARE * np.sqrt(squared / squared_outside), of._CURVATURE_DECAY
+                self.curvature = found if self.curvature is None else self.curvature**kept * found ** (1 - kept)
+            self.moves = np.concatenate([self.moves, [point - self.point]])[-self.window :]
+            self.changes = np.concatenate([self.changes, [gradient - self.gradient]])[-self.window :]
+        if not is_first:
+            self.damping = np.clip(self.damping * factor, of._LEAST_DAMPING, of._MOST_DAMPING)
+        if self.is_accepted:
+            self.point, self.gradient, self.loss = point, gradient, value
+            self.losses.append(value)
+            self.num_accepted += 1
+        decay = of._METRIC_DECAY
+        share = (1 - decay) / (1 - decay**self.num_evaluations)
+        self.mean_square = (1 - share) * self.mean_square + share * self.gradient**2
+        self.metric = np.sqrt(self.mean_square) + of._EPSILON
+
+    def update(self, point, gradient, value):
+        """What leads from ``point`` to the next one."""
+        self.judge(point, gradient, value)
+        if not self.num_accepted:
+            return np.zeros_like(point)
+        is_base = self.damping >= self.of._MOST_DAMPING or not len(self.moves)
+        self.leap = Leap(
+            self.moves,
+            self.changes,
+            self.gradient,
+            self.base(self.gradient),
+            self.metric,
+            curvature=1.0 if self.curvature is None else self.curvature,
+            damping=np.inf if is_base else self.damping,
+            ridge=self.fit.RIDGE,
+            least=self.fit._LEAST_EIGENVALUE,
+        )
+        return self.point - point + self.leap.inside + self.leap.outside
+
+
 class CompressedMean:
     """The mean of n devices' gradients, lists of flat arrays, row by row; ``code`` is what a receiver decodes.
 

@@ -14,7 +14,7 @@ import pytest
 import vsa_optax
 from vsa_optax import AdaptiveCycle, Cycle, Guarded, Recursive, Secants, TritCodec, Window
 from vsa_optax.accumulation import ternary_sum
-from vsa_optax.prediction import guard, machine, presets, step
+from vsa_optax.prediction import guard, machine, multisecant, presets, step
 
 # Changing a line here changes what programs of users do.
 SIGNATURES = """
@@ -24,6 +24,7 @@ GuardAction(NONE=0, GREW=1, SHRANK=2, GAVE_UP=3, SLEPT=4)
 GuardStats(action, predict_length, constant, asleep)
 Guarded(*, tolerance=0.14, longest=20, warmup_steps=10)
 HypervectorCodec(compression_ratio=0.1, *, dimension=None, use_ternary=False, shrink=True, seed=42)
+MultisecantStats(evaluations, accepted, rejected, nonfinite_count, damping, dimension, prediction_error)
 Phase(WARMUP=0, FULL=1, PREDICT=2, CORRECT=3)
 PhaseStats(phase, total_steps, warmup_steps, full_steps, predict_steps, correct_steps, cycles, steps_per_backward, \
 nonfinite_count, ignored_gradients, mean_prediction_error, last_prediction_error, quality=None, guard=None)
@@ -41,6 +42,8 @@ checkpoint.save(directory, step, tree, *, config=None, keep=None)
 compress_gradients(codec, *, error_feedback=False)
 compressed_pmean(axis_name, codec, *, error_feedback=False)
 conservative(learning_rate)
+multisecant(opt, *, learning_rate=None, history_window=8, history_dtype=<class 'jax.numpy.bfloat16'>)
+multisecant_stats(opt_state)
 needs_backward(opt_state)
 phase_stats(opt_state)
 phase_switched(opt, *, learning_rate=None, predictor=Secants(window=16, dtype=None), \
@@ -129,6 +132,9 @@ def test_docstrings_say_the_numbers():
     ]
     assert numbers(r"after (\d+) true steps .* for the next (\d+), .* up to (\d+),", guard.__doc__) == sleeps
     assert numbers(r"within (\d+) to (\d+) and (\d+) to (\d+) steps", AdaptiveCycle.__doc__) == lengths
+    bound, ring = vsa_optax.MultisecantStats.__doc__, multisecant.MultisecantState.__doc__
+    assert numbers(r"coming step: (\d+) or more", bound) == [multisecant._MOST_DAMPING]
+    assert numbers(r"losses: ``\[(\d+)\]``", ring) == [multisecant._NUM_LOSSES]
     assert numbers(r"the (\d+) largest leaves of at most (\d+)", looks) == [step._NUM_LOOKED_AT, step._LOOKED_AT]
     assert numbers(r"None takes two for K up to (\d+)", accumulates) == [few]
     assert numbers(r"a number beyond (\S+),", accumulates) == [float(f"{largest:.0e}")]
@@ -185,3 +191,18 @@ def test_docstrings_say_the_bytes_of_a_history(predictor):
     each = 56 if codec else written(r"(?:``([^`]*)``|calibrated, (\d+)) a leaf", type(predictor), W=length)
     more = written(r"a leaf, and ``([^`]*)``", type(predictor), W=length) if predictor == Secants() else 0
     assert 0 <= bytes_of((state.history, state.machine.calibration)) - kept - 2 * each - more < 60
+
+
+@pytest.mark.parametrize("window", [8, 3])
+@pytest.mark.parametrize("history_dtype", [jnp.bfloat16, None])
+def test_docstrings_say_the_bytes_of_leaps(window, history_dtype):
+    """Exactly; and a parameter's share with the defaults."""
+    params, doc = {"w": jnp.zeros((10, 64)), "b": jnp.zeros(7)}, vsa_optax.multisecant
+    opt = vsa_optax.multisecant(optax.sgd(1.0), history_window=window, history_dtype=history_dtype)
+    state = jax.eval_shape(opt.init, params)
+    copies = written(r"twice the parameters, ``([^`]*)`` times them in", doc, W=window)
+    scalars = written(r"in ``history_dtype``, and ``([^`]*)`` bytes", doc, W=window)
+    size = bytes_of(params)
+    assert bytes_of(state) == 2 * size + copies * size * (1 if history_dtype is None else 0.5) + scalars
+    if (window, history_dtype) == (8, jnp.bfloat16):
+        assert numbers(r"bytes: (\d+) bytes a float32", doc.__doc__) == [4 * (bytes_of(state) - scalars) / size]

@@ -160,3 +160,46 @@ def test_nnx_modules_are_refused():
         vsa_optax.value_and_grad_by_phase(lambda w, m: w)(1.0, {"model": model}, state=state)
     with pytest.raises(TypeError, match="Flax nnx Module"):
         vsa_optax.value_and_grad_by_phase(model)(X, state=state)
+
+
+def test_leaps_of_linen():
+    """`TrainState.apply_gradients` does not forward the loss, and is told so; the optimizer's update takes it."""
+    net, opt = nn.Dense(1), vsa_optax.multisecant(optax.adam(0.02), history_window=4)
+    state = TrainState.create(apply_fn=net.apply, params=net.init(jax.random.key(0), X)["params"], tx=opt)
+    with pytest.raises(ValueError, match=r"value must be given.*TrainState\.apply_gradients does not forward it"):
+        jax.eval_shape(lambda: state.apply_gradients(grads=state.params))
+
+    @jax.jit
+    def step(state):
+        value, grads = jax.value_and_grad(lambda p: jnp.mean((net.apply({"params": p}, X) - Y) ** 2))(state.params)
+        updates, opt_state = state.tx.update(grads, state.opt_state, state.params, value=value)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), value
+
+    values = []
+    for _ in range(STEPS // 2):
+        state, value = step(state)
+        values.append(float(value))
+    # A linear model's least squares.
+    design = np.concatenate([X, np.ones((len(X), 1))], axis=1)
+    residual = np.linalg.lstsq(design, Y, rcond=None)[1]
+    assert min(values) < 1.05 * float(residual[0]) / len(X) < 0.5 * values[0]
+    assert vsa_optax.multisecant_stats(state.opt_state).evaluations == STEPS // 2
+
+
+def test_leaps_of_nnx():
+    model = nnx.Linear(4, 1, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, vsa_optax.multisecant(optax.adam(0.02), history_window=4), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, grads = nnx.value_and_grad(lambda model: jnp.mean((model(X) - Y) ** 2))(model)
+        optimizer.update(model, grads, value=value)
+        return value
+
+    values = [float(step(model, optimizer)) for _ in range(STEPS // 2)]
+    assert min(values) < 0.5 * values[0]
+    stats = vsa_optax.multisecant_stats(optimizer.opt_state)
+    assert (stats.evaluations, stats.nonfinite_count) == (STEPS // 2, 0)
+    accepted = jax.tree.leaves(nnx.state(optimizer)["opt_state"]["params"])
+    assert [x.shape for x in accepted] == [x.shape for x in jax.tree.leaves(nnx.state(model, nnx.Param))]

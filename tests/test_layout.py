@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "kernels": set(),
 }
 # For each call, how many modules it may enter and how often it may go from one to another.
-BOUNDS = {"phase_switched": (14, 160), "encode": (10, 40), "ternary_multi_steps": (15, 190)}
+BOUNDS = {"phase_switched": (14, 160), "multisecant": (7, 75), "encode": (10, 40), "ternary_multi_steps": (15, 190)}
 WALKS = """
 import json, pathlib, sys
 import jax, jax.numpy as jnp, optax
@@ -70,9 +70,13 @@ def places_of(function, *arguments):
 
 params = jnp.ones((64, 64))
 switched = vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=1e-3)
+leaping = vsa_optax.multisecant(optax.adamw(1e-3))
 summed = vsa_optax.ternary_multi_steps(optax.adam(1e-3), 4)
 print(json.dumps({
     "phase_switched": places_of(switched.update, params, switched.init(params), params),
+    "multisecant": places_of(
+        lambda g, s, p: leaping.update(g, s, p, value=1.0), params, leaping.init(params), params
+    ),
     "encode": places_of(vsa_optax.TritCodec().encode, params),
     "ternary_multi_steps": places_of(summed.update, params, summed.init(params), params),
 }))

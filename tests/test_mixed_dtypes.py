@@ -77,6 +77,20 @@ def test_a_history_takes_wider_gradients_and_a_loss_of_any_dtype(name):
             updates_that_leave_the_state_its_types(opt, params, gradients, value)
 
 
+@pytest.mark.parametrize("history_dtype", [None, "bfloat16", "float16", "float64"])
+def test_leaps_among_all_dtypes_in_double_precision(history_dtype):
+    with jax.enable_x64(True):
+        opt = vsa_optax.multisecant(momentum, history_window=3, history_dtype=history_dtype)
+        params = {"half": jnp.ones(40, "bfloat16"), "single": jnp.ones(40, "float32")}
+        gradients = {"half": jnp.ones(40, "float32"), "single": jnp.ones(40, "float64")}
+        for value in (jnp.bfloat16(1.0), jnp.int32(1)):
+            updates_that_leave_the_state_its_types(opt, params, gradients, value)
+        with jax.numpy_dtype_promotion("strict"):
+            params = params_of_all_dtypes()
+            updates = updates_that_leave_the_state_its_types(opt, params, params, jnp.float64(1.0))
+    assert types_of(updates) == types_of(params)
+
+
 @pytest.mark.parametrize("phases", [Cycle(), AdaptiveCycle()], ids=lambda phases: type(phases).__name__)
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "int32"])
 def test_devices_average_a_loss_of_another_dtype_than_the_machine_keeps(dtype, phases):

@@ -187,6 +187,20 @@ def test_histories_stay_where_the_parameters_are(case, layout, plain):
     assert_same_training(params, state, run_alone(EXACT[case], has_phases=True), atol=2e-5)
 
 
+def test_leaps_are_made_where_the_parameters_are(plain):
+    """Of the accepted parameters, a gradient, its root mean square and two rings; products are sums over devices."""
+    opt = vsa_optax.multisecant(optax.adamw(0.01), history_window=5)
+    params, state, first, compiled = run(opt, "split", has_phases=False, in_context=False)
+    for one in (first, state):
+        assert assert_like_the_parameters(one, "split") == len(SHAPES) * (5 + 2)
+    assert_like_the_parameters(params, "split")
+    for kind in SENT:
+        assert collectives(compiled, kind) == collectives(plain["split"], kind), kind
+    more = collectives(compiled, "all-reduce") - collectives(plain["split"], "all-reduce")
+    assert all(math.prod(shape) <= 5 * 5 for _, shape in more), more
+    assert_same_training(params, state, run_alone(opt, has_phases=False), atol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("case", "layout"), [*((case, "split") for case in LOSSY), ("ternary_multi_steps", "replicated")]
 )

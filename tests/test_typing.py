@@ -37,7 +37,7 @@ def test_typed_usage_gives_every_argument():
     for node in ast.walk(TREE):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             given.setdefault(node.func.id, set()).update(keyword.arg for keyword in node.keywords)
-    for name in ("predict_gradients", "phase_switched", "value_and_grad_by_phase", *OTHERS):
+    for name in ("predict_gradients", "phase_switched", "value_and_grad_by_phase", "multisecant", *OTHERS):
         arguments = inspect.signature(getattr(vsa_optax, name)).parameters
         named = {argument for argument, p in arguments.items() if p.kind == p.KEYWORD_ONLY}
         assert named <= given[name]

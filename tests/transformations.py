@@ -27,6 +27,7 @@ TRANSFORMATIONS = {
     "window in trits": coded_window(TRITS, calibrate=False),
     "window of hypervectors": coded_window(HypervectorCodec(0.5)),
     "window of ternary hypervectors": coded_window(HypervectorCodec(0.5, use_ternary=True), calibrate=False),
+    "multisecant": vsa_optax.multisecant(momentum, history_window=3),
     "predict_gradients": optax.chain(vsa_optax.predict_gradients(predictor=Secants(3)), momentum),
     "ternary_multi_steps": vsa_optax.ternary_multi_steps(momentum, 2, block_size=32),
     "accumulate_ternary": vsa_optax.accumulate_ternary(2, block_size=32, rounding="stochastic"),

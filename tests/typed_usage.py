@@ -15,6 +15,7 @@ from vsa_optax import (
     Guarded,
     GuardStats,
     HypervectorCodec,
+    MultisecantStats,
     Phase,
     PhaseStats,
     PredictionQuality,
@@ -29,6 +30,8 @@ from vsa_optax import (
     compress_gradients,
     compressed_pmean,
     conservative,
+    multisecant,
+    multisecant_stats,
     needs_backward,
     phase_stats,
     phase_switched,
@@ -86,6 +89,8 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
             predictor=Window(length=4, dtype=None),
             phases=Guarded(tolerance=0.1, longest=4, warmup_steps=3),
         ),
+        multisecant(optax.adamw(schedule)),
+        multisecant(optax.sgd(1.0), learning_rate=0.1, history_window=4, history_dtype=None),
         phase_switched(optax.adamw(1.0)),
         phase_switched(optax.adamw(1.0), learning_rate=0.1),
         phase_switched(optax.adamw(1.0), learning_rate=schedule),
@@ -152,6 +157,20 @@ def use_arrays(x: jax.Array) -> None:
     values, scale = trits.quantize_stochastic(x, key, axis=None)
     assert trits.unpack(trits.pack(values), values.shape[-1]).shape == x.shape
     assert checkpoint.latest_step("no/such/folder") is None
+
+
+def use_leaps(params: Params, x: jax.Array) -> MultisecantStats:
+    """A step, and what is known of it."""
+    opt = multisecant(optax.sgd(0.1), learning_rate=None, history_dtype="float16")
+    value, grads = jax.value_and_grad(loss)(params, x)
+    stats = multisecant_stats(opt.init(params))
+    updates, _ = jax.eval_shape(lambda: opt.update(grads, opt.init(params), params, value=value))
+    assert updates["w"].shape == params["w"].shape
+    assert_type(stats, MultisecantStats)
+    counts: list[jax.Array] = [stats.evaluations, stats.accepted, stats.rejected, stats.nonfinite_count]
+    measures: list[jax.Array] = [stats.damping, stats.dimension, stats.prediction_error]
+    assert all(number.shape == () for number in [*counts, *measures])
+    return stats
 
 
 def use_queries(state: optax.OptState) -> PhaseStats:
@@ -221,6 +240,7 @@ def main() -> None:
     use_collectives(params)
     use_accumulation(params)
     use_arrays(x)
+    assert use_leaps(params, x).accepted == 0
     states = [opt.init(params) for opt in use_transformations()]
     assert len(states) > 1
     opt, state = use_transformations()[1], states[1]

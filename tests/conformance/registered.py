@@ -101,6 +101,11 @@ def accumulated(**settings: Any) -> Factory:
     return factory
 
 
+def leaping(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    """`multisecant` round Adam, which has the learning rate itself."""
+    return vsa_optax.multisecant(optax.adam(learning_rate), history_window=2)
+
+
 def about_to_predict(inner: Factory) -> Factory:
     """The same, but ``init`` takes the steps before the first of PREDICT: many of Optax's tests take only one."""
 
@@ -175,8 +180,12 @@ for _name, _suites in (
     _factory = about_to_predict(VARIANTS[_name].factory)
     VARIANTS[f"started_{_name}"] = Variant(_factory, VARIANTS[_name].learning_rate, False, _suites, is_started=True)
 
-# It needs the loss at every step, which Optax's tests give only to optimizers of certain names.
-ADAPTIVE = Variant(switched(optax.adam, when=AdaptiveCycle, **SETTINGS), 3e-3)
+# They need the loss at every step, which Optax's tests give only to optimizers of certain names: of `optax.contrib`.
+NEED_THE_LOSS = {
+    "momo": Variant(switched(optax.adam, when=AdaptiveCycle, **SETTINGS), 3e-3),
+    # The tests of a few steps pass, too: half a minute of compilation, of what `test_multisecant.py` and others have.
+    "momo_adam": Variant(leaping, 1e-2, suites=frozenset(), predicts=False),
+}
 
 # Transformations that are no optimizers by themselves.
 BARE: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {

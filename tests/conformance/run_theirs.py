@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from conformance.registered import ADAPTIVE, BARE, BARE_CODECS, VARIANTS
+from conformance.registered import BARE, BARE_CODECS, NEED_THE_LOSS, VARIANTS
 from jax._src import compiler
 
 MODULES = {
@@ -178,8 +178,10 @@ class OurTables:
         for name, variant in VARIANTS.items():
             if variant.optimizes if test in OPTIMIZING else self._suite in variant.suites:
                 yield {"opt_name": name, "opt_kwargs": {"learning_rate": variant.learning_rate}}
-        if self._suite == "contrib":  # Optax's tests give the loss to optimizers of this name.
-            yield {"opt_name": "momo", "opt_kwargs": {"learning_rate": ADAPTIVE.learning_rate}}
+        if self._suite == "contrib":  # Optax's tests give the loss to optimizers of these names.
+            for name, variant in NEED_THE_LOSS.items():
+                if test in OPTIMIZING or self._suite in variant.suites:
+                    yield {"opt_name": name, "opt_kwargs": {"learning_rate": variant.learning_rate}}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Leaves out what is in `LEFT_OUT`, marks what is in `XFAILS`, and misses nothing."""
@@ -236,7 +238,7 @@ def _numbers(release: str) -> list[int]:
 
 def _is_taken(case: Mapping[str, Any]) -> bool:
     """Whether the row takes the problem that this test optimizes, if it does."""
-    problems = VARIANTS.get(case["opt_name"], ADAPTIVE).problems
+    problems = (VARIANTS | NEED_THE_LOSS)[case["opt_name"]].problems
     return problems is None or "target" not in case or _name(case["target"]) in problems
 
 
@@ -276,7 +278,7 @@ def main(suite: str, *pytest_args: str) -> int:
         from absl.testing import parameterized
     except ImportError:
         sys.exit("Optax's tests need absl.testing: pip install absl-py")
-    for name, variant in {**VARIANTS, "momo": ADAPTIVE}.items():
+    for name, variant in (VARIANTS | NEED_THE_LOSS).items():
         setattr(optax.contrib, name, variant.factory)
         setattr(optax._src.alias, name, variant.factory)
     # A test ends where it fails first, as if it had no parts: pytest then sees one outcome a test.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conformance.registered import ADAPTIVE, BARE, STEPS_BEFORE_PREDICT, VARIANTS
+from conformance.registered import BARE, NEED_THE_LOSS, STEPS_BEFORE_PREDICT, VARIANTS
 from conformance.run_theirs import MODULES
 
 import vsa_optax
@@ -35,7 +35,7 @@ def test_what_they_run_predicts(name):
 
 
 def test_the_adaptive_one_predicts():
-    check_that_it_predicts(ADAPTIVE.factory(ADAPTIVE.learning_rate))
+    check_that_it_predicts(NEED_THE_LOSS["momo"].factory(NEED_THE_LOSS["momo"].learning_rate))
 
 
 @pytest.mark.parametrize("name", BARE)

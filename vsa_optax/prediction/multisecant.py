@@ -43,6 +43,7 @@ _EPSILON = 1e-8
 # Of what is missed of a gradient: all of it, as if it were curvature outside of the span, would be too much.
 _CURVATURE_SHARE = 0.3
 _CURVATURE_DECAY = 0.5  # Of the average of its logarithm.
+_LEAST_OUTSIDE = 1e-6  # Of the squared length of the leap inside of the span; less is what rounding left.
 _MOST_LOGARITHM = 80.0  # Exponentials of both signs stay in f32's range.
 
 
@@ -52,7 +53,7 @@ class LeapState(NamedTuple):
     Attributes:
         change: ``[W]``, coefficients of ``diff_gradients`` in the change of the gradient that it predicts.
         squared_gradient: ``[]``, ``||g||²`` where it starts.
-        squared_outside: ``[]``, squared length of its part outside of the span.
+        squared_outside: ``[]``, squared length of its part outside of the span; 0 where that is but rounding.
         dimension: ``[] int32``, of the span.
     """
 
@@ -76,7 +77,7 @@ class MultisecantState(NamedTuple):
         losses: ``[8]``, the last accepted ones, in a ring; minus infinity before any.
         loss: ``[]``, at the accepted parameters.
         damping: ``[]``, λ.
-        log_curvature: ``[]``, logarithm of the curvature outside of the span, averaged.
+        log_curvature: ``[]``, logarithm of the curvature outside of the span, averaged; exactly 0 before it is known.
         prediction_error: ``[]``, ``||g - ĝ|| / ||g before||`` of the last finite evaluation.
         num_evaluations: ``[] int32``.
         num_accepted: ``[] int32``.
@@ -154,8 +155,8 @@ def multisecant(
         have the dtype that ``opt`` gives them.
 
     State cost:
-        ``opt``'s own, twice the parameters, ``2 W + 1`` times them in ``history_dtype``, and ``4 W + 60`` bytes: 42
-        bytes a float32 parameter with the defaults.
+        ``opt``'s own, twice the parameters, ``2 * W + 1`` times them in ``history_dtype``, and ``4 * W + 76`` bytes:
+        42 bytes a float32 parameter with the defaults.
 
     Raises:
         ValueError: a setting out of range; an ``opt`` with a line search; two rates that would multiply; at ``update``,
@@ -195,7 +196,7 @@ def multisecant(
         count = functools.partial(_zeros, dtype=jnp.int32)
         return MultisecantState(
             inner_state=inner_state,
-            params=jax.tree.map(jnp.array, params),
+            params=jax.tree.map(_copied, params),
             gradient=zeros_as_stored(params, None),
             gradient_rms=jax.tree.map(lambda x: jnp.zeros_like(x.real), zeros_as_stored(params, dtype)),
             diff_params=_rings(params, window, dtype),
@@ -229,13 +230,13 @@ def multisecant(
         checks.check_same_tree(state.gradient, params, what="params")
         value = checks.check_scalar("value", extra_args["value"]).astype(state.loss.dtype)
 
-        state = _judged(state, updates, value, params)
+        count, state = state.num_evaluations, _judged(state, updates, value, params)
         has_point = state.num_accepted > 0
         extra_args["value"] = state.loss
         base, inner_state = opt.update(state.gradient, state.inner_state, state.params, **extra_args)
         inner_state = tree_where(has_point, inner_state, state.inner_state)
         if learning_rate is not None:
-            rate = learning_rate(state.num_evaluations) if callable(learning_rate) else learning_rate
+            rate = learning_rate(count) if callable(learning_rate) else learning_rate
             base = jax.tree.map(lambda b: jnp.asarray(rate, b.dtype) * b, base)
         step, leap = _leap(state, base)
 
@@ -297,16 +298,19 @@ def _judged(
     damping = jnp.clip(state.damping * factor.astype(state.damping.dtype), _LEAST_DAMPING, _MOST_DAMPING)
 
     curvature = _CURVATURE_SHARE * jnp.sqrt(_ratio(missed, state.leap.squared_outside))
-    is_measured = is_leap & (curvature > 0) & jnp.isfinite(curvature)
+    is_measured = is_leap & (state.leap.squared_outside > 0) & (curvature > 0) & jnp.isfinite(curvature)
     log_curvature = jnp.clip(jnp.log(jnp.where(is_measured, curvature, 1)), -_MOST_LOGARITHM, _MOST_LOGARITHM)
-    kept = jnp.where(state.num_secants > 0, _CURVATURE_DECAY, 0).astype(curvature.dtype)  # The first is no average.
+    # The first is no average.
+    kept = jnp.where(state.log_curvature == 0, 0, _CURVATURE_DECAY).astype(curvature.dtype)
     log_curvature = kept * state.log_curvature + (1 - kept) * log_curvature
 
     slot = state.num_secants % state.leap.change.size
     record = functools.partial(_recorded, slot=slot, is_recorded=is_leap)
     num_evaluations = optax.safe_increment(state.num_evaluations)
-    share = (1 - _METRIC_DECAY) / (1 - _METRIC_DECAY**num_evaluations)  # Of an average without the bias of its start.
-    accepted_gradient = tree_where(is_accepted, gradient, state.gradient)
+    forgotten = _METRIC_DECAY ** num_evaluations.astype(value.dtype)
+    # Of an average without the bias of its start; rounding may make more than 1 of the first.
+    share = jnp.minimum((1 - _METRIC_DECAY) / (1 - forgotten), 1)
+    accepted_gradient = tree_where(is_accepted, map_leaves(_as_kept, state.gradient, gradient), state.gradient)
     newest = state.num_accepted % _NUM_LOSSES
     return state._replace(
         params=tree_where(is_accepted, params, state.params),
@@ -320,9 +324,9 @@ def _judged(
         log_curvature=jnp.where(is_measured, log_curvature, state.log_curvature),
         prediction_error=jnp.where(is_leap, jnp.sqrt(squared_error), state.prediction_error),
         num_evaluations=num_evaluations,
-        num_accepted=state.num_accepted + is_accepted,
-        num_secants=state.num_secants + is_leap,
-        nonfinite_count=state.nonfinite_count + ~is_finite,
+        num_accepted=_count_if(is_accepted, state.num_accepted),
+        num_secants=_count_if(is_leap, state.num_secants),
+        nonfinite_count=_count_if(~is_finite, state.nonfinite_count),
     )
 
 
@@ -336,7 +340,7 @@ def _leap(state: MultisecantState, base: optax.Updates) -> tuple[Tree, LeapState
     squared_gradient = squared_outside = zero
     for row in rows:
         products = jax.tree.map(lambda total, x: total + x.astype(wide), products, _products(*row))
-        squared_gradient = squared_gradient + _sum(_squared(_wide(row[0])) / _metric(row[1])).astype(wide)
+        squared_gradient = squared_gradient + _squared_norm(row[0], row[1]).astype(wide)
 
     is_base = (state.damping >= _MOST_DAMPING) | (state.num_secants == 0)
     damping, curvature = jnp.where(is_base, jnp.inf, state.damping), jnp.exp(state.log_curvature)
@@ -348,6 +352,8 @@ def _leap(state: MultisecantState, base: optax.Updates) -> tuple[Tree, LeapState
         step, squared = _step(*row, solved=solved, is_base=is_base, of_base=of_base, of_gradient=of_gradient)
         steps.append(step)
         squared_outside = squared_outside + squared.astype(wide)
+    squared_inside = jnp.sum(solved.inside[:, None] * products.gram * solved.inside[None])
+    squared_outside = jnp.where(squared_outside > _LEAST_OUTSIDE * squared_inside, squared_outside, 0)
     leap = LeapState(solved.change, squared_gradient, squared_outside, solved.dimension)
     return jax.tree.unflatten(jax.tree.structure(base), steps), leap
 
@@ -356,9 +362,10 @@ def _products(
     gradient: jax.Array, rms: jax.Array, diff_params: jax.Array, diff_gradients: jax.Array, base: jax.Array
 ) -> Products:
     """Those of one leaf."""
-    metric = _metric(rms)
+    wide = _wide(diff_params)
+    metric = _metric(rms, wide.dtype)
     # By a root on either side the Gram matrix has no negative eigenvalue, rounded or not.
-    measured = numerics.saturating_cast(_wide(diff_params) * jnp.sqrt(metric)[None], diff_params.dtype)
+    measured = numerics.saturating_cast(wide * jnp.sqrt(metric)[None], diff_params.dtype)
     return Products(
         gram=inner_products.inner_of_all_records(measured, measured),
         cross=inner_products.inner_of_all_records(diff_params, diff_gradients),
@@ -380,15 +387,19 @@ def _step(
     of_gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The step of one leaf, and the squared length of its part outside of the span; one pass over the records."""
-    metric, wide_base = _metric(rms), _wide(base)
-    dtype = numerics.promoted(metric.dtype, wide_base.dtype)
-    base_outside = wide_base - _combined(solved.step, diff_params)
-    gradient_outside = (_wide(gradient) + _combined(solved.change, diff_gradients)) / metric - _combined(
-        solved.gradient, diff_params
-    )
+    dtype = numerics.promoted(gradient.dtype, base.dtype, jnp.float32)
+    wide_base = base.astype(dtype)
+
+    def combined(coefficients: jax.Array, records: jax.Array) -> jax.Array:
+        return _combined(coefficients, records).astype(dtype)
+
+    base_outside = wide_base - combined(solved.step, diff_params)
+    changed = gradient.astype(dtype) + combined(solved.change, diff_gradients)
+    gradient_outside = changed / _metric(rms, dtype) - combined(solved.gradient, diff_params)
     outside = of_base.astype(dtype) * base_outside - of_gradient.astype(dtype) * gradient_outside
-    step = jnp.where(is_base, wide_base, _combined(solved.inside, diff_params) + outside)
-    return step, _sum(_squared(outside) * metric)
+    step = jnp.where(is_base, wide_base, combined(solved.inside, diff_params) + outside)
+    squared = _squared(outside)
+    return step, jnp.sum(squared * _metric(rms, squared.dtype))
 
 
 def _missed(state: MultisecantState, gradient: optax.Updates) -> jax.Array:
@@ -396,28 +407,43 @@ def _missed(state: MultisecantState, gradient: optax.Updates) -> jax.Array:
     missed = jnp.zeros([], state.loss.dtype)
     trees = gradient, state.gradient, state.gradient_rms, state.diff_gradients
     for new, old, rms, records in zip(*map(jax.tree.leaves, trees), strict=True):
-        error = (_wide(new) - _wide(old)) - _combined(state.leap.change, records)
-        missed = missed + _sum(_squared(error) / _metric(rms)).astype(missed.dtype)
+        change = _difference(new, old)
+        error = change - _combined(state.leap.change, records).astype(change.dtype)
+        missed = missed + _squared_norm(error, rms).astype(missed.dtype)
     return missed
 
 
 def _recorded(
     records: jax.Array, new: jax.Array, old: jax.Array, *, slot: jax.Array, is_recorded: jax.Array
 ) -> jax.Array:
-    change = numerics.saturating_cast(_wide(new) - _wide(old), records.dtype)
+    change = numerics.saturating_cast(_difference(new, old), records.dtype)
     return records.at[slot].set(jnp.where(is_recorded, change, records[slot]))
+
+
+def _as_kept(old: jax.Array, new: jax.Array) -> jax.Array:
+    return new if new.dtype == old.dtype else numerics.saturating_cast(new, old.dtype)
 
 
 def _averaged(rms: jax.Array, gradient: jax.Array, *, share: jax.Array) -> jax.Array:
     """The root of the average with one more square in it; no square leaves the range."""
-    old, new = _wide(rms), jnp.abs(_wide(gradient))
-    of_new = jnp.sqrt(share).astype(new.dtype)
-    return numerics.saturating_cast(jnp.hypot(jnp.sqrt(1 - share).astype(old.dtype) * old, of_new * new), rms.dtype)
+    new = jnp.abs(_wide(gradient))
+    of_old, of_new = jnp.sqrt(1 - share).astype(new.dtype), jnp.sqrt(share).astype(new.dtype)
+    return numerics.saturating_cast(jnp.hypot(of_old * rms.astype(new.dtype), of_new * new), rms.dtype)
 
 
-def _metric(rms: jax.Array) -> jax.Array:
+def _count_if(condition: jax.Array, count: jax.Array) -> jax.Array:
+    return jnp.where(condition, optax.safe_increment(count), count)
+
+
+def _metric(rms: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """D⁻¹: by it displacements are measured."""
-    return _wide(rms) + _EPSILON
+    return (_wide(rms) + _EPSILON).astype(dtype)
+
+
+def _squared_norm(gradient: jax.Array, rms: jax.Array) -> jax.Array:
+    """``[]``, ``g'Dg``."""
+    squared = _squared(_wide(gradient))
+    return jnp.sum(squared / _metric(rms, squared.dtype))
 
 
 def _combined(coefficients: jax.Array, records: jax.Array) -> jax.Array:
@@ -429,16 +455,22 @@ def _squared(x: jax.Array) -> jax.Array:
     return (x.conj() * x).real
 
 
-def _sum(x: jax.Array) -> jax.Array:
-    return jnp.sum(x)
-
-
 def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
     return x / jnp.where(y > 0, y, 1)
 
 
+def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
+    dtype = numerics.promoted(new.dtype, old.dtype, jnp.float32)
+    return new.astype(dtype) - old.astype(dtype)
+
+
 def _wide(x: jax.Array) -> jax.Array:
     return x.astype(numerics.promoted(x.dtype, jnp.float32))
+
+
+def _copied(leaf: jax.Array) -> jax.Array:
+    """A copy, so that parameters and state can both be donated; zeros where only the shape is given."""
+    return jnp.zeros_like(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf)
 
 
 def _zeros(*shape: int, dtype: jax.typing.DTypeLike) -> jax.Array:

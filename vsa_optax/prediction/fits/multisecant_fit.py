@@ -94,10 +94,12 @@ def solve(products: Products, curvature: jax.Array, damping: jax.Array) -> Leap:
     is_known = eigenvalues > _LEAST_EIGENVALUE * jnp.maximum(eigenvalues[-1], 0.5)
     eigenvalues = jnp.where(is_known, eigenvalues, 1)
     roots = jnp.sqrt(eigenvalues)
-    basis = jnp.where(is_known, vectors / roots, 0)  # Columns: the u_j as combinations of the s_i.
+    basis = jnp.where(is_known[None], vectors / roots[None], 0)  # Columns: the u_j as combinations of the s_i.
 
     hessian = _hessian(_matmul(_matmul(vectors.T, cross), vectors), eigenvalues, curvature)
-    hessian = jnp.where(is_known[:, None] & is_known[None], hessian, curvature * jnp.eye(squared.size))
+    hessian = jnp.where(
+        is_known[:, None] & is_known[None], hessian, curvature * jnp.eye(squared.size, dtype=hessian.dtype)
+    )
     curvatures, axes = jnp.linalg.eigh(hessian)
     own_gradient, own_step = _matmul(basis.T, gradient), _matmul(basis.T, step)
 
