@@ -252,9 +252,11 @@ class Multisecant:
         of, is_first = self.of, self.num_accepted == 0
         self.num_evaluations += 1
         is_finite = np.isfinite(value) and np.isfinite(gradient).all()
-        is_allowed = len(self.losses) < of._NUM_LOSSES or value <= max(self.losses[-of._NUM_LOSSES :])
-        self.is_accepted = bool(is_finite and (is_first or self.damping >= of._MOST_DAMPING or is_allowed))
-        factor = of._MORE if self.is_accepted else of._MUCH_MORE
+        is_allowed = is_first or value <= max(self.losses[-of._NUM_LOSSES :])
+        self.is_accepted = bool(is_finite and (self.damping >= of._MOST_DAMPING or is_allowed))
+        factor = of._MUCH_MORE
+        if self.is_accepted:
+            factor = of._MORE if value > self.loss else 1
         if is_finite and not is_first:
             missed = gradient - self.gradient - self.leap.change
             squared, squared_outside = (
@@ -262,7 +264,8 @@ class Multisecant:
                 np.sum(self.metric * self.leap.outside**2),
             )
             self.error = np.sqrt(squared / np.sum(self.gradient**2 / self.metric))
-            if self.is_accepted and value <= self.loss and self.error**2 < of._WORST_ERROR:
+            worst = of._WORST_IF_IT_ROSE if value > self.loss else of._WORST_ERROR
+            if self.is_accepted and self.error**2 < worst:
                 factor = of._LESS
             if squared_outside > of._LEAST_OUTSIDE * np.sum(self.metric * self.leap.inside**2):
                 found, kept = of._CURVATURE_SHARE * np.sqrt(squared / squared_outside), of._CURVATURE_DECAY

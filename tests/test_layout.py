@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "kernels": set(),
 }
 # For each call, how many modules it may enter and how often it may go from one to another.
-BOUNDS = {"phase_switched": (14, 160), "multisecant": (7, 75), "encode": (10, 40), "ternary_multi_steps": (15, 190)}
+BOUNDS = {"phase_switched": (14, 160), "multisecant": (8, 80), "encode": (10, 40), "ternary_multi_steps": (15, 190)}
 WALKS = """
 import json, pathlib, sys
 import jax, jax.numpy as jnp, optax

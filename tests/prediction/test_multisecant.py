@@ -30,6 +30,7 @@ _LESS = 0.5
 _MORE = 1.5
 _MUCH_MORE = 4.0
 _WORST_ERROR = 1.0
+_WORST_IF_IT_ROSE = 0.3
 _METRIC_DECAY = 0.98
 _EPSILON = 1e-08
 _CURVATURE_SHARE = 0.3
@@ -239,16 +240,21 @@ def test_it_is_compared_with_the_largest_of_the_last_accepted_losses():
     np.testing.assert_array_equal(run.state.losses, before.losses.at[slot].set(0.5))
 
 
-def test_damping_falls_where_the_loss_does_and_the_gradient_is_as_predicted():
+def test_damping_falls_where_the_gradient_is_as_predicted_and_rises_where_it_is_not_and_the_loss_rises():
     run = Run().steps(quadratic, 5)
     before, given, loss = run.state, run.params, float(run.state.loss)
     right = quadratic(flat_of(given))[1]
     wrong = right + 10 * np.linalg.norm(flat_of(before.gradient))
+    # Squared, less than all of what it was before, but more than a third.
+    nearly = right + 0.7 * flat_of(before.gradient)
     below, above = 0.9 * loss, 1.1 * loss
     for value, gradient, factor in (
         (below, right, multisecant._LESS),
-        (above, right, multisecant._MORE),
-        (below, wrong, multisecant._MORE),
+        (above, right, multisecant._LESS),
+        (below, nearly, multisecant._LESS),
+        (above, nearly, multisecant._MORE),
+        (below, wrong, 1),
+        (above, wrong, multisecant._MORE),
     ):
         run.state, run.params = before._replace(losses=before.losses.at[:].set(2 * loss)), given
         run.step(quadratic, value=value, gradient=gradient)
@@ -306,12 +312,14 @@ def test_gradients_beyond_the_range_of_the_parameters_are_taken_at_their_largest
 
 def test_at_the_bound_of_damping_it_is_the_optimizer():
     """Whatever the loss, bit for bit."""
-    opt, update = plain()
+    (opt, update), rng = plain(), np.random.default_rng(0)
     run, params = Run(), tree_of(START)
     run.state, state = run.state._replace(damping=jnp.float32(multisecant._MOST_DAMPING)), opt.init(params)
     for count in range(30):
-        updates, state = update(tree_of(rosenbrock(flat_of(params))[1]), state, params)
-        assert_same(run.step(rosenbrock, value=float(count)), updates)
+        # Nothing that could be foreseen: damping would fall.
+        gradient = tree_of(rosenbrock(flat_of(params))[1] + 300 * rng.normal(size=SIZE))
+        updates, state = update(gradient, state, params)
+        assert_same(run.step(rosenbrock, gradient=flat_of(gradient), value=float(count)), updates)
         params = optax.apply_updates(params, updates)
     assert_same(run.state.inner_state, state)
     assert (run.stats.rejected, run.stats.damping) == (0, multisecant._MOST_DAMPING)
@@ -370,7 +378,7 @@ def test_what_is_not_finite_is_rejected_and_counted_and_leaves_no_trace():
                 assert_same(getattr(run.state, name), getattr(before, name))
             assert run.state.damping >= before.damping
         assert np.isfinite(flat_of(run.params)).all()
-        state = run.state._replace(losses=None)  # Infinite before any.
+        state = run.state._replace(losses=None)  # Minus infinity before any.
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
         assert value < 1e4
     assert run.stats.rejected >= bad == 9
@@ -656,7 +664,8 @@ def test_inside_and_around_optax():
 
 def test_inside_shard_map_gradients_and_losses_are_averaged():
     """Each of eight devices has its part of the batch; all take the same steps, those of one device."""
-    opt, x = vsa_optax.multisecant(optax.adam(0.05), history_window=2), jnp.sin(jnp.arange(48.0)).reshape(16, 3)
+    opt = vsa_optax.multisecant(optax.adam(0.05), history_window=2, history_dtype=None)
+    x = jnp.sin(jnp.arange(48.0)).reshape(16, 3)
     params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
 
     def fun(params, x):
@@ -680,6 +689,6 @@ def test_inside_shard_map_gradients_and_losses_are_averaged():
         params, x
     )
     (_, alone), of_one = jax.jit(functools.partial(steps, average=lambda tree: tree))(params, x)
-    np.testing.assert_allclose(values, of_one, rtol=0.02)  # What sums in another order add up to.
+    np.testing.assert_allclose(values, of_one, rtol=0.01)  # What sums in another order add up to.
     assert vsa_optax.multisecant_stats(state)[:4] == vsa_optax.multisecant_stats(alone)[:4]
     assert values[-1] < 0.1 * values[0]

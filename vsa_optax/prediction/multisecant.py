@@ -6,8 +6,8 @@ search and no control flow: what is accepted, rejected or left out is chosen by 
 
 A leap is judged by the next evaluation. It is accepted if the loss is not above the largest of the last few accepted
 ones; otherwise the next leap starts again from the accepted parameters, damped more, and knows one more secant. The
-damping falls while the loss does and the gradient comes as predicted, and rises otherwise. At its bound the step is the
-optimizer's, bit for bit, and always accepted: so it is where the gradient has noise.
+damping falls while the gradient comes as predicted, and rises where it does not and the loss rises. At its bound the
+step is the optimizer's, bit for bit, and always accepted: so it is where the gradient has noise.
 
 References:
     L. Grippo, F. Lampariello and S. Lucidi, "A nonmonotone line search technique for Newton's method", SIAM Journal on
@@ -35,9 +35,10 @@ from vsa_optax.prediction.stats import unwrapped
 
 _NUM_LOSSES = 8  # M, accepted ones that a new one is compared with.
 _LEAST_DAMPING, _FIRST_DAMPING, _MOST_DAMPING = 1e-6, 1.0, 100.0
-# What damping is multiplied by: where the loss fell, the gradient as predicted or not; where it rose; on a rejection.
-_LESS, _SAME, _MORE, _MUCH_MORE = 0.5, 1.0, 1.5, 4.0
-_WORST_ERROR = 1.0  # Of ||g - ĝ||² / ||g before||², for damping to fall.
+# What damping is multiplied by: with a gradient as predicted; without, where the loss rose; on a rejection.
+_LESS, _MORE, _MUCH_MORE = 0.5, 1.5, 4.0
+# Of ||g - ĝ||² / ||g before||²: below it a gradient came as predicted. Stricter where the loss rose: noise passes 1.
+_WORST_ERROR, _WORST_IF_IT_ROSE = 1.0, 0.3
 _METRIC_DECAY = 0.98  # Of the average of squared gradients.
 _EPSILON = 1e-8
 # Of what is missed of a gradient: all of it, as if it were curvature outside of the span, would be too much.
@@ -293,8 +294,10 @@ def _judged(
     is_accepted = is_finite & (is_first | is_bound | (value <= jnp.max(state.losses)))
     missed = _missed(state, gradient)
     squared_error = _ratio(missed, state.leap.squared_gradient)
-    fell, is_predicted = is_accepted & (value <= state.loss), squared_error < _WORST_ERROR
-    factor = jnp.where(fell, jnp.where(is_predicted, _LESS, _SAME), jnp.where(is_accepted, _MORE, _MUCH_MORE))
+    # A loss that rises although the gradient came as predicted is the doing of the optimizer's step in the leap.
+    fell = value <= state.loss
+    is_foreseen = squared_error < jnp.where(fell, _WORST_ERROR, _WORST_IF_IT_ROSE)
+    factor = jnp.where(is_accepted, jnp.where(is_foreseen, _LESS, jnp.where(fell, 1, _MORE)), _MUCH_MORE)
     damping = jnp.clip(state.damping * factor.astype(state.damping.dtype), _LEAST_DAMPING, _MOST_DAMPING)
 
     curvature = _CURVATURE_SHARE * jnp.sqrt(_ratio(missed, state.leap.squared_outside))
