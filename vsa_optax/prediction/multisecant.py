@@ -365,15 +365,14 @@ def _products(
     gradient: jax.Array, rms: jax.Array, diff_params: jax.Array, diff_gradients: jax.Array, base: jax.Array
 ) -> Products:
     """Those of one leaf."""
-    wide = _wide(diff_params)
-    metric = _metric(rms, wide.dtype)
+    wide, wide_base = _wide(diff_params), _wide(base)
     # By a root on either side the Gram matrix has no negative eigenvalue, rounded or not.
-    measured = numerics.saturating_cast(wide * jnp.sqrt(metric)[None], diff_params.dtype)
+    measured = numerics.saturating_cast(wide * jnp.sqrt(_metric(rms, wide.dtype))[None], diff_params.dtype)
     return Products(
         gram=inner_products.inner_of_all_records(measured, measured),
         cross=inner_products.inner_of_all_records(diff_params, diff_gradients),
         gradient=inner_products.inner_of_each(diff_params, gradient),
-        step=inner_products.inner_of_each(diff_params, _wide(base) * metric),
+        step=inner_products.inner_of_each(diff_params, wide_base * _metric(rms, wide_base.dtype)),
     )
 
 
