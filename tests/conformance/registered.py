@@ -34,7 +34,6 @@ class Variant(NamedTuple):
         factory: takes ``learning_rate``.
         learning_rate: one with which Optax's test problems are solved within the steps that the tests allow.
         optimizes: whether it takes the tests that optimize until convergence, 10000 or 30000 steps.
-        problems: the names of those it takes of them; None is all.
         suites: where it takes the tests of a few steps.
         is_started: whether its first step is of PREDICT.
         predicts: whether it has a phase machine at all.
@@ -46,7 +45,6 @@ class Variant(NamedTuple):
     suites: frozenset[str] = frozenset({"contrib", "alias", "float64", "sharding"})
     is_started: bool = False
     predicts: bool = True
-    problems: frozenset[str] | None = None
 
 
 # The tests of a few steps are a matter of domain and history, whatever the optimizer: two rows have each of both once,
@@ -167,11 +165,7 @@ VARIANTS["compressed"] = Variant(compressed(_TRITS), 3e-3, suites=_FEW, predicts
 VARIANTS["compressed_unbiased"] = Variant(compressed(_UNBIASED, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["compressed_sketch"] = Variant(compressed(_SKETCH, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["accumulated"] = Variant(accumulated(trits=3, block_size=2), 1e-2, suites=_FEW | {"contrib"}, predicts=False)
-# Six systems of 16 equations at each of 30000 steps take two seconds, of 4 equations a tenth; the problems have two to
-# seven parameters, and are predicted as often.
-_HARDEST, _FOUR = frozenset({"rosenbrock"}), switched(optax.adam, line=Secants, when=Guarded, window=4)
-VARIANTS["defaults"] = Variant(switched(optax.adam, line=Secants, when=Guarded), 1e-2, suites=_FEW, problems=_HARDEST)
-VARIANTS["defaults_but_window"] = Variant(_FOUR, 1e-2, suites=frozenset())
+VARIANTS["defaults"] = Variant(switched(optax.adam, line=Secants, when=Guarded), 1e-2, suites=_FEW)
 VARIANTS["default_lengths"] = Variant(switched(optax.adam), 1e-2, suites=frozenset())
 for _name, _suites in (
     ("adam_update_recursive", _NOT_REPEATED | {"sharding"}),

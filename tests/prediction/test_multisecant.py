@@ -442,6 +442,18 @@ def test_refused_where_it_is_made(make, message):
         ),
         (vsa_optax.multisecant(optax.chain(vsa_optax.multisecant(optax.sgd(1.0)))), "a multisecant of its own"),
         (
+            vsa_optax.multisecant(optax.MultiSteps(optax.sgd(1.0), 2)),
+            "not contain optax.MultiSteps, which emits rarely",
+        ),
+        (
+            vsa_optax.multisecant(vsa_optax.ternary_multi_steps(optax.sgd(1.0), 2)),
+            "not contain ternary_multi_steps, which emits rarely",
+        ),
+        (
+            vsa_optax.multisecant(optax.chain(optax.apply_every(2), optax.sgd(1.0))),
+            "not contain optax.apply_every, which emits rarely",
+        ),
+        (
             vsa_optax.multisecant(optax.adam(optax.constant_schedule(0.1)), learning_rate=0.1),
             "learning_rate must be None where opt scales by a rate of its own.*multiply",
         ),

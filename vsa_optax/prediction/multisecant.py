@@ -28,6 +28,7 @@ from vsa_optax.core.mesh import varying_axes
 from vsa_optax.core.trees import all_finite, map_leaves, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import inner_products, numerics
+from vsa_optax.prediction import rare_emitters
 from vsa_optax.prediction.fits.multisecant_fit import Leap, Products, solve
 from vsa_optax.prediction.learning_rate import check_learning_rate, check_one_rate
 from vsa_optax.prediction.predictors.base import check_settings, zeros_as_stored
@@ -160,7 +161,8 @@ def multisecant(
         42 bytes a float32 parameter with the defaults.
 
     Raises:
-        ValueError: a setting out of range; an ``opt`` with a line search; two rates that would multiply; at ``update``,
+        ValueError: a setting out of range; an ``opt`` with a line search, or that emits rarely, such as
+            ``optax.MultiSteps``; two rates that would multiply; at ``update``,
             no ``value`` or no ``params``, or gradients of another structure or shape than those given to ``init``.
         TypeError: at ``init``, a leaf that is not floating point or complex.
 
@@ -496,6 +498,11 @@ def _check_inner_state(inner_state: optax.OptState) -> None:
             raise ValueError("opt must not contain a multisecant of its own: use it once")
         if isinstance(node, kinds):
             raise ValueError("opt must not contain a line search: it evaluates the loss itself at every step")
+    for name in rare_emitters.names_in(inner_state):
+        raise ValueError(
+            f"opt must not contain {name}, which emits rarely: most of its steps are none. Average gradients and "
+            "losses of micro-batches before update, with optax.microbatching say"
+        )
 
 
 def _check_agreement(gradients: optax.Updates, value: object, state: MultisecantState) -> None:

@@ -15,7 +15,7 @@ from vsa_optax.core.trees import all_finite, norm, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction import machine as machines
-from vsa_optax.prediction import stats, unmeasured
+from vsa_optax.prediction import rare_emitters, stats, unmeasured
 from vsa_optax.prediction.guard import Moved
 from vsa_optax.prediction.learning_rate import check_one_rate
 from vsa_optax.prediction.machine import Phase, PhaseMachineState
@@ -30,13 +30,6 @@ from vsa_optax.prediction.predictors.base import (
 )
 from vsa_optax.prediction.step import PhaseStep, StepResult
 
-# What emits rarely, by the name of its state, since the rooms of this package do not import each other.
-_RARE_EMITTERS = {
-    "MultiStepsState": "optax.MultiSteps",
-    "TernaryMultiStepsState": "ternary_multi_steps",
-    "AccumulateTernaryState": "accumulate_ternary",
-    "ApplyEvery": "optax.apply_every",
-}
 _THE_OTHER_WAY_ROUND = (
     "what is predicted would leave between its emissions, too. Wrap the other way round, "
     "ternary_multi_steps(phase_switched(...), k) or optax.MultiSteps(phase_switched(...), k)"
@@ -250,8 +243,7 @@ def _check_inner_state(inner_state: optax.OptState, *, predicts_updates: bool) -
     searches = optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState
     if _find(inner_state, lambda node: isinstance(node, searches)):
         raise ValueError("opt must not contain a line search: it evaluates the loss itself at every step")
-    for node in _find(inner_state, _emits_rarely):
-        name = _RARE_EMITTERS.get(type(node).__name__, type(node).__name__)
+    for name in rare_emitters.names_in(inner_state):
         raise ValueError(f"opt must not contain {name}, which emits rarely: {_THE_OTHER_WAY_ROUND}")
     if predicts_updates and _find(inner_state, lambda node: isinstance(node, optax.ConditionallyMaskState)):
         raise ValueError(
@@ -262,11 +254,6 @@ def _check_inner_state(inner_state: optax.OptState, *, predicts_updates: bool) -
 
 def _find(state: Tree, is_meant: Callable[[object], bool]) -> list[Tree]:
     return [node for node in jax.tree.leaves(state, is_leaf=is_meant) if is_meant(node)]
-
-
-def _emits_rarely(node: object) -> bool:
-    """Whether it is the state of what counts micro-batches, as those of MultiSteps and of `accumulation` do."""
-    return isinstance(node, optax.ApplyEvery) or "mini_step" in getattr(node, "_fields", ())
 
 
 def _refuse_rare_emissions(opt: optax.GradientTransformation) -> None:
