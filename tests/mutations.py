@@ -195,7 +195,7 @@ MUTANTS = [
     Mutant("multisecant._judged", "fell, _WORST_ERROR, _WORST_IF_IT_ROSE", "fell, 1, 1", f"{LEAPS} -k falls"),
     Mutant("multisecant._judged", "is_foreseen = squared_error <", "is_foreseen = 0 <", LEAP),
     Mutant("multisecant.multisecant", "number(_NUM_LOSSES) - jnp.inf", "number(_NUM_LOSSES) + jnp.inf", LEAP),
-    Mutant("multisecant._check_agreement", "varying_axes(tree) - ", "", f"{LEAPS} -k shard_map"),
+    Mutant("multisecant._check_agreement", "if axes", "if axes and what == 'gradients'", f"{LEAPS} -k shard_map"),
     Mutant("multisecant._judged", "factor.astype(state.damping.dtype), _LEAST", "1, _LEAST", LEAP),
     Mutant("multisecant._judged", "_LEAST_DAMPING, _MOST_DAMPING)", "0, _MOST_DAMPING)", f"{LEAPS} -k its_bounds"),
     Mutant("multisecant._judged", "_LEAST_DAMPING, _MOST_DAMPING)", "_LEAST_DAMPING, 1000)", f"{LEAPS} -k its_bounds"),

@@ -700,7 +700,10 @@ def test_inside_shard_map_gradients_and_losses_are_averaged():
     (_, state), values = jax.jit(jax.shard_map(averaged, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))(
         params, x
     )
-    (_, alone), of_one = jax.jit(functools.partial(steps, average=lambda tree: tree))(params, x)
+    alone_on_each = functools.partial(steps, average=lambda tree: tree)
+    with pytest.raises(ValueError, match=r"value must be the same on all devices along \['data'\].*jax.lax.pmean"):
+        jax.eval_shape(jax.shard_map(alone_on_each, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()), params, x)
+    (_, alone), of_one = jax.jit(alone_on_each)(params, x)
     np.testing.assert_allclose(values, of_one, rtol=0.01)  # What sums in another order add up to.
     assert vsa_optax.multisecant_stats(state)[:4] == vsa_optax.multisecant_stats(alone)[:4]
     assert values[-1] < 0.1 * values[0]
