@@ -59,7 +59,10 @@ def levenberg_marquardt(task, own, most):
     def run(params, data, budget, steps, rate, betas):
         del data, steps, rate, betas
         solver = optimistix.LevenbergMarquardt(rtol=0.0, atol=0.0)
-        function = lambda y, _: (task.residuals(y), None)  # noqa: E731
+
+        def function(y, _):
+            return task.residuals(y), None
+
         solve = iterated(solver, function, lambda state: jnp.sum(state.f_info.residual**2), {"jac": "bwd"})
         return solve(params, budget, jnp.full(most, jnp.inf))
 

@@ -28,8 +28,8 @@ TESTED_IN = {
     "core/types.py": "test_typing.py",
     "core/versions.py": "core/test_mesh.py",
     "prediction/function_checks.py": "prediction/test_value_and_grad.py",
-    "prediction/rare_emitters.py": "test_nesting.py",
     "prediction/step.py": "prediction/test_update.py",
+    "prediction/unsuited.py": "test_nesting.py",
 }
 # What each folder imports besides itself.
 MAY_IMPORT = {

@@ -64,7 +64,7 @@ def inner_of_all_records(records: jax.Array, others: jax.Array) -> jax.Array:
 def inner_of_each(records: jax.Array, x: jax.Array) -> jax.Array:
     """``[W]``: ``<r_i, x>`` of ``[W, *shape]`` with ``[*shape]``, in at least f32; x is not rounded to the records.
 
-    A CPU is several times faster at a matrix product, for which an accelerator would have to write wider records first.
+    A matrix product on a CPU; elsewhere a sum, since XLA would write wider records for a product first.
     """
     wide = numerics.promoted(records.dtype, x.dtype, jnp.float32)
 

@@ -15,7 +15,7 @@ from vsa_optax.core.trees import all_finite, norm, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction import machine as machines
-from vsa_optax.prediction import rare_emitters, stats, unmeasured
+from vsa_optax.prediction import stats, unmeasured, unsuited
 from vsa_optax.prediction.guard import Moved
 from vsa_optax.prediction.learning_rate import check_one_rate
 from vsa_optax.prediction.machine import Phase, PhaseMachineState
@@ -240,10 +240,8 @@ def _check_inner_state(inner_state: optax.OptState, *, predicts_updates: bool) -
         raise ValueError(
             "opt must not contain a phase machine of its own: use predict_gradients or phase_switched once"
         )
-    searches = optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState
-    if _find(inner_state, lambda node: isinstance(node, searches)):
-        raise ValueError("opt must not contain a line search: it evaluates the loss itself at every step")
-    for name in rare_emitters.names_in(inner_state):
+    unsuited.check_no_line_search(inner_state)
+    for name in unsuited.rare_emitters(inner_state):
         raise ValueError(f"opt must not contain {name}, which emits rarely: {_THE_OTHER_WAY_ROUND}")
     if predicts_updates and _find(inner_state, lambda node: isinstance(node, optax.ConditionallyMaskState)):
         raise ValueError(
