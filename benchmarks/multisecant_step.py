@@ -33,6 +33,7 @@ def variants():
         "multisecant": made(),
         "window 16": made(history_window=16),
         "window 16, float32": made(history_window=16, history_dtype=None),
+        "flattened": optax.flatten(made()),
         "flattened, window 16": optax.flatten(made(history_window=16)),
         "lbfgs, memory 16, its step alone": optax.chain(optax.scale_by_lbfgs(16), optax.scale(-RATE)),
     }
@@ -46,7 +47,7 @@ def compiled(loss, opt, params):
         updates, state = opt.update(grads, state, params, value=value)
         return optax.apply_updates(params, updates), state
 
-    carry = jax.tree.map(jnp.array, params), opt.init(params)
+    carry = jax.tree.map(jnp.array, (params, opt.init(params)))  # Optax's L-BFGS starts with one array in two places.
     return jax.jit(step, donate_argnums=(0, 1)).lower(*carry).compile(), carry
 
 
