@@ -199,7 +199,7 @@ def test_in_noise_its_rests_are_those_of_the_twin():
             updates, state = update(tree_of(gradient, np.float64), state, params, value=np.float64(value))
             wanted = twin.update(flat_of(params), gradient, value)
             np.testing.assert_allclose(flat_of(updates), wanted, rtol=1e-7, atol=1e-9)
-            np.testing.assert_allclose(state.damping, twin.damping)
+            np.testing.assert_allclose([state.damping, state.prediction_error], [twin.damping, twin.error])
             assert (state.rest, state.rest_length) == (twin.rest, twin.rest_length)
             assert state.rest == 0 or state.leap.dimension == 0
             rests.append((int(state.rest), float(state.damping)))

@@ -10,7 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from vsa_optax.kernels import inner_products, numerics, platforms
-from vsa_optax.kernels.gpu import secant_kernels
+
+try:
+    from vsa_optax.kernels.gpu import secant_kernels
+except ImportError:  # JAX has announced that Pallas will lose the backend.
+    secant_kernels = None  # type: ignore[assignment] # A module otherwise.
 
 EPSILON = 1e-8  # Added to the root mean square of gradients.
 _LEAST_SIZE = 2**16  # Of a leaf, for which a kernel of its own pays.
@@ -122,7 +126,8 @@ def _suits_gpu(arrays: Secants | Evaluated) -> bool:
     shape = arrays.rms.shape
     records = [x for x in arrays if x.shape != shape]
     return (
-        arrays.rms.size >= _LEAST_SIZE
+        secant_kernels is not None
+        and arrays.rms.size >= _LEAST_SIZE
         and all(x.dtype == jnp.bfloat16 for x in records)
         and all(x.dtype in (jnp.float32, jnp.float16, jnp.bfloat16) for x in arrays)
     )
