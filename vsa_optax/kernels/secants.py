@@ -4,17 +4,14 @@ On one GPU, for records in bfloat16 of a large leaf, each is one pass of `kernel
 Everywhere else XLA makes them, which also divides the work of arrays that are laid out over several devices.
 """
 
+import functools
+import importlib.util
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from vsa_optax.kernels import inner_products, numerics, platforms
-
-try:
-    from vsa_optax.kernels.gpu import secant_kernels
-except ImportError:  # JAX has announced that Pallas will lose the backend.
-    secant_kernels = None  # type: ignore[assignment] # A module otherwise.
 
 EPSILON = 1e-8  # Added to the root mean square of gradients.
 _LEAST_SIZE = 2**16  # Of a leaf, for which a kernel of its own pays.
@@ -122,14 +119,20 @@ def missed(evaluated: Evaluated, change: jax.Array) -> jax.Array:
     return platforms.on_gpu_or_anywhere(_missed_in_one_pass, _missed, evaluated, change)
 
 
+@functools.cache
+def _has_kernels() -> bool:
+    """Whether Pallas has what they are written for; JAX has announced that it will not."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
 def _suits_gpu(arrays: Secants | Evaluated) -> bool:
     shape = arrays.rms.shape
     records = [x for x in arrays if x.shape != shape]
     return (
-        secant_kernels is not None
-        and arrays.rms.size >= _LEAST_SIZE
+        arrays.rms.size >= _LEAST_SIZE
         and all(x.dtype == jnp.bfloat16 for x in records)
         and all(x.dtype in (jnp.float32, jnp.float16, jnp.bfloat16) for x in arrays)
+        and _has_kernels()
     )
 
 
@@ -169,13 +172,17 @@ def _missed(evaluated: Evaluated, change: jax.Array) -> jax.Array:
 
 
 def _products_in_one_pass(leaf: Secants) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    most, rest = _divided(leaf)
+    from vsa_optax.kernels.gpu import secant_kernels  # Pallas with it, which few need.
+
+    most, rest = _divided(leaf, secant_kernels.COLUMNS)
     found = secant_kernels.products(*most, epsilon=EPSILON)
     return found if rest is None else jax.tree.map(jnp.add, found, _products(rest))
 
 
 def _step_in_one_pass(leaf: Secants, of: Coefficients) -> tuple[jax.Array, jax.Array]:
-    most, rest = _divided(leaf)
+    from vsa_optax.kernels.gpu import secant_kernels  # Pallas with it, which few need.
+
+    most, rest = _divided(leaf, secant_kernels.COLUMNS)
     coefficients = jnp.stack([of.inside, of.change, of.gradient, of.step]).astype(jnp.float32)
     numbers = jnp.stack([x.astype(jnp.float32) for x in (of.of_base, of.of_gradient, of.is_base)])
     found, squared = secant_kernels.step(*most, coefficients, numbers, epsilon=EPSILON)
@@ -186,15 +193,17 @@ def _step_in_one_pass(leaf: Secants, of: Coefficients) -> tuple[jax.Array, jax.A
 
 
 def _missed_in_one_pass(evaluated: Evaluated, change: jax.Array) -> jax.Array:
-    most, rest = _divided(evaluated)
+    from vsa_optax.kernels.gpu import secant_kernels  # Pallas with it, which few need.
+
+    most, rest = _divided(evaluated, secant_kernels.COLUMNS)
     found = secant_kernels.missed(*most, change.astype(jnp.float32), epsilon=EPSILON)
     return found if rest is None else found + _missed(rest, change)
 
 
-def _divided(arrays: Arrays) -> tuple[Arrays, Arrays | None]:
-    """Flat arrays: as many columns as a kernel takes, and those left over."""
+def _divided(arrays: Arrays, columns: int) -> tuple[Arrays, Arrays | None]:
+    """Flat arrays: a multiple of so many columns, and those left over."""
     shape, size = arrays.rms.shape, arrays.rms.size
-    most = size // secant_kernels.COLUMNS * secant_kernels.COLUMNS
+    most = size // columns * columns
     flat = [x.reshape(size) if x.shape == shape else x.reshape(x.shape[0], size) for x in arrays]
     if most == size:
         return type(arrays)(*flat), None

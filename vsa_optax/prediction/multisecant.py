@@ -67,8 +67,9 @@ def multisecant(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that a loss without noise needs several times fewer gradients.
 
-    For full batches, simulations, inverse problems and physics-informed networks: there re-tuned Adam needs two to
-    thirteen times as many (``benchmarks/noiseless.log``, ``noiseless_gpu.log``; on a quantum circuit 1.1 to 1.6 times).
+    For full batches, simulations, inverse problems and physics-informed networks: there re-tuned Adam needs 1.3 to 13
+    times as many, mostly 3 or more, and on a quantum circuit 1.1 to 1.6 times (``benchmarks/noiseless.log`` and
+    ``noiseless_gpu.log``).
     With mini-batches it becomes ``opt``.
 
     The loss is required: ``update(grads, state, params, value=loss)``. Both are those of ``params``, as
