@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vsa_optax.core.conditional import in_place_if
 from vsa_optax.core.trees import all_finite, map_leaves, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics, secants
@@ -126,7 +127,8 @@ def judged(
     kept = jnp.where(state.log_curvature == 0, 0, CURVATURE_DECAY).astype(curvature.dtype)
     log_curvature = kept * state.log_curvature + (1 - kept) * log_curvature
 
-    slot = state.num_secants % state.leap.change.size
+    # Behind what was missed, which reads the records as they were: else XLA copies them. Nothing missed is below 0.
+    slot = state.num_secants % state.leap.change.size + (missed < 0).astype(jnp.int32)
     record = functools.partial(_recorded, slot=slot, is_recorded=is_leap)
     num_evaluations = optax.safe_increment(state.num_evaluations)
     forgotten = METRIC_DECAY ** num_evaluations.astype(value.dtype)
@@ -223,7 +225,19 @@ def _recorded(
     records: jax.Array, new: jax.Array, old: jax.Array, *, slot: jax.Array, is_recorded: jax.Array
 ) -> jax.Array:
     change = numerics.saturating_cast(_difference(new, old), records.dtype)
-    return records.at[slot].set(jnp.where(is_recorded, change, records[slot]))
+    return jax.lax.platform_dependent(is_recorded, records, change, slot, cpu=_written_if, default=_written_or_same)
+
+
+def _written(records: jax.Array, change: jax.Array, slot: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(records, change, slot, 0)
+
+
+# A CPU makes bfloat16 of all records anew where one is read to be written.
+_written_if = in_place_if(_written)
+
+
+def _written_or_same(is_recorded: jax.Array, records: jax.Array, change: jax.Array, slot: jax.Array) -> jax.Array:
+    return _written(records, jnp.where(is_recorded, change, records[slot]), slot)
 
 
 def _as_kept(old: jax.Array, new: jax.Array) -> jax.Array:
