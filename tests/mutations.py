@@ -85,6 +85,8 @@ SECANT = (
 LEAP = "prediction/test_multisecant.py -k twin"
 LEAP_FIT = "prediction/fits/test_multisecant_fit.py"
 LEAPS = "prediction/test_multisecant.py"
+BY_KIND = "prediction/test_jit_by_phase.py"
+FORECAST = "prediction/test_forecast.py"
 GPU_SECANTS = "kernels/gpu/test_secant_kernels.py"
 LEAP_CONSTANT = f"{LEAP_FIT} {LEAPS} -k constants"
 
@@ -168,6 +170,49 @@ MUTANTS = [
     Mutant("multisecant_fit._hessian", "roots[None] / roots[:, None]", "1", f"{LEAP_FIT} -k least_squares"),
     Mutant("multisecant_fit._hessian", "[None] + 2 * RIDGE", "[None]", f"{LEAP_FIT} -k least_squares"),
     Mutant("inner_products.inner_of_all_records", "conj()", "real", "kernels/test_inner_products.py -k all_records"),
+    Mutant("forecast._of_guard", "done + 1 >= leap_length", "done + 2 >= leap_length", FORECAST),
+    Mutant("forecast._of_guard", "jnp.maximum(phases.warmup_steps - done, 1), 1)", "phases.warmup_steps, 1)", FORECAST),
+    Mutant("forecast._of_guard", "(StepKind.PLAIN, asleep)", "(StepKind.PLAIN, asleep + 1)", FORECAST),
+    Mutant("forecast._of_cycle", "state.calibration is None", "True", FORECAST),
+    Mutant("forecast._of_cycle", "done % phases.correct_every\n", "done\n", FORECAST),
+    Mutant("forecast._of_cycle", "(done + num) % phases.correct_every == 0", "True", FORECAST),
+    Mutant("forecast._of_cycle", "done + 1 >= leap", "done >= leap", FORECAST),
+    Mutant("forecast._of_cycle", "jnp.maximum(full - done, 1)", "jnp.maximum(full, 1)", FORECAST),
+    Mutant(
+        "kinds.assumption_for", "assumption.machine.phase is not machine.phase", "False", f"{BY_KIND} -k decided_on"
+    ),
+    Mutant("jit_by_phase._without", "steps -= taken", "steps -= 0", f"{BY_KIND} -k what_is_left"),
+    Mutant("jit_by_phase._without", "min(num, steps)", "0", f"{BY_KIND} -k waits_only"),
+    Mutant("jit_by_phase._Last.is_in", ".phase is phase", ".phase is not None", f"{BY_KIND} -k turns"),
+    Mutant(
+        "jit_by_phase._traced_for", "find_machine(result).phase is assumption.after.phase", "True", f"{BY_KIND} -k anew"
+    ),
+    Mutant(
+        "jit_by_phase._leads_to_machine",
+        "isinstance(tree, tuple) and any(map(_leads_to_machine, tree))",
+        "contains_machine(tree)",
+        f"{BY_KIND} -k in_place",
+    ),
+    Mutant("jit_by_phase.JitByPhase.__call__", "self._last = None", "pass", f"{BY_KIND} -k fails"),
+    Mutant("jit_by_phase._coming", "(StepKind.PLAIN, asleep)", "(StepKind.WATCHED, asleep)", f"{BY_KIND} -k asleep"),
+    Mutant(
+        "step.PhaseStep.straight",
+        "tree_where(is_finite, new_state, inner_state)",
+        "new_state",
+        f"{BY_KIND} -k parameters_are",
+    ),
+    Mutant(
+        "step.PhaseStep.straight",
+        "tree_where(is_finite, compared, nothing)",
+        "compared",
+        f"{BY_KIND} -k parameters_are",
+    ),
+    Mutant(
+        "step.PhaseStep.straight",
+        "has_gradient & all_finite(target)",
+        "all_finite(target) | True",
+        f"{BY_KIND} -k parameters_are",
+    ),
     Mutant("leap.NUM_LOSSES", "8", "1", LEAP_CONSTANT),
     Mutant("leap.(LEAST_DAMPING, FIRST_DAMPING, MOST_DAMPING)", "1e-06", "1e-05", LEAP_CONSTANT),
     Mutant("leap.(LEAST_DAMPING, FIRST_DAMPING, MOST_DAMPING)", "1.0", "2.0", LEAP_CONSTANT),
@@ -265,7 +310,7 @@ MUTANTS = [
     Mutant("secants._step", "squared * metric", "squared / metric", LEAP),
     Mutant("secants._step", "base - sum_of", "base + sum_of", LEAP),
     Mutant("secants._missed", "- combined", "+ combined", LEAP),
-    Mutant("leap._recorded", "is_recorded, change", "True, change", f"{LEAPS} -k no_trace"),
+    Mutant("leap._recorded", "(is_recorded, records", "(is_recorded | True, records", f"{LEAPS} -k no_trace"),
     Mutant("leap._as_kept", "new.dtype == old.dtype", "True", f"{LEAPS} -k beyond"),
     Mutant("leap._averaged", "of_old * rms", "rms", f"{LEAPS} -k root_mean_square"),
     Mutant("secants.squared_norm", "squared / metric", "squared * metric", LEAP),
