@@ -205,7 +205,7 @@ def test_a_second_update_in_one_step_is_decided_on_the_device():
 
 def test_inside_shard_map_and_loops_it_is_decided_on_the_device():
     opt, single, _ = compiled("cycle")
-    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
     mapped = jax.shard_map(step_of(opt), mesh=mesh, in_specs=P(), out_specs=P())
 
     def scanned(params, state, factor):
