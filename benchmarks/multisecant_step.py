@@ -33,6 +33,7 @@ def variants():
         "multisecant": made(),
         "window 16": made(history_window=16),
         "window 16, float32": made(history_window=16, history_dtype=None),
+        "flattened": optax.flatten(made()),
         "flattened, window 16": optax.flatten(made(history_window=16)),
         "lbfgs, memory 16, its step alone": optax.chain(optax.scale_by_lbfgs(16), optax.scale(-RATE)),
     }
@@ -46,7 +47,7 @@ def compiled(loss, opt, params):
         updates, state = opt.update(grads, state, params, value=value)
         return optax.apply_updates(params, updates), state
 
-    carry = jax.tree.map(jnp.array, params), opt.init(params)
+    carry = jax.tree.map(jnp.array, (params, opt.init(params)))  # Optax's L-BFGS starts with one array in two places.
     return jax.jit(step, donate_argnums=(0, 1)).lower(*carry).compile(), carry
 
 
@@ -59,11 +60,12 @@ def block(program, carry, steps):
     return (time.perf_counter() - start) / steps, carry
 
 
-def report(name, loss, params, steps, rounds):
+def report(name, loss, params, options):
     """Prints one table."""
-    size = optax.tree.size(params)
+    size, steps, rounds = optax.tree.size(params), options.steps, options.rounds
     programs, carries, needs, compiling = {}, {}, {}, {}
-    for variant, opt in variants().items():
+    chosen = {name: opt for name, opt in variants().items() if name == "plain" or name in options.variants.split(";")}
+    for variant, opt in (chosen if options.variants else variants()).items():
         start = time.perf_counter()
         programs[variant], carries[variant] = compiled(loss, optax.with_extra_args_support(opt), params)
         compiling[variant] = time.perf_counter() - start
@@ -95,6 +97,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20, help="of a block")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--tasks", default="bytes,poisson", help="which of bytes, poisson")
+    parser.add_argument("--variants", default="", help='only these, and plain: "multisecant;window 16"')
     options = parser.parse_args()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "optax"))
     print(f"machine: {platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}")
@@ -107,12 +110,11 @@ def main():
             "byte transformer, batch 64 x 256",
             lambda p: task.loss(p, batch),
             task.init(0),
-            options.steps,
-            options.rounds,
+            options,
         )
     if "poisson" in options.tasks:
         task = noiseless_poisson.poisson(256, 8192)
-        report("Poisson PINN, 8192 points", lambda p: task.loss(p, ()), task.init(0), options.steps, options.rounds)
+        report("Poisson PINN, 8192 points", lambda p: task.loss(p, ()), task.init(0), options)
 
 
 if __name__ == "__main__":

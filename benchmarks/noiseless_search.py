@@ -11,7 +11,6 @@ import numpy as np
 from guard import geometric_mean
 from noiseless_rivals import Setting
 
-FURTHER = (2, 4, 8)  # Of the middle budget: what plain Adam is given as well, to see when it gets as low as others.
 BASELINE = "Adam"
 MOST_HALF_OCTAVES = 20
 
@@ -36,7 +35,7 @@ def middle(budgets):
 
 
 def all_budgets(task):
-    return sorted({*task.budgets, *(factor * middle(task.budgets) for factor in FURTHER)})
+    return sorted({*task.budgets, *(factor * middle(task.budgets) for factor in task.further)})
 
 
 def run_budgets(task, name, method):

@@ -23,6 +23,7 @@ class FullBatch(NamedTuple):
         data: seed -> what the loss reads beside the parameters; the task may be another one for each seed.
         residuals: parameters -> a vector whose squares sum to the loss, if it is short enough for Levenberg-Marquardt.
         is_for_gpu: whether a CPU takes seconds for an evaluation.
+        further: of the middle budget: what plain Adam is given as well, to see when it gets as low as others.
     """
 
     description: str
@@ -34,6 +35,7 @@ class FullBatch(NamedTuple):
     data: Callable[[int], Any] = lambda seed: ()
     residuals: Callable[[Any], jax.Array] | None = None
     is_for_gpu: bool = False
+    further: tuple[int, ...] = (2, 4, 8)
 
 
 def make(task, seed):

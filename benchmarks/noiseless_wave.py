@@ -90,6 +90,7 @@ def wave(num_shots=4, num_receivers=64, num_steps=256):
         rates=(-2, 0, 2, 4, 6),
         floor=1e-9,
         data=data,
+        further=(2, 4),
     )
 
 

@@ -14,7 +14,7 @@ def compiled(history):
     """To record at a step, and to predict for one, by the history's own pieces."""
 
     def record(state, record, at):
-        return history.record(state, record, None, at, history.scalars(state, at))
+        return history.record(state, record, None, at, history.scalars(state, at), jnp.array(True))
 
     def predict(state, step):
         coefficients, trees = history.terms(state, history.scalars(state, step))

@@ -244,56 +244,66 @@ class Multisecant:
         self.point = self.gradient = self.mean_square = np.zeros(size)
         self.moves = np.zeros((0, size))
         self.changes = np.zeros((0, size))
-        self.losses, self.loss, self.damping, self.curvature = [], np.inf, of._FIRST_DAMPING, None
-        self.num_evaluations = self.num_accepted = self.error = 0
+        self.losses, self.loss, self.damping, self.curvature = [], np.inf, of.FIRST_DAMPING, None
+        self.num_evaluations = self.num_accepted = self.error = self.rest = self.rest_length = 0
         self.leap, self.is_accepted = None, None
 
     def judge(self, point, gradient, value):
         of, is_first = self.of, self.num_accepted == 0
         self.num_evaluations += 1
-        is_finite = np.isfinite(value) and np.isfinite(gradient).all()
-        is_allowed = is_first or value <= max(self.losses[-of._NUM_LOSSES :])
-        self.is_accepted = bool(is_finite and (self.damping >= of._MOST_DAMPING or is_allowed))
-        factor = of._MUCH_MORE
+        is_finite, is_resting = np.isfinite(value) and np.isfinite(gradient).all(), self.rest > 0
+        is_bound = self.damping >= of.MOST_DAMPING
+        is_allowed = is_first or value <= max(self.losses[-of.NUM_LOSSES :])
+        self.is_accepted = bool(is_finite and (is_bound or is_allowed))
+        factor = of.MUCH_MORE
         if self.is_accepted:
-            factor = of._MORE if value > self.loss else 1
-        if is_finite and not is_first:
+            factor = of.MORE if value > self.loss else 1
+        if is_finite and not is_first and not is_resting:
             missed = gradient - self.gradient - self.leap.change
             squared, squared_outside = (
                 np.sum(missed**2 / self.metric),
                 np.sum(self.metric * self.leap.outside**2),
             )
             self.error = np.sqrt(squared / np.sum(self.gradient**2 / self.metric))
-            worst = of._WORST_IF_IT_ROSE if value > self.loss else of._WORST_ERROR
+            worst = of.WORST_IF_IT_ROSE if value > self.loss else of.WORST_ERROR
             if self.is_accepted and self.error**2 < worst:
-                factor = of._LESS
-            if squared_outside > of._LEAST_OUTSIDE * np.sum(self.metric * self.leap.inside**2):
-                found, kept = of._CURVATURE_SHARE * np.sqrt(squared / squared_outside), of._CURVATURE_DECAY
+                factor = of.LESS
+            if squared_outside > of.LEAST_OUTSIDE * np.sum(self.metric * self.leap.inside**2):
+                found, kept = of.CURVATURE_SHARE * np.sqrt(squared / squared_outside), of.CURVATURE_DECAY
                 self.curvature = found if self.curvature is None else self.curvature**kept * found ** (1 - kept)
+        if is_finite and not is_first:
             self.moves = np.concatenate([self.moves, [point - self.point]])[-self.window :]
             self.changes = np.concatenate([self.changes, [gradient - self.gradient]])[-self.window :]
-        if not is_first:
-            self.damping = np.clip(self.damping * factor, of._LEAST_DAMPING, of._MOST_DAMPING)
+        if not is_first and not is_resting:
+            self.damping = np.clip(self.damping * factor, of.LEAST_DAMPING, of.MOST_DAMPING)
+        self.rest = max(self.rest - 1, 0)
+        if self.damping < of.MOST_DAMPING:
+            self.rest_length = 0
+        elif is_bound and not is_resting:
+            self.rest = self.rest_length = min(max(2 * self.rest_length, 1), of.MOST_REST)
         if self.is_accepted:
             self.point, self.gradient, self.loss = point, gradient, value
             self.losses.append(value)
             self.num_accepted += 1
-        decay = of._METRIC_DECAY
+        decay = of.METRIC_DECAY
         share = (1 - decay) / (1 - decay**self.num_evaluations)
         self.mean_square = (1 - share) * self.mean_square + share * self.gradient**2
-        self.metric = np.sqrt(self.mean_square) + of._EPSILON
+        self.metric = np.sqrt(self.mean_square) + of.secants.EPSILON
 
     def update(self, point, gradient, value):
         """What leads from ``point`` to the next one."""
         self.judge(point, gradient, value)
         if not self.num_accepted:
             return np.zeros_like(point)
-        is_base = self.damping >= self.of._MOST_DAMPING or not len(self.moves)
+        base = self.base(self.gradient)
+        if self.rest:
+            return self.point - point + base
+        is_base = self.damping >= self.of.MOST_DAMPING or not len(self.moves)
         self.leap = Leap(
             self.moves,
             self.changes,
             self.gradient,
-            self.base(self.gradient),
+            base,
             self.metric,
             curvature=1.0 if self.curvature is None else self.curvature,
             damping=np.inf if is_base else self.damping,

@@ -14,7 +14,7 @@ import pytest
 import vsa_optax
 from vsa_optax import AdaptiveCycle, Cycle, Guarded, Recursive, Secants, TritCodec, Window
 from vsa_optax.accumulation import ternary_sum
-from vsa_optax.prediction import guard, machine, multisecant, presets, step
+from vsa_optax.prediction import guard, leap, machine, multisecant, presets, step
 
 # Changing a line here changes what programs of users do.
 SIGNATURES = """
@@ -42,6 +42,7 @@ checkpoint.save(directory, step, tree, *, config=None, keep=None)
 compress_gradients(codec, *, error_feedback=False)
 compressed_pmean(axis_name, codec, *, error_feedback=False)
 conservative(learning_rate)
+jit_by_phase(fun, **jit_options)
 multisecant(opt, *, learning_rate=None, history_window=8, history_dtype=<class 'jax.numpy.bfloat16'>)
 multisecant_stats(opt_state)
 needs_backward(opt_state)
@@ -132,9 +133,10 @@ def test_docstrings_say_the_numbers():
     ]
     assert numbers(r"after (\d+) true steps .* for the next (\d+), .* up to (\d+),", guard.__doc__) == sleeps
     assert numbers(r"within (\d+) to (\d+) and (\d+) to (\d+) steps", AdaptiveCycle.__doc__) == lengths
-    bound, ring = vsa_optax.MultisecantStats.__doc__, multisecant.MultisecantState.__doc__
-    assert numbers(r"coming step: (\d+) or more", bound) == [multisecant._MOST_DAMPING]
-    assert numbers(r"losses: ``\[(\d+)\]``", ring) == [multisecant._NUM_LOSSES]
+    bound, ring = vsa_optax.MultisecantStats.__doc__, leap.MultisecantState.__doc__
+    assert numbers(r"coming step: (\d+) or more", bound) == [leap.MOST_DAMPING]
+    assert numbers(r"losses: ``\[(\d+)\]``", ring) == [leap.NUM_LOSSES]
+    assert numbers(r"up to (\d+) evaluations apart", multisecant.__doc__) == [leap.MOST_REST]
     assert numbers(r"the (\d+) largest leaves of at most (\d+)", looks) == [step._NUM_LOOKED_AT, step._LOOKED_AT]
     assert numbers(r"None takes two for K up to (\d+)", accumulates) == [few]
     assert numbers(r"a number beyond (\S+),", accumulates) == [float(f"{largest:.0e}")]

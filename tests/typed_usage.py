@@ -30,6 +30,7 @@ from vsa_optax import (
     compress_gradients,
     compressed_pmean,
     conservative,
+    jit_by_phase,
     multisecant,
     multisecant_stats,
     needs_backward,
@@ -173,6 +174,23 @@ def use_leaps(params: Params, x: jax.Array) -> MultisecantStats:
     return stats
 
 
+def use_programs(params: Params, x: jax.Array) -> Params:
+    """A training step with a program for each kind."""
+    opt = phase_switched(optax.sgd(0.1))
+
+    def train_step(params: Params, state: optax.OptState, x: jax.Array) -> tuple[Params, optax.OptState]:
+        value, grads = value_and_grad_by_phase(loss)(params, x, state=state)
+        updates, state = opt.update(grads, state, params, value=value)
+        moved: Params = optax.apply_updates(params, updates)
+        return moved, state
+
+    by_phase = jit_by_phase(train_step, donate_argnames=("state",))
+    moved, _ = by_phase(params, opt.init(params), x)
+    assert_type(moved, Params)
+    assert by_phase.num_waits == 0
+    return moved
+
+
 def use_queries(state: optax.OptState) -> PhaseStats:
     """Both queries, every field, and the phases."""
     assert_type(needs_backward(state), jax.Array)
@@ -241,6 +259,7 @@ def main() -> None:
     use_accumulation(params)
     use_arrays(x)
     assert use_leaps(params, x).accepted == 0
+    assert use_programs(params, x)["w"].shape == (3,)
     states = [opt.init(params) for opt in use_transformations()]
     assert len(states) > 1
     opt, state = use_transformations()[1], states[1]

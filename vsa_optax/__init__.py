@@ -14,6 +14,7 @@ if _typing.TYPE_CHECKING:
     from vsa_optax.compression.pmean import compressed_pmean, state_specs
     from vsa_optax.prediction.api import phase_switched, predict_gradients
     from vsa_optax.prediction.guard import GuardAction
+    from vsa_optax.prediction.jit_by_phase import jit_by_phase
     from vsa_optax.prediction.machine import Phase
     from vsa_optax.prediction.multisecant import MultisecantStats, multisecant, multisecant_stats
     from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
@@ -47,6 +48,7 @@ __all__ = [
     "compress_gradients",
     "compressed_pmean",
     "conservative",
+    "jit_by_phase",
     "multisecant",
     "multisecant_stats",
     "needs_backward",
@@ -83,6 +85,7 @@ _HOMES = {
     "compress_gradients": "compression.gradients",
     "compressed_pmean": "compression.pmean",
     "conservative": "prediction.presets",
+    "jit_by_phase": "prediction.jit_by_phase",
     "multisecant": "prediction.multisecant",
     "multisecant_stats": "prediction.multisecant",
     "needs_backward": "prediction.stats",

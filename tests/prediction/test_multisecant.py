@@ -1,6 +1,7 @@
 """Leaps: the twin in float64, quadratics and saddles, what is rejected, noise, broken evaluations; and mechanics."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -13,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 import vsa_optax
 from vsa_optax import checkpoint
-from vsa_optax.prediction import multisecant
+from vsa_optax.kernels import secants
+from vsa_optax.prediction import leap
 from vsa_optax.prediction.fits import multisecant_fit
 
 SIZE, RATE = 6, 0.05
@@ -22,28 +24,29 @@ START = np.array([-1.2, 1.0, 0.5, -0.5, 1.5, -1.0])
 
 # Runs are other runs with other ones.
 CONSTANTS = """
-_NUM_LOSSES = 8
-_LEAST_DAMPING = 1e-06
-_FIRST_DAMPING = 1.0
-_MOST_DAMPING = 100.0
-_LESS = 0.5
-_MORE = 1.5
-_MUCH_MORE = 4.0
-_WORST_ERROR = 1.0
-_WORST_IF_IT_ROSE = 0.3
-_METRIC_DECAY = 0.98
-_EPSILON = 1e-08
-_CURVATURE_SHARE = 0.3
-_CURVATURE_DECAY = 0.5
-_LEAST_OUTSIDE = 1e-06
-_MOST_LOGARITHM = 80.0
+NUM_LOSSES = 8
+LEAST_DAMPING = 1e-06
+FIRST_DAMPING = 1.0
+MOST_DAMPING = 100.0
+LESS = 0.5
+MORE = 1.5
+MUCH_MORE = 4.0
+WORST_ERROR = 1.0
+WORST_IF_IT_ROSE = 0.3
+METRIC_DECAY = 0.98
+CURVATURE_SHARE = 0.3
+CURVATURE_DECAY = 0.5
+LEAST_OUTSIDE = 1e-06
+MOST_LOGARITHM = 80.0
+MOST_REST = 64
 """
 
 
 def test_the_constants_are_those_that_were_tried():
     """All that this module has; every other test takes them from there."""
-    numbers = {name: value for name, value in vars(multisecant).items() if name.isupper() and np.isscalar(value)}
+    numbers = {name: value for name, value in vars(leap).items() if name.isupper() and np.isscalar(value)}
     assert [f"{name} = {value!r}" for name, value in numbers.items()] == CONSTANTS.strip().splitlines()
+    assert secants.EPSILON == 1e-8
 
 
 def tree_of(flat, dtype=np.float32):
@@ -139,7 +142,7 @@ def test_the_metric_is_of_the_root_mean_square_from_the_first_gradient_on():
     for _ in range(4):
         run.step(rosenbrock)
         squares.append(flat_of(run.state.gradient) ** 2)
-        weights = multisecant._METRIC_DECAY ** np.arange(len(squares))[::-1]
+        weights = leap.METRIC_DECAY ** np.arange(len(squares))[::-1]
         wanted = np.sqrt(weights @ np.array(squares) / np.sum(weights))
         np.testing.assert_allclose(flat_of(run.state.gradient_rms), wanted, rtol=1e-5)
 
@@ -148,7 +151,7 @@ def test_fifty_updates_are_those_of_the_twin():
     """Rejections and evaluations that are not finite among them, the first one too."""
     with jax.enable_x64(True):
         opt = vsa_optax.multisecant(optax.adam(RATE), history_window=5, history_dtype=None)
-        twin = reference.Multisecant(adam(RATE), SIZE, window=5, of=multisecant, fit=multisecant_fit)
+        twin = reference.Multisecant(adam(RATE), SIZE, window=5, of=leap, fit=multisecant_fit)
         params = tree_of(START, np.float64)
         state, update, accepted = opt.init(params), jax.jit(opt.update), []
         for count in range(50):
@@ -177,6 +180,34 @@ def test_fifty_updates_are_those_of_the_twin():
         stats = vsa_optax.multisecant_stats(state)
         assert (stats.evaluations, stats.accepted, stats.nonfinite_count) == (50, accepted.count(True), 4)
         assert stats.dimension == 5
+
+
+def test_in_noise_its_rests_are_those_of_the_twin():
+    """Ever longer ones; the loss that has none in the end is foreseen again at the first look."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        opt = vsa_optax.multisecant(optax.adam(RATE), history_window=5, history_dtype=None)
+        twin = reference.Multisecant(adam(RATE), SIZE, window=5, of=leap, fit=multisecant_fit)
+        params = tree_of(START, np.float64)
+        state, update, rests = opt.init(params), jax.jit(opt.update), []
+        for count in range(240):
+            value, gradient = quadratic(flat_of(params))
+            if count < 150:
+                value, gradient = value + rng.normal(), gradient + 300 * rng.normal(size=SIZE)
+            if count == 140:
+                gradient[2] = np.nan
+            updates, state = update(tree_of(gradient, np.float64), state, params, value=np.float64(value))
+            wanted = twin.update(flat_of(params), gradient, value)
+            np.testing.assert_allclose(flat_of(updates), wanted, rtol=1e-7, atol=1e-9)
+            np.testing.assert_allclose([state.damping, state.prediction_error], [twin.damping, twin.error])
+            assert (state.rest, state.rest_length) == (twin.rest, twin.rest_length)
+            assert state.rest == 0 or state.leap.dimension == 0
+            rests.append((int(state.rest), float(state.damping)))
+            params = optax.apply_updates(params, updates)
+    lengths = [now for (before, _), (now, _) in itertools.pairwise(rests) if now > before]
+    assert lengths[-1] == leap.MOST_REST
+    assert rests[-1][0] == 0
+    assert rests[-1][1] < leap.FIRST_DAMPING
 
 
 def test_a_quadratic_of_few_dimensions_is_solved_in_few_evaluations():
@@ -214,12 +245,12 @@ def test_a_rejected_point_is_gone_back_from():
     moved = jax.tree.map(np.subtract, given, before.params)
     for ring, move in zip(jax.tree.leaves(after.diff_params), jax.tree.leaves(moved), strict=True):
         np.testing.assert_array_equal(ring[slot], move)
-    assert after.damping == pytest.approx(float(before.damping) * multisecant._MUCH_MORE)
+    assert after.damping == pytest.approx(float(before.damping) * leap.MUCH_MORE)
     # What leaves goes back, and from there on: at the damping's bound by the optimizer's own step.
-    state = before._replace(damping=jnp.float32(0.9 * multisecant._MOST_DAMPING))
+    state = before._replace(damping=jnp.float32(0.9 * leap.MOST_DAMPING))
     value, gradient = 1e6, rosenbrock(flat_of(given))[1]
     updates, after = wrapped()[1](tree_of(gradient), state, given, value=np.float32(value))
-    assert after.damping == multisecant._MOST_DAMPING
+    assert after.damping == leap.MOST_DAMPING
     own, _ = plain()[1](before.gradient, before.inner_state, before.params)
     expected = flat_of(before.params) + flat_of(own)
     np.testing.assert_allclose(flat_of(optax.apply_updates(given, updates)), expected, rtol=1e-6, atol=1e-6)
@@ -228,14 +259,14 @@ def test_a_rejected_point_is_gone_back_from():
 def test_it_is_compared_with_the_largest_of_the_last_accepted_losses():
     run = Run().steps(rosenbrock, 20)
     run.state = run.state._replace(losses=jnp.arange(1.0, 9.0), damping=jnp.float32(0.1))
-    assert run.state.losses.shape == (multisecant._NUM_LOSSES,)
+    assert run.state.losses.shape == (leap.NUM_LOSSES,)
     before = run.state
     for value, is_accepted in ((8.0, True), (np.nextafter(np.float32(8), np.float32(9)), False)):
         run.state = before
         run.step(rosenbrock, value=value)
         assert (run.state.num_accepted > before.num_accepted) == is_accepted
     # The oldest is forgotten first.
-    run.state, slot = before, int(before.num_accepted) % multisecant._NUM_LOSSES
+    run.state, slot = before, int(before.num_accepted) % leap.NUM_LOSSES
     run.step(rosenbrock, value=0.5)
     np.testing.assert_array_equal(run.state.losses, before.losses.at[slot].set(0.5))
 
@@ -249,12 +280,12 @@ def test_damping_falls_where_the_gradient_is_as_predicted_and_rises_where_it_is_
     nearly = right + 0.7 * flat_of(before.gradient)
     below, above = 0.9 * loss, 1.1 * loss
     for value, gradient, factor in (
-        (below, right, multisecant._LESS),
-        (above, right, multisecant._LESS),
-        (below, nearly, multisecant._LESS),
-        (above, nearly, multisecant._MORE),
+        (below, right, leap.LESS),
+        (above, right, leap.LESS),
+        (below, nearly, leap.LESS),
+        (above, nearly, leap.MORE),
         (below, wrong, 1),
-        (above, wrong, multisecant._MORE),
+        (above, wrong, leap.MORE),
     ):
         run.state, run.params = before._replace(losses=before.losses.at[:].set(2 * loss)), given
         run.step(quadratic, value=value, gradient=gradient)
@@ -264,7 +295,7 @@ def test_damping_falls_where_the_gradient_is_as_predicted_and_rises_where_it_is_
 
 def test_damping_stays_within_its_bounds():
     run = Run().steps(quadratic, 5)
-    for damping, value in ((multisecant._LEAST_DAMPING, 0.0), (multisecant._MOST_DAMPING, np.inf)):
+    for damping, value in ((leap.LEAST_DAMPING, 0.0), (leap.MOST_DAMPING, np.inf)):
         run.state = run.state._replace(damping=jnp.float32(damping))
         run.step(quadratic, value=value)
         assert run.state.damping == np.float32(damping)
@@ -314,7 +345,7 @@ def test_at_the_bound_of_damping_it_is_the_optimizer():
     """Whatever the loss, bit for bit."""
     (opt, update), rng = plain(), np.random.default_rng(0)
     run, params = Run(), tree_of(START)
-    run.state, state = run.state._replace(damping=jnp.float32(multisecant._MOST_DAMPING)), opt.init(params)
+    run.state, state = run.state._replace(damping=jnp.float32(leap.MOST_DAMPING)), opt.init(params)
     for count in range(30):
         # Nothing that could be foreseen: damping would fall.
         gradient = tree_of(rosenbrock(flat_of(params))[1] + 300 * rng.normal(size=SIZE))
@@ -322,7 +353,7 @@ def test_at_the_bound_of_damping_it_is_the_optimizer():
         assert_same(run.step(rosenbrock, gradient=flat_of(gradient), value=float(count)), updates)
         params = optax.apply_updates(params, updates)
     assert_same(run.state.inner_state, state)
-    assert (run.stats.rejected, run.stats.damping) == (0, multisecant._MOST_DAMPING)
+    assert (run.stats.rejected, run.stats.damping) == (0, leap.MOST_DAMPING)
 
 
 def test_with_noise_it_becomes_the_optimizer():
@@ -338,10 +369,10 @@ def test_with_noise_it_becomes_the_optimizer():
         dampings.append(float(run.state.damping))
         accepted = run.stats.accepted
         run.step(noisy)
-        assert dampings[-1] < multisecant._MOST_DAMPING or run.stats.accepted == accepted + 1
+        assert dampings[-1] < leap.MOST_DAMPING or run.stats.accepted == accepted + 1
         updates, state = plain()[1](tree_of(noisy(flat_of(params))[1]), state, params)
         params = optax.apply_updates(params, updates)
-    assert np.mean(np.array(dampings[50:]) == multisecant._MOST_DAMPING) > 0.9
+    assert np.mean(np.array(dampings[50:]) == leap.MOST_DAMPING) > 0.9
     assert run.stats.accepted > 190
     assert quadratic(run.best)[0] < 1.5 * quadratic(flat_of(params))[0] + 1
 
@@ -579,13 +610,28 @@ def programs():
     return opt, jax.jit(step, donate_argnums=(0, 1)), jax.jit(scanned, static_argnums=2)
 
 
-def test_a_step_is_one_program_without_control_flow_that_reuses_its_memory():
+def test_a_gpus_step_has_no_control_flow():
+    """What is left of the choice of a platform is decided when it is compiled."""
+    opt, _, _ = programs()
+    update = jax.jit(lambda grads, state, params: opt.update(grads, state, params, value=jnp.float32(1)))
+    text = update.trace(PARAMS, opt.init(PARAMS), PARAMS).lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.while" not in text
+    cases = re.findall(r'(%\w+)\S* = "stablehlo.case"\((%\w+)\)', text)
+    # The index of the platform is chosen by a constant, and chooses.
+    chosen = {name for name, index in cases if index.startswith("%c")}
+    assert cases
+    assert all(index in chosen for _, index in cases if not index.startswith("%c"))
+
+
+def test_a_step_is_one_program_that_reuses_its_memory():
     opt, step, _ = programs()
     params = jax.tree.map(jnp.array, PARAMS)
     state = opt.init(params)
     compiled = step.lower(PARAMS, state).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert not re.search(r" (while|conditional)\(", text)
+    assert text.count(" conditional(") == 2  # What was missed, and the leap: neither while it rests.
+    # Records are written in place: nothing of their size is copied.
+    assert not re.search(r"= \w+\[8,\S* copy\(", text[text.index("ENTRY") :])
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
     assert memory.alias_size_in_bytes >= size + sum(leaf.nbytes for leaf in jax.tree.leaves(state)) - 100
     # On a CPU, which turns the histories over for their products in f32: far more than they need.

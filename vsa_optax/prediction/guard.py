@@ -175,9 +175,14 @@ def after(
     state = jax.tree.map(lambda p, j: jnp.where(is_predict, p, j), predicted, judged)
     if moved.emitted is not None:
         state = state._replace(way=jnp.where(moved.is_recorded, 0, state.way) + moved.emitted)
-    length = jnp.clip(jnp.round(state.length), 1, settings.longest).astype(jnp.int32)
+    length = leap_length(settings, state)
     is_far = _is_far(state, moved, length + 1)
     return state, Plan(leaps=(state.length > 0) & ~is_far, length=jnp.where(is_far, 0, length))
+
+
+def leap_length(settings: Guarded, state: GuardState) -> jax.Array:
+    """``[] int32``, predictions of the next leap, or of this one, if there is one; the way may end it earlier."""
+    return jnp.clip(jnp.round(state.length), 1, settings.longest).astype(jnp.int32)
 
 
 def _rests(state: GuardState, moved: Moved) -> jax.Array:

@@ -122,6 +122,11 @@ def ever_predicts(phases: Guarded | Cycle) -> bool:
     return isinstance(phases, Guarded) or phases.predict_steps > 0
 
 
+def shortest_full(phases: AdaptiveCycle) -> int:
+    """The fewest steps that FULL may have."""
+    return min(_SHORTEST_FULL, phases.full_steps)
+
+
 def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> PhaseMachineState:
     """The machine before its first step, with the calibration that it is to carry."""
 
@@ -328,7 +333,7 @@ def _adapt(phases: AdaptiveCycle, state: AdaptiveLengthsState, is_due: jax.Array
 
     full, predict = phases.full_steps, phases.predict_steps
     return state._replace(
-        full_length=moved(state.full_length, 2, -1, min(_SHORTEST_FULL, full), max(_LONGEST_FULL, full)),
+        full_length=moved(state.full_length, 2, -1, shortest_full(phases), max(_LONGEST_FULL, full)),
         predict_length=moved(
             state.predict_length, -5, 3, min(_SHORTEST_PREDICT, predict), max(_LONGEST_PREDICT, predict)
         ),

@@ -1,7 +1,7 @@
 """One step of a transformation, or its prediction, chosen by the phase without copying anybody's state."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -14,6 +14,7 @@ from vsa_optax.core.mesh import all_finite_over, varying_axes
 from vsa_optax.core.trees import all_finite, any_nonzero, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
+from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.machine import Phase
 from vsa_optax.prediction.predictors.base import Comparison, Experience, HistoryState, Predictor, Scalars
 
@@ -105,6 +106,47 @@ class PhaseStep:
             watches = jnp.array(True) if experience.calibration is not None else phase == Phase.CORRECT
         return step_if(runs, result, updates, params, traced_args, watches, history, scalars)
 
+    def straight(
+        self,
+        kind: StepKind,
+        updates: optax.Updates,
+        inner_state: optax.OptState,
+        params: optax.Params | None,
+        extra_args: dict[str, object],
+        history: HistoryState,
+        experience: Experience,
+        scalars: Scalars,
+        axes: frozenset[str] = frozenset(),
+    ) -> StepResult:
+        """The same for a kind that is known: nothing is decided on the device, selects leave out what is not finite."""
+
+        def emitted(updates: optax.Updates, inner_state: optax.OptState) -> tuple[optax.Updates, optax.OptState]:
+            target, inner_state = self._recorded.update(updates, inner_state, params, **extra_args)
+            _check_same_everywhere(target, axes)
+            return target, inner_state
+
+        nothing = Comparison(experience, error=jnp.zeros([], jnp.float32), is_measured=jnp.array(False))
+        is_predict = kind is StepKind.PREDICTED
+        has_gradient, is_ignored = _looks_over(axes)[0 if is_predict else 1](updates)
+        if is_predict:
+            weights = self._predictor.weights(experience.calibration, scalars)
+            predicted = self._predictor.predict(history, experience.residual, scalars, weights)
+            avals = jax.eval_shape(emitted, updates, inner_state)[0]
+            target = _cast(predicted, *reversed(jax.tree.flatten(avals)))
+            return StepResult(target, inner_state, has_gradient, is_ignored, nothing)
+        target, new_state = emitted(updates, inner_state)
+        is_finite = has_gradient & all_finite(target)
+        comparison = nothing
+        if kind is StepKind.WATCHED:
+
+            def prediction() -> optax.Updates:
+                predicted = self._predictor.predict(history, experience.residual, scalars, None)
+                return _cast(predicted, *reversed(jax.tree.flatten(target)))
+
+            compared = self._predictor.compare(history, experience, scalars, target, prediction)
+            comparison = tree_where(is_finite, compared, nothing)
+        return StepResult(target, tree_where(is_finite, new_state, inner_state), is_finite, is_ignored, comparison)
+
     def _functions(
         self, treedef: jax.tree_util.PyTreeDef, avals: tuple[jax.ShapeDtypeStruct, ...]
     ) -> tuple[_PredictIf, Callable[..., StepResult], Callable[..., StepResult]]:
@@ -113,9 +155,7 @@ class PhaseStep:
         def predicted(
             history: HistoryState, residual: Tree, scalars: Scalars, weights: jax.Array | None
         ) -> optax.Updates:
-            leaves = jax.tree.leaves(self._predictor.predict(history, residual, scalars, weights))
-            cast = [numerics.saturating_cast(x, aval.dtype) for x, aval in zip(leaves, avals, strict=True)]
-            return jax.tree.unflatten(treedef, cast)
+            return _cast(self._predictor.predict(history, residual, scalars, weights), treedef, avals)
 
         def nothing(
             history: HistoryState, residual: Tree, scalars: Scalars, weights: jax.Array | None
@@ -163,6 +203,15 @@ class PhaseStep:
             return StepResult(target, inner_state, is_finite, result.is_ignored, comparison)
 
         return predict_if, step, in_place_if(step)  # type: ignore[arg-type] # It is run without keywords.
+
+
+def _cast(
+    tree: Tree, treedef: jax.tree_util.PyTreeDef, like: Sequence[jax.Array | jax.ShapeDtypeStruct]
+) -> optax.Updates:
+    """The tree's leaves in the dtypes of others, and in their structure."""
+    leaves = jax.tree.leaves(tree)
+    cast = [numerics.saturating_cast(x, aval.dtype) for x, aval in zip(leaves, like, strict=True)]
+    return jax.tree.unflatten(treedef, cast)
 
 
 def _telling_leaves(tree: Tree) -> list[jax.Array]:

@@ -14,9 +14,11 @@ from vsa_optax.core.mesh import all_finite_over, axes_in, is_checked, mean_over,
 from vsa_optax.core.trees import all_finite, norm, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
+from vsa_optax.prediction import kinds, stats, unmeasured, unsuited
 from vsa_optax.prediction import machine as machines
-from vsa_optax.prediction import stats, unmeasured, unsuited
+from vsa_optax.prediction.forecast import forecast
 from vsa_optax.prediction.guard import Moved
+from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.learning_rate import check_one_rate
 from vsa_optax.prediction.machine import Phase, PhaseMachineState
 from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
@@ -79,7 +81,17 @@ def switched(
     recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
     run = PhaseStep(recorded, predictor)
     look = _Look(predictor)
-    record_if = in_place_if(predictor.history.record)
+
+    def record(
+        history: HistoryState,
+        target: optax.Updates,
+        params: optax.Params | None,
+        count: jax.Array,
+        scalars: Scalars,
+    ) -> HistoryState:
+        return predictor.history.record(history, target, params, count, scalars, jnp.array(True))
+
+    record_if = in_place_if(record)
 
     def init_fn(params: optax.Params) -> PhaseSwitchedState:
         checks.check_inexact_leaves(params)
@@ -118,6 +130,8 @@ def switched(
                 unmeasured.check_no_reader(state.inner_state)
 
         machine, history, residual = state.machine, state.history, state.residual
+        assumption = kinds.assumption_for(stats.unwrapped(machine))
+        kind = None if assumption is None else assumption.kind
         axes = _axes_to_agree_over(updates, state)
         if value is not None:
             # What follows the loss inside of an optimizer that runs in PREDICT needs measured ones there, too.
@@ -130,18 +144,26 @@ def switched(
             # The history is read in one conditional and written in a later one, so that XLA writes it in place.
             seen_params = params if predictor.reads_params else None
             watches = None if machine.guard is None else machine.guard.asleep == 0
-            scalars = look(watches, history, count, seen_params)
             known = Experience(residual, machine.calibration)
-            result = run(
-                updates, recorded_state, params, extra_args, machine.phase, history, known, scalars, watches, axes
-            )
+            if kind is None:
+                scalars = look(watches, history, count, seen_params)
+                result = run(
+                    updates, recorded_state, params, extra_args, machine.phase, history, known, scalars, watches, axes
+                )
+                is_recorded = (machine.phase != Phase.PREDICT) & result.is_finite
+                if watches is not None:
+                    is_recorded &= watches
+                history = record_if(is_recorded, history, result.target, seen_params, count, scalars)
+            else:
+                scalars = look(kind is not StepKind.PLAIN, history, count, seen_params)
+                result = run.straight(kind, updates, recorded_state, params, extra_args, history, known, scalars, axes)
+                is_recorded = jnp.array(False)
+                if kind in (StepKind.RECORDED, StepKind.WATCHED):
+                    is_recorded = result.is_finite
+                    history = predictor.history.record(history, result.target, seen_params, count, scalars, is_recorded)
             assert result.comparison is not None
             residual = result.comparison.experience.residual
-            is_recorded = (machine.phase != Phase.PREDICT) & result.is_finite
-            if watches is not None:
-                is_recorded &= watches
             moved = Moved(scalars.horizon, scalars.distance, None, is_recorded)
-            history = record_if(is_recorded, history, result.target, seen_params, count, scalars)
         else:
             target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
             result = StepResult(target, inner_state, all_finite_over(axes)(updates), jnp.array(False))
@@ -170,6 +192,8 @@ def switched(
             moved=moved,
             comparison=result.comparison,
         )
+        if assumption is not None:
+            assumption.forecast, assumption.after = forecast(phases, machine), machine
         return new_updates, PhaseSwitchedState(machine, history, residual, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -186,10 +210,12 @@ class _Look:
         self._branches = predictor.scalars, self._nothing
 
     def __call__(
-        self, watches: jax.Array | None, memory: HistoryState, step: jax.Array, params: optax.Params | None
+        self, watches: jax.Array | bool | None, memory: HistoryState, step: jax.Array, params: optax.Params | None
     ) -> Scalars:
-        if watches is None:
+        if watches is None or watches is True:
             return self._predictor.scalars(memory, step, params)
+        if watches is False:
+            return self._nothing(memory, step, params)
         return lax.cond(watches, *self._branches, memory, step, params)
 
     def _nothing(self, memory: HistoryState, step: jax.Array, params: optax.Params | None) -> Scalars:

@@ -20,6 +20,7 @@ from vsa_optax.prediction.function_checks import (
     refuse_modules,
     refuse_what_is_no_array,
 )
+from vsa_optax.prediction.kinds import StepKind, kind_of
 from vsa_optax.prediction.machine import Phase, last_value, note_repeated_loss
 from vsa_optax.prediction.predictors.secant import SecantHistoryState
 from vsa_optax.prediction.stats import contains_machine, find_machine
@@ -168,6 +169,9 @@ def value_and_grad_by_phase(
             instead: Tree = (value, aux) if has_aux else value
             return instead, grads
 
+        kind = kind_of(machine)
+        if kind is not None:
+            return (in_predict if kind is StepKind.PREDICTED else with_backward)(arrays, aux_in_predict)
         is_predict = machine.phase == Phase.PREDICT
         return lax.cond(is_predict, without_backward, with_backward, arrays, aux_in_predict)
 

@@ -90,7 +90,7 @@ def solve(products: Products, curvature: jax.Array, damping: jax.Array) -> Leap:
     gram, cross = _product(products.gram, used), _product(products.cross, used)
     gradient, step = _product(products.gradient, inverse), _product(products.step, inverse)
 
-    eigenvalues, vectors = jnp.linalg.eigh(gram)
+    eigenvalues, vectors = _eigh(gram)
     is_known = eigenvalues > _LEAST_EIGENVALUE * jnp.maximum(eigenvalues[-1], 0.5)
     eigenvalues = jnp.where(is_known, eigenvalues, 1)
     roots = jnp.sqrt(eigenvalues)
@@ -100,7 +100,7 @@ def solve(products: Products, curvature: jax.Array, damping: jax.Array) -> Leap:
     hessian = jnp.where(
         is_known[:, None] & is_known[None], hessian, curvature * jnp.eye(squared.size, dtype=hessian.dtype)
     )
-    curvatures, axes = jnp.linalg.eigh(hessian)
+    curvatures, axes = _eigh(hessian)
     own_gradient, own_step = _matmul(basis.T, gradient), _matmul(basis.T, step)
 
     weight = damping * curvature
@@ -128,6 +128,20 @@ def _hessian(cross: jax.Array, eigenvalues: jax.Array, curvature: jax.Array) -> 
     weighted = cross * roots[None] / roots[:, None]
     prior = 2 * RIDGE * curvature * jnp.eye(eigenvalues.size, dtype=cross.dtype)
     return (weighted + weighted.T + prior) / (eigenvalues[:, None] + eigenvalues[None] + 2 * RIDGE)
+
+
+def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, ascending, and vectors; on a GPU by QR: of 8 x 8 numbers 0.10 ms, 0.32 by JAX's own choice there."""
+
+    def by_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        vectors, values = jax.lax.linalg.eigh(x, implementation=jax.lax.linalg.EighImplementation.QR)
+        return values, vectors
+
+    def by_default(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, vectors = jnp.linalg.eigh(x)
+        return values, vectors
+
+    return jax.lax.platform_dependent(x, cuda=by_qr, default=by_default)
 
 
 def _product(x: jax.Array, inverse: jax.Array) -> jax.Array:

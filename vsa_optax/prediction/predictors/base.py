@@ -115,8 +115,9 @@ class History(Protocol):
         params: optax.Params | None,
         step: jax.Array,
         scalars: OwnScalars,
+        is_recorded: jax.Array,
     ) -> HistoryState:
-        """The history with one more record, taken at ``step`` and these parameters."""
+        """The history with one more record, taken at ``step`` and these parameters, if it is recorded."""
 
 
 class Predictor(Protocol):

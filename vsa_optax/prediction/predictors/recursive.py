@@ -96,6 +96,7 @@ class RecursiveHistory:
         params: optax.Params | None,
         step: jax.Array,
         scalars: LineScalars,
+        is_recorded: jax.Array,
     ) -> RecursiveHistoryState:
         """Moves mean and velocity by the record's distance from the mean."""
         del params
@@ -105,21 +106,22 @@ class RecursiveHistory:
         mean_gain, keep, velocity_gain = scalars.gains
 
         def moved_mean(m: jax.Array, x: jax.Array) -> jax.Array:
-            return numerics.saturating_cast(numerics.linear_combination([1 - mean_gain, mean_gain], [m, x]), m.dtype)
+            moved = numerics.linear_combination([1 - mean_gain, mean_gain], [m, x])
+            return jnp.where(is_recorded, numerics.saturating_cast(moved, m.dtype), m)
 
         def moved_velocity(v: jax.Array, m: jax.Array, x: jax.Array) -> jax.Array:
             terms = [keep, velocity_gain, -velocity_gain], [v, x, m]
-            return numerics.saturating_cast(numerics.linear_combination(*terms), v.dtype)
+            return jnp.where(is_recorded, numerics.saturating_cast(numerics.linear_combination(*terms), v.dtype), v)
 
         mean = jax.tree.map(moved_mean, state.mean, tree)
         seen_mean = mean if self._mean_first else state.mean
         return RecursiveHistoryState(
             mean=mean,
             velocity=jax.tree.map(moved_velocity, state.velocity, seen_mean, tree),
-            weight=weight,
-            lag=lag,
-            spread=spread,
-            last_step=step,
+            weight=jnp.where(is_recorded, weight, state.weight),
+            lag=jnp.where(is_recorded, lag, state.lag),
+            spread=jnp.where(is_recorded, spread, state.spread),
+            last_step=jnp.where(is_recorded, step, state.last_step),
         )
 
     def terms(self, state: RecursiveHistoryState, scalars: LineScalars) -> tuple[list[jax.Array], list[optax.Updates]]:

@@ -108,6 +108,7 @@ class SecantHistory:
         params: optax.Params | None,
         step: jax.Array,
         scalars: SecantScalars,
+        is_recorded: jax.Array,
     ) -> SecantHistoryState:
         """Overwrites the oldest change; the first record has none, and leaves zeros."""
         slot = state.num_records % self.length
@@ -115,7 +116,8 @@ class SecantHistory:
 
         def changed(records: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
             change = jnp.where(has_record, _difference(new, old), 0)
-            return records.at[slot].set(numerics.saturating_cast(change, records.dtype))
+            change = numerics.saturating_cast(change, records.dtype)
+            return records.at[slot].set(jnp.where(is_recorded, change, records[slot]))
 
         def all_changed(records: Tree, new: Tree, old: Tree) -> Tree:
             # By leaves: names of axes in the parameters' containers may be others.
@@ -123,7 +125,7 @@ class SecantHistory:
             return jax.tree.unflatten(treedef, map(changed, leaves, jax.tree.leaves(new), jax.tree.leaves(old)))
 
         def kept(old: jax.Array, new: jax.Array) -> jax.Array:
-            return numerics.saturating_cast(new, old.dtype)
+            return jnp.where(is_recorded, numerics.saturating_cast(new, old.dtype), old)
 
         row = scalars.products.at[slot].set(scalars.squared_norm)
         return SecantHistoryState(
@@ -131,9 +133,9 @@ class SecantHistory:
             gradient=jax.tree.map(kept, state.gradient, tree),
             diff_params=all_changed(state.diff_params, params, state.params),
             diff_gradients=all_changed(state.diff_gradients, tree, state.gradient),
-            gram=state.gram.at[slot].set(row).at[:, slot].set(row),
-            num_records=optax.safe_increment(state.num_records),
-            last_step=step,
+            gram=jnp.where(is_recorded, state.gram.at[slot].set(row).at[:, slot].set(row), state.gram),
+            num_records=jnp.where(is_recorded, optax.safe_increment(state.num_records), state.num_records),
+            last_step=jnp.where(is_recorded, step, state.last_step),
         )
 
 

@@ -94,16 +94,20 @@ class WindowHistory:
         params: optax.Params | None,
         step: jax.Array,
         scalars: OwnScalars,
+        is_recorded: jax.Array,
     ) -> HistoryState:
         """Overwrites the oldest slot."""
         del params, scalars
         slot = state.num_records % self.length
+
+        def written(records: jax.Array, new: jax.Array) -> jax.Array:
+            new = numerics.saturating_cast(new, records.dtype)
+            return records.at[slot].set(jnp.where(is_recorded, new, records[slot]))
+
         return state._replace(
-            records=trees.map_leaves(
-                lambda r, x: r.at[slot].set(numerics.saturating_cast(x, r.dtype)), state.records, tree
-            ),
-            steps=state.steps.at[slot].set(step),
-            num_records=optax.safe_increment(state.num_records),
+            records=trees.map_leaves(written, state.records, tree),
+            steps=state.steps.at[slot].set(jnp.where(is_recorded, step, state.steps[slot])),
+            num_records=jnp.where(is_recorded, optax.safe_increment(state.num_records), state.num_records),
         )
 
     def terms(self, state: HistoryState, scalars: LineScalars) -> tuple[list[jax.Array], list[optax.Updates]]:
@@ -190,11 +194,12 @@ class CodedWindowHistory(WindowHistory):
         params: optax.Params | None,
         step: jax.Array,
         scalars: OwnScalars,
+        is_recorded: jax.Array,
     ) -> CodedWindowHistoryState:
         """Overwrites the oldest slot."""
         shapes, _ = self.example(state)
         kept = trees.map_leaves(lambda x, s: numerics.saturating_cast(x, s.dtype), tree, shapes)
-        return super().record(state, self.codec.encode(kept), params, step, scalars)
+        return super().record(state, self.codec.encode(kept), params, step, scalars, is_recorded)
 
     def terms(
         self, state: CodedWindowHistoryState, scalars: LineScalars

@@ -1,0 +1,86 @@
+"""What is said to be certain comes true, whatever the settings, and however the gradients behave."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from samples import draw
+
+import vsa_optax
+from vsa_optax import AdaptiveCycle, Cycle, Guarded, Secants, Window
+from vsa_optax.prediction.forecast import FOREVER, forecast
+from vsa_optax.prediction.kinds import StepKind
+from vsa_optax.prediction.machine import Phase
+
+STEPS = 220
+TARGET = draw(0, 8)
+UNCALIBRATED = Window(calibrate=False, residual_decay=0.9)
+
+
+def machines_of(predictor, phases, noise=0.0, broken=()):
+    """The machine before each step of a run on a quadratic, and behind the last."""
+    opt = vsa_optax.phase_switched(optax.adam(1.0), learning_rate=0.01, predictor=predictor, phases=phases)
+
+    @jax.jit
+    def step(params, state, more):
+        gradient = jnp.where(state.machine.phase == Phase.PREDICT, 0, params - TARGET + more)
+        updates, state = opt.update(gradient, state, params, value=jnp.sum(gradient**2))
+        return optax.apply_updates(params, updates), state
+
+    params, found = jnp.zeros(8), []
+    state = opt.init(params)
+    for count in range(STEPS):
+        found.append(state.machine)
+        more = jnp.full(8, jnp.nan) if count in broken else noise * draw(count, 8)
+        params, state = step(params, state, more)
+    return [*found, state.machine]
+
+
+def kind_of(machine):
+    """Of the coming step, from what the machine's scalars mean."""
+    if machine.errors is None:
+        return StepKind.PLAIN
+    if machine.phase == Phase.PREDICT:
+        return StepKind.PREDICTED
+    if machine.guard is not None:
+        return StepKind.WATCHED if machine.guard.asleep == 0 else StepKind.PLAIN
+    is_watched = machine.calibration is not None or machine.phase == Phase.CORRECT
+    return StepKind.WATCHED if is_watched else StepKind.RECORDED
+
+
+@pytest.mark.parametrize(
+    ("predictor", "phases", "least"),
+    [
+        pytest.param(Window(), Guarded(), 1, id="guarded"),
+        pytest.param(Window(), Cycle(), 5, id="calibrated cycle"),
+        pytest.param(UNCALIBRATED, Cycle(), 5, id="cycle"),
+        pytest.param(
+            UNCALIBRATED, Cycle(full_steps=3, predict_steps=7, correct_every=1), 1, id="every other corrected"
+        ),
+        pytest.param(UNCALIBRATED, Cycle(full_steps=1, predict_steps=4, correct_every=9), 4, id="never corrected"),
+        pytest.param(UNCALIBRATED, AdaptiveCycle(), 5, id="adaptive"),
+        pytest.param(Window(), None, FOREVER, id="none"),
+    ],
+)
+@pytest.mark.parametrize("broken", [(), (0, 5, 31, 32, 77)], ids=["finite", "broken"])
+def test_what_is_certain_comes(predictor, phases, least, broken):
+    machines = machines_of(predictor, phases, broken=broken)
+    kinds = [kind_of(machine) for machine in machines]
+    foresee = jax.jit(lambda machine: forecast(phases or Cycle(predict_steps=0), machine))
+    lengths = []
+    for count, machine in enumerate(machines):
+        runs = foresee(machine).tolist()
+        assert runs[0][1] >= 1
+        coming = [kind for kind, num in runs for _ in range(min(num, STEPS))]
+        assert kinds[count : count + len(coming)] == coming[: len(kinds) - count]
+        lengths.append(sum(num for _, num in runs))
+    assert max(lengths[20:]) >= least
+
+
+def test_a_sleep_is_known_in_advance():
+    """On noise, whose length the guard has set."""
+    machines = machines_of(Secants(), Guarded(), noise=30.0)
+    asleep = [count for count, machine in enumerate(machines) if machine.guard.asleep == 64]
+    assert asleep
+    runs = forecast(Guarded(), machines[asleep[0]])
+    assert runs.tolist() == [[StepKind.PLAIN, 64], [StepKind.WATCHED, 1]]

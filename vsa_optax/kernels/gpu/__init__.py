@@ -1,0 +1,1 @@
+"""Kernels for one GPU, by Pallas and Triton; the functions that choose them are in `vsa_optax.kernels`."""

@@ -1,0 +1,74 @@
+"""Which kinds of steps come, as far as it is certain: then the host need not wait for a device to choose a program."""
+
+import jax
+import jax.numpy as jnp
+
+from vsa_optax.prediction.guard import leap_length
+from vsa_optax.prediction.kinds import StepKind
+from vsa_optax.prediction.machine import Phase, PhaseMachineState, ever_predicts, shortest_full
+from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
+
+FOREVER = 2**30  # Steps.
+
+
+def forecast(phases: Guarded | Cycle, state: PhaseMachineState) -> jax.Array:
+    """``[2, 2] int32``: a kind, and how many steps of it come for certain; then those that follow for certain.
+
+    The second number of steps may be 0. A gradient that is not finite does not count in WARMUP, and only makes it last
+    longer; nothing else of what a step brings changes what is said here.
+    """
+    if not ever_predicts(phases):
+        return _runs((StepKind.PLAIN, FOREVER), (StepKind.PLAIN, FOREVER))
+    if isinstance(phases, Guarded):
+        return _of_guard(phases, state)
+    return _of_cycle(phases, state)
+
+
+def _of_guard(phases: Guarded, state: PhaseMachineState) -> jax.Array:
+    """A true step that is watched decides on what comes; in a leap, the way does."""
+    assert state.guard is not None
+    asleep, done = state.guard.asleep, state.steps_in_phase
+    num_watched = jnp.where(state.phase == Phase.WARMUP, jnp.maximum(phases.warmup_steps - done, 1), 1)
+    is_last = done + 1 >= leap_length(phases, state.guard)
+    true = jnp.where(
+        asleep > 0,
+        _runs((StepKind.PLAIN, asleep), (StepKind.WATCHED, 1)),
+        _runs((StepKind.WATCHED, num_watched), (StepKind.WATCHED, 0)),
+    )
+    predicted = _runs((StepKind.PREDICTED, 1), (StepKind.WATCHED, is_last))
+    return jnp.where(state.phase == Phase.PREDICT, predicted, true)
+
+
+def _of_cycle(phases: Cycle, state: PhaseMachineState) -> jax.Array:
+    """All is certain but the lengths of `AdaptiveCycle`, which change where FULL begins."""
+    true = StepKind.RECORDED if state.calibration is None else StepKind.WATCHED
+    full: int | jax.Array = phases.full_steps if state.adaptive is None else state.adaptive.full_length
+    leap: int | jax.Array = phases.predict_steps if state.adaptive is None else state.adaptive.predict_length
+    coming_full = shortest_full(phases) if isinstance(phases, AdaptiveCycle) else phases.full_steps
+    done = state.steps_in_phase
+
+    def num_predicted(done: int | jax.Array) -> jax.Array:
+        """From there to a correction or to the end, at least one."""
+        to_correction = phases.correct_every - done % phases.correct_every
+        return jnp.minimum(to_correction, jnp.maximum(jnp.asarray(leap) - done, 1))
+
+    in_warmup = _runs((true, jnp.maximum(phases.warmup_steps - done, 1)), (true, coming_full))
+    in_full = _runs((true, jnp.maximum(full - done, 1)), (StepKind.PREDICTED, num_predicted(0)))
+    num = num_predicted(done)
+    is_corrected = (done + num) % phases.correct_every == 0
+    in_predict = jnp.where(
+        is_corrected,
+        _runs((StepKind.PREDICTED, num), (StepKind.WATCHED, 1)),
+        _runs((StepKind.PREDICTED, num), (true, coming_full)),
+    )
+    in_correct = jnp.where(
+        done + 1 >= leap,
+        _runs((StepKind.WATCHED, 1), (true, coming_full)),
+        _runs((StepKind.WATCHED, 1), (StepKind.PREDICTED, num_predicted(done + 1))),
+    )
+    of_phase = jnp.stack([in_warmup, in_full, in_predict, in_correct])  # In the order of `Phase`.
+    return of_phase[state.phase]
+
+
+def _runs(*runs: tuple[StepKind, int | jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.stack([jnp.int32(kind), jnp.asarray(count, jnp.int32)]) for kind, count in runs])

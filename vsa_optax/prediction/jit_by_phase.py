@@ -1,0 +1,180 @@
+"""One program for each kind of step, and a host that knows which one comes.
+
+In a single program the phase is decided on the device: a GPU stops at each conditional and each turn of a loop until
+the host has fetched its condition, some ten times a step. Here each program is a straight line. What the host has to
+know comes out of the programs themselves, as the number of steps whose kind is certain (`prediction.forecast`): it
+waits for a device only where that runs out, which is behind a true step that the guard watched, and in a leap that its
+way may end early.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+
+from vsa_optax.core.types import Tree
+from vsa_optax.prediction.forecast import FOREVER
+from vsa_optax.prediction.kinds import Assumption, StepKind, assumed
+from vsa_optax.prediction.machine import Phase, PhaseMachineState
+from vsa_optax.prediction.stats import contains_machine, find_machine
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+_NUM_FORECASTS = 4  # That are kept, in case that the newest is not there yet.
+
+
+class JitByPhase(Generic[Parameters, Result]):
+    """What `jit_by_phase` returns.
+
+    Attributes:
+        programs: for each kind, the jitted function of the same arguments, which returns the result and a forecast.
+        num_waits: how often the host had to wait for a device to know which kind comes.
+    """
+
+    def __init__(self, fun: Callable[Parameters, Result], jit_options: dict[str, Any]) -> None:
+        functools.update_wrapper(self, fun)
+        self.programs = {kind: jax.jit(_traced_for(kind, fun), **jit_options) for kind in StepKind}
+        self.num_waits = 0
+        self._last: _Last | None = None
+        self._forecasts: list[tuple[jax.Array, int]] = []  # And the steps since; the newest is the last.
+        self._coming: list[tuple[StepKind, int]] = []
+
+    def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        """One step."""
+        if self._last is None or not self._last.is_in(args, kwargs):
+            # The first step, another run, or a state that somebody has changed.
+            self._forecasts, self._coming = [], _coming(find_machine((args, kwargs)))
+        kind = self._next_kind()
+        self._last = None  # If the step fails, what is known is forgotten.
+        result, forecast = self.programs[kind](*args, **kwargs)
+        if forecast is not None:
+            forecast.copy_to_host_async()
+            self._forecasts.append((forecast, 0))
+            self._last = _Last(result)
+        return result
+
+    def _next_kind(self) -> StepKind:
+        """From what is known, and where that runs out, from the newest forecast that is there, or will be."""
+        if not self._coming:
+            at_hand = [(runs, steps) for runs, steps in self._forecasts if _is_ready(runs)]
+            if at_hand:
+                runs, steps = at_hand[-1]
+                self._coming = _without(runs, steps)
+            if not self._coming:
+                self.num_waits += 1
+                self._coming = _without(*self._forecasts[-1])
+        kind, num = self._coming[0]
+        self._coming = [(kind, num - 1), *self._coming[1:]] if num > 1 else self._coming[1:]
+        self._forecasts = [(runs, steps + 1) for runs, steps in self._forecasts[-_NUM_FORECASTS:]]
+        return kind
+
+
+class _Last:
+    """The machine that came out last, to be known again when it comes in.
+
+    To look through all containers takes longer than many a step, so that an immutable one is known by itself.
+    """
+
+    def __init__(self, result: Tree) -> None:
+        parts = result if type(result) is tuple else (result,)
+        self._part = next((part for part in parts if _leads_to_machine(part)), None)
+        self._phase = find_machine(result).phase if self._part is None else None
+
+    def is_in(self, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> bool:
+        if self._part is not None and any(arg is self._part for arg in (*args, *kwargs.values())):
+            return True
+        phase = find_machine(self._part).phase if self._phase is None else self._phase
+        return find_machine((args, kwargs)).phase is phase
+
+
+def _leads_to_machine(tree: Tree) -> bool:
+    """Whether a phase machine is reached through tuples alone, which nobody can change."""
+    if isinstance(tree, PhaseMachineState):
+        return True
+    return isinstance(tree, tuple) and any(map(_leads_to_machine, tree))
+
+
+def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitByPhase[Parameters, Result]:
+    """Compiles a training step once for each kind of step, and chooses on the host; in the place of ``jax.jit``.
+
+    The phases are those of ``jax.jit(fun)``, step for step, and the parameters equal up to rounding; a state may go
+    back and forth between both. It is meant for GPUs, which stop at each conditional. Write one step for it, not
+    several in a ``lax.scan``: a loop's body is compiled once, whatever the kind.
+
+    Args:
+        fun: the training step. Exactly one phase machine is in its arguments, inside of an optimizer's state, and it
+            comes back in the result. The update has to be outside of loops and of ``jax.shard_map``; inside of them it
+            decides on the device, as it does in ``jax.jit``.
+        **jit_options: as for ``jax.jit``: ``donate_argnums=(0, 1)``, ``static_argnames=...``
+
+    Returns:
+        A function of the same arguments with the same result. ``programs`` has the jitted functions by kind. With
+        several processes all choose alike, since they read the same scalars.
+
+    Raises:
+        ValueError: at a call, not exactly one phase machine in the arguments.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, vsa_optax
+        >>> opt = vsa_optax.phase_switched(optax.sgd(0.1))
+        >>> loss = lambda params: jnp.sum(params**2)
+        >>> @vsa_optax.jit_by_phase
+        ... def step(params, state):
+        ...     value, grads = vsa_optax.value_and_grad_by_phase(loss)(params, state=state)
+        ...     updates, state = opt.update(grads, state, params, value=value)
+        ...     return optax.apply_updates(params, updates), state
+        >>> params, state = jnp.arange(3.0), opt.init(jnp.zeros(3))
+        >>> for _ in range(30):
+        ...     params, state = step(params, state)
+        >>> int(vsa_optax.phase_stats(state).predict_steps) > 0
+        True
+    """
+    return JitByPhase(fun, jit_options)
+
+
+def _traced_for(kind: StepKind, fun: Callable[..., Result]) -> Callable[..., tuple[Result, jax.Array | None]]:
+    @functools.wraps(fun)
+    def traced(*args: Tree, **kwargs: Tree) -> tuple[Result, jax.Array | None]:
+        assumption = Assumption(kind, find_machine((args, kwargs)))
+        with assumed(assumption):
+            result = fun(*args, **kwargs)
+        # A forecast is of the machine that it was made for.
+        is_its = (
+            assumption.after is not None
+            and contains_machine(result)
+            and find_machine(result).phase is assumption.after.phase
+        )
+        return result, assumption.forecast if is_its else None
+
+    return traced
+
+
+def _coming(machine: PhaseMachineState) -> list[tuple[StepKind, int]]:
+    """What a machine's own scalars say of the coming step; they are waited for."""
+    if machine.errors is None:
+        return [(StepKind.PLAIN, FOREVER)]
+    if int(machine.phase) == Phase.PREDICT:
+        return [(StepKind.PREDICTED, 1)]
+    if machine.guard is not None:
+        asleep = int(machine.guard.asleep)
+        return [*([(StepKind.PLAIN, asleep)] if asleep else []), (StepKind.WATCHED, 1)]
+    is_watched = machine.calibration is not None or int(machine.phase) == Phase.CORRECT
+    return [(StepKind.WATCHED if is_watched else StepKind.RECORDED, 1)]
+
+
+def _is_ready(x: jax.Array) -> bool:
+    return bool(x.is_ready())  # type: ignore[attr-defined] # JAX's stubs leave it out.
+
+
+def _without(runs: jax.Array, steps: int) -> list[tuple[StepKind, int]]:
+    """What is left of a forecast's runs after so many steps."""
+    left = []
+    for kind, num in np.asarray(runs).tolist():
+        taken = min(num, steps)
+        steps -= taken
+        if num > taken:
+            left.append((StepKind(kind), num - taken))
+    return left
