@@ -300,7 +300,6 @@ MUTANTS = [
     Mutant(
         "secant_kernels._products_kernel", "num_blocks - program + programs - 1", "num_blocks - program", GPU_SECANTS
     ),
-    Mutant("secant_kernels._products_kernel", "% window", "% rows", GPU_SECANTS),
     Mutant("secant_kernels.products", "vectors[:, 0] + vectors[:, 1]", "vectors[:, 0]", GPU_SECANTS),
     Mutant("secant_kernels._step_kernel", "coefficients[1, i] * y", "coefficients[1, i] * s", GPU_SECANTS),
     Mutant("secant_kernels._step_kernel", "changed / d", "changed * d", GPU_SECANTS),

@@ -38,5 +38,5 @@ def test_on_several_devices_xla_divides_the_work(monkeypatch):
 def test_inside_shard_map_it_is_xlas_too():
     mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
     mapped = jax.shard_map(twice, mesh=mesh, in_specs=P("x"), out_specs=P("x"))
-    assert not lowered("cpu", mapped)
+    assert not lowered("cuda", mapped)
     assert mapped(jnp.ones(8)).tolist() == [2] * 8
