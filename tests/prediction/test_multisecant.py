@@ -629,7 +629,7 @@ def test_a_step_is_one_program_that_reuses_its_memory():
     state = opt.init(params)
     compiled = step.lower(PARAMS, state).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text.count(" conditional(") == 2  # What was missed, and the leap: neither while it rests.
+    assert text.count(" conditional(") == 2  # One around what was missed, one around the leap: a rest skips both.
     # Records are written in place: nothing of their size is copied.
     assert not re.search(r"= \w+\[8,\S* copy\(", text[text.index("ENTRY") :])
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))

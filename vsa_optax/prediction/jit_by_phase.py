@@ -100,9 +100,10 @@ def _leads_to_machine(tree: Tree) -> bool:
 def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitByPhase[Parameters, Result]:
     """Compiles a training step once for each kind of step, and chooses on the host; in the place of ``jax.jit``.
 
-    The phases are those of ``jax.jit(fun)``, step for step, and the parameters equal up to rounding; a state may go
-    back and forth between both. It is meant for GPUs, which stop at each conditional. Write one step for it, not
-    several in a ``lax.scan``: a loop's body is compiled once, whatever the kind.
+    The rules are those of ``jax.jit(fun)``, and a state may go back and forth between both. Parameters differ by
+    rounding, and phases only where rounding turns a decision of the guard or of `AdaptiveCycle`. It is meant for GPUs,
+    which stop at each conditional. Write one step for it, not several in a ``lax.scan``: a loop's body is compiled
+    once, whatever the kind.
 
     Args:
         fun: the training step. Exactly one phase machine is in its arguments, inside of an optimizer's state, and it

@@ -1,7 +1,7 @@
 """What `multisecant` does with an evaluation: it judges the leap that led there, and makes the next one.
 
-All is chosen by selects, without control flow, but for one thing on a CPU: while the optimizer's own step is taken and
-no look at the prediction is due, nothing is computed of the secants.
+All is chosen by selects, without control flow, except on a CPU. There nothing is computed of the secants while the
+optimizer's own step is taken and no look at the prediction is due, and new secants are written in place.
 """
 
 import functools
