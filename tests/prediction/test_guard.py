@@ -114,15 +114,18 @@ class Twin:
         self.hopeless, self.asleep, self.sleep = 0, 0, 64
         self.way, self.pace, self.drift = 0.0, 0.0, 0.0
 
-    def true_step(self, error, predictions, distance=1.0):
+    def true_step(self, error, predictions, distance=1.0, horizon=None):
         """After a true step with this squared error, behind so many predictions, so far from the newest record."""
+        horizon = horizon or predictions + 1
         if self.asleep:
             self.asleep -= 1
             return
         if self.way == 0 or distance == 0:
             self.length = 0.0
             return
-        self.pace, self.drift = self.way / (predictions + 1), distance / (predictions + 1)
+        if horizon == predictions + 1:  # Else some of the way was not measured.
+            self.pace = self.way / horizon
+        self.drift = distance / horizon
         if predictions and error < self.tolerance:
             self.sleep = 64
         self.hopeless = self.hopeless + 1 if error > 0.5 else 0
@@ -253,19 +256,26 @@ def test_rest_is_no_evidence(predictor):
 def test_where_nothing_is_predicted_it_sleeps_longer_and_longer():
     settings, twin = Guarded(longest=12, tolerance=0.22), Twin(12, 0.22)
 
-    def step(state, error):
-        always = moved(1, 1, 1, is_recorded=True)
-        state, _ = guard.after(settings, state, False, jnp.sqrt(error), True, always)
-        return state, state
+    def step(carry, error):
+        state, horizon = carry
+        watches = state.asleep == 0
+        one = guard.Moved(horizon, jnp.float32(3.0), jnp.float32(2.0), is_recorded=watches)
+        state, _ = guard.after(settings, state, False, jnp.sqrt(error), True, one)
+        return (state, jnp.where(watches, 1.0, horizon + 1)), state
 
     errors = np.full(3000, 0.9, np.float32)
     errors[2000] = 0.4  # Were it looked at, it would count.
-    twin.way = 1.0
-    _, states = jax.jit(lambda errors: jax.lax.scan(step, guard.init()._replace(way=jnp.float32(1.0)), errors))(errors)
+    twin.way, horizon = 1.0, 1
+    start = guard.init()._replace(way=jnp.float32(1.0)), jnp.float32(1.0)
+    _, states = jax.jit(lambda errors: jax.lax.scan(step, start, errors))(errors)
     hopeless, asleep = (np.asarray(x) for x in (states.hopeless, states.asleep))
     for number, error in enumerate(errors):
-        twin.true_step(float(error), 0)
+        watches = twin.asleep == 0
+        twin.true_step(float(error), 0, distance=3.0, horizon=horizon)
+        twin.way, horizon = (2.0, 1) if watches else (twin.way, horizon + 1)
         assert (twin.hopeless, twin.asleep) == (hopeless[number], asleep[number])
+        assert (twin.way, twin.pace) == (states.way[number], states.pace[number])
+        assert twin.drift == pytest.approx(float(states.drift[number]), rel=1e-5)
     assert np.mean(asleep == 0) < 0.1
     assert states.action[-1] == GuardAction.SLEPT
 

@@ -24,6 +24,17 @@ def all_finite(tree: Tree) -> jax.Array:
     return finite
 
 
+def both_finite(tree: Tree, other: Tree) -> jax.Array:
+    """`all_finite` of two trees, which takes one pass where their leaves have the same shapes."""
+    leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
+    if [jnp.shape(x) for x in leaves] != [jnp.shape(y) for y in others]:
+        return all_finite(tree) & all_finite(other)
+    finite = jnp.array(True)
+    for x, y in zip(leaves, others, strict=True):
+        finite &= numerics.is_finite(x, y)
+    return finite
+
+
 def any_nonzero(tree: Tree) -> jax.Array:
     """``[] bool``: some number in some leaf is not zero, a NaN included; false for an empty tree."""
     found = jnp.array(False)

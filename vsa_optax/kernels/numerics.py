@@ -14,15 +14,15 @@ def promoted(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
         return functools.reduce(jnp.promote_types, dtypes[1:], jnp.dtype(dtypes[0]))
 
 
-def is_finite(x: jax.Array) -> jax.Array:
-    """``[] bool``: no NaN and no infinity in ``x``; true for a zero-size array.
+def is_finite(*arrays: jax.Array) -> jax.Array:
+    """``[] bool``: no NaN and no infinity in arrays of one shape, in one pass; true for zero-size arrays.
 
     What is not finite makes a NaN of ``x - x``, and a sum keeps it. On a CPU ``all(isfinite(x))`` writes a mask first,
     a sum of ``x * 0`` may need memory for the product, and the largest magnitude is no test: JAX 0.10 loses a NaN
     among 4096 numbers or more.
     """
-    x = jnp.asarray(x)  # NumPy would warn of the NaN.
-    return jnp.isfinite(jnp.sum(x - x))
+    zeros = (x - x for x in map(jnp.asarray, arrays))  # NumPy would warn of the NaN.
+    return jnp.isfinite(jnp.sum(functools.reduce(jnp.add, zeros)))
 
 
 def power_of_two(largest: jax.Array) -> jax.Array:

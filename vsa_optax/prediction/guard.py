@@ -28,6 +28,8 @@ w includes the update that a step has just emitted. So if the rate jumps, the co
 `phase_switched`. There d sees the jump one step later. Only secants have it. Where p or q is 0, nothing was measured,
 and nothing is bounded.
 
+While the guard sleeps the way does not count, and p stays what it was.
+
 Where w or d is 0 the parameters rest. Then everything predicts perfectly, which is no evidence: the step counts as one
 without a comparison, and no leap follows.
 
@@ -85,7 +87,8 @@ class GuardState(NamedTuple):
         asleep: ``[] int32``, coming true steps that are neither recorded nor compared.
         sleep: ``[] int32``, how many it will be the next time.
         action: ``[] int32``, the last `GuardAction`.
-        way: ``[] float32``, w, the length of the updates emitted since the newest record. The fields from here on are
+        way: ``[] float32``, w, the length of the updates emitted since the newest record, but for those emitted while
+            asleep. The fields from here on are
             the last, because `vsa_optax.checkpoint` takes them for 0 in a checkpoint that was made before they existed.
         pace: ``[] float32``, w a step, at the last comparison; 0 before the first, when there is no bound.
         drift: ``[] float32``, d a step, likewise.
@@ -166,15 +169,17 @@ def after(
         is_measured: ``[] bool``, whether that is known; if not, there is no leap, and nothing is learned.
         moved: how the step moves away from the newest record.
     """
+    was_asleep = state.asleep > 0
     is_measured &= ~_rests(state, moved)
     predicted = state._replace(leap=state.leap + 1)
     unknown = state._replace(length=jnp.zeros_like(state.length), leap=jnp.zeros_like(state.leap))
     judged = jax.tree.map(lambda j, u: jnp.where(is_measured, j, u), _judged(settings, state, error**2, moved), unknown)
     slept = state._replace(asleep=state.asleep - 1)
-    judged = jax.tree.map(lambda s, j: jnp.where(state.asleep > 0, s, j), slept, judged)
+    judged = jax.tree.map(lambda s, j: jnp.where(was_asleep, s, j), slept, judged)
     state = jax.tree.map(lambda p, j: jnp.where(is_predict, p, j), predicted, judged)
     if moved.emitted is not None:
-        state = state._replace(way=jnp.where(moved.is_recorded, 0, state.way) + moved.emitted)
+        way = jnp.where(moved.is_recorded, 0, state.way) + moved.emitted
+        state = state._replace(way=jnp.where(was_asleep, state.way, way))
     length = leap_length(settings, state)
     is_far = _is_far(state, moved, length + 1)
     return state, Plan(leaps=(state.length > 0) & ~is_far, length=jnp.where(is_far, 0, length))
@@ -214,6 +219,7 @@ def _judged(settings: Guarded, state: GuardState, error: jax.Array, moved: Moved
     length = jnp.minimum(reach, _GROWTH * distance) - 1
     length = jnp.where(length < _SHORTEST_LEAP, 0, jnp.minimum(length, settings.longest))
     ends_leap = state.leap > 0
+    has_slept = moved.horizon > distance
     length = jnp.where(ends_leap, length, jnp.where(constant < _START * tolerated, 1.0, 0.0))
     hopeless = jnp.where(error > _HOPELESS_ERROR, state.hopeless + 1, 0)
     falls_asleep = hopeless >= _HOPELESS_STEPS
@@ -234,6 +240,6 @@ def _judged(settings: Guarded, state: GuardState, error: jax.Array, moved: Moved
         sleep=jnp.where(falls_asleep, jnp.minimum(2 * sleep, _LONGEST_SLEEP), sleep),
         action=action,
         way=state.way,
-        pace=state.way / jnp.maximum(moved.horizon, 1),
+        pace=jnp.where(has_slept, state.pace, state.way / jnp.maximum(moved.horizon, 1)),
         drift=state.drift if moved.distance is None else moved.distance / jnp.maximum(moved.horizon, 1),
     )

@@ -1,8 +1,8 @@
 """One step of a transformation, or its prediction, chosen by the phase without copying anybody's state."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,52 +10,79 @@ import optax
 from jax import lax
 
 from vsa_optax.core.conditional import in_place_if, split_extra_args
-from vsa_optax.core.mesh import all_finite_over, varying_axes
+from vsa_optax.core.mesh import all_finite_over, as_varying, varying_axes
 from vsa_optax.core.trees import all_finite, any_nonzero, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
+from vsa_optax.prediction.guard import Moved
 from vsa_optax.prediction.kinds import StepKind
-from vsa_optax.prediction.machine import Phase
+from vsa_optax.prediction.machine import Phase, PhaseMachineState
 from vsa_optax.prediction.predictors.base import Comparison, Experience, HistoryState, Predictor, Scalars
 
 # To see whether a gradient is zero: so many leaves, and coordinates in each, unless all leaves have more.
 _NUM_LOOKED_AT, _LOOKED_AT = 4, 65536
-_Look: TypeAlias = Callable[[optax.Updates], tuple[jax.Array, jax.Array]]
-_PredictIf: TypeAlias = Callable[[jax.Array, HistoryState, Tree, Scalars, jax.Array | None], optax.Updates]
 
 
 class StepResult(NamedTuple):
-    """What one step comes to, before it is recorded.
+    """What one step comes to.
 
     Attributes:
         target: tree, what the recorded transformation emitted, or its prediction; of no use if not finite.
         inner_state: the recorded transformation's state.
         is_finite: ``[] bool``, false if a gradient, or what the transformation made of it, holds a NaN or an infinity.
-        comparison: of the target with its prediction: measured at CORRECT steps, or, calibrated or with the guard, at
-            all true steps. None if no step is ever predicted.
         is_ignored: ``[] bool``, whether this was PREDICT and a gradient that is not zero came all the same, as far as
             a few leaves tell. Always false where devices would have to ask each other, since in PREDICT they do not
             communicate.
+        history: with the target in it, if it was recorded.
+        comparison: of the target with its prediction: measured at CORRECT steps, or, calibrated or with the guard, at
+            all true steps. None if no step is ever predicted, and so is ``moved``.
+        moved: how the step moves away from the newest record; zeros while the guard sleeps.
     """
 
     target: optax.Updates
     inner_state: optax.OptState
     is_finite: jax.Array
     is_ignored: jax.Array
+    history: HistoryState = None
     comparison: Comparison | None = None
+    moved: Moved | None = None
+
+
+class _Emitted(NamedTuple):
+    """What a true step's transformation gives."""
+
+    target: optax.Updates
+    inner_state: optax.OptState
+    is_finite: jax.Array
+
+
+class _Consulted(NamedTuple):
+    """What the history makes of a step, and the step of the history."""
+
+    target: optax.Updates
+    history: HistoryState
+    comparison: Comparison
+    horizon: jax.Array
+    distance: jax.Array | None
+    is_recorded: jax.Array
 
 
 class PhaseStep:
     """One step of ``recorded``, or its prediction if the phase is PREDICT.
 
     Outside jit, JAX compiles a loop or a conditional anew for each new function object, which for a small model
-    takes seventy times as long as the update (benchmarks/eager_step.log): `_functions` makes them once.
+    takes seventy times as long as the update (benchmarks/eager_step.log): all are made here, once.
     """
 
-    def __init__(self, recorded: optax.GradientTransformationExtraArgs, predictor: Predictor) -> None:
+    def __init__(self, recorded: optax.GradientTransformationExtraArgs | None, predictor: Predictor) -> None:
+        """With None for ``recorded``, gradients are recorded as they come."""
         self._recorded = recorded
         self._predictor = predictor
-        self._functions_for = functools.lru_cache(maxsize=16)(self._functions)
+        self._emit_if = self._emitting({})
+        self._consult_if = in_place_if(self._consult)
+        self._compare_if = in_place_if(self._compare)
+        self._record_if = in_place_if(self._record)
+        self._predicted_or_given = self._predicted, _given
 
     def __call__(
         self,
@@ -63,48 +90,53 @@ class PhaseStep:
         inner_state: optax.OptState,
         params: optax.Params | None,
         extra_args: dict[str, object],
-        phase: jax.Array,
+        machine: PhaseMachineState,
         history: HistoryState,
         experience: Experience,
-        scalars: Scalars,
-        watches: jax.Array | None = None,
+        count: jax.Array,
         axes: frozenset[str] = frozenset(),
     ) -> StepResult:
-        """One step in a true phase, the prediction in PREDICT; ``scalars`` are what the step is to the history.
+        """One step in a true phase, the prediction in PREDICT; ``count`` is the step's number.
 
-        A true step is compared with its prediction in CORRECT; calibrated, always; and where ``watches`` is given, if
-        that is true. Devices along ``axes`` decide together: what is not finite on one is skipped on all.
+        A true step is compared with its prediction in CORRECT; calibrated, or with the guard, always. Devices along
+        ``axes`` decide together: what is not finite on one is skipped on all.
+
+        On a GPU each condition is fetched by the host, which holds the device up. So all that concerns the history is
+        in one loop of one turn at most, and none while the guard sleeps.
         """
-        traced_args, static_args = split_extra_args(extra_args)
-
-        def emitted(
-            updates: optax.Updates,
-            inner_state: optax.OptState,
-            params: optax.Params | None,
-            extra_args: dict[str, object],
-        ) -> optax.Updates:
-            target, _ = self._recorded.update(updates, inner_state, params, **extra_args, **static_args)
-            _check_same_everywhere(target, axes)
-            return target
-
-        leaves, treedef = jax.tree.flatten(jax.eval_shape(emitted, updates, inner_state, params, traced_args))
-        predict_if, step, step_if = self._functions_for(treedef, tuple(leaves))
-        is_predict = phase == Phase.PREDICT
-        weights = self._predictor.weights(experience.calibration, scalars)
-        has_gradient, is_ignored = lax.cond(is_predict, *_looks_over(axes), updates)
-        result = StepResult(
-            target=predict_if(is_predict, history, experience.residual, scalars, weights),
-            inner_state=inner_state,
-            is_finite=has_gradient,
-            is_ignored=is_ignored,
-            comparison=Comparison(experience, error=jnp.zeros([], jnp.float32), is_measured=jnp.array(False)),
+        is_predict = machine.phase == Phase.PREDICT
+        has_gradient, is_ignored = _looked_over(updates, is_predict, axes)
+        emitted = _Emitted(updates, inner_state, has_gradient)
+        if self._recorded is not None:
+            emitted = self._emitted_if(~is_predict & has_gradient, emitted, params, extra_args, axes)
+        seen_params = params if self._predictor.reads_params else None
+        is_compared = machine.phase == Phase.CORRECT
+        if machine.guard is not None or experience.calibration is not None:
+            is_compared = ~is_predict
+        unknown = as_varying(jnp.zeros([], jnp.float32), varying_axes((history, seen_params)))
+        carry = _Consulted(
+            target=emitted.target,
+            history=history,
+            comparison=_nothing_measured(experience),
+            horizon=unknown,
+            distance=unknown if self._predictor.reads_params else None,
+            is_recorded=is_predict & False,
         )
-        if static_args:
-            step_if = in_place_if(functools.partial(step, **static_args))
-        runs = ~is_predict & has_gradient
-        if watches is None:
-            watches = jnp.array(True) if experience.calibration is not None else phase == Phase.CORRECT
-        return step_if(runs, result, updates, params, traced_args, watches, history, scalars)
+        operands = is_predict, emitted.is_finite, is_compared, count, seen_params
+        if machine.guard is None:
+            consulted = self._consult(carry, *operands)
+        else:
+            consulted = self._consult_if(machine.guard.asleep == 0, carry, *operands)
+        moved = Moved(consulted.horizon, consulted.distance, None, consulted.is_recorded)
+        return StepResult(
+            consulted.target,
+            emitted.inner_state,
+            emitted.is_finite,
+            is_ignored,
+            consulted.history,
+            consulted.comparison,
+            moved,
+        )
 
     def straight(
         self,
@@ -115,103 +147,170 @@ class PhaseStep:
         extra_args: dict[str, object],
         history: HistoryState,
         experience: Experience,
-        scalars: Scalars,
+        count: jax.Array,
         axes: frozenset[str] = frozenset(),
     ) -> StepResult:
         """The same for a kind that is known: nothing is decided on the device, selects leave out what is not finite."""
-
-        def emitted(updates: optax.Updates, inner_state: optax.OptState) -> tuple[optax.Updates, optax.OptState]:
-            target, inner_state = self._recorded.update(updates, inner_state, params, **extra_args)
+        if kind is StepKind.PREDICTED:
+            has_gradient = jnp.array(True)
+            is_ignored = jnp.array(False) if axes else any_nonzero(_telling_leaves(updates))
+        else:
+            has_gradient, is_ignored = all_finite_over(axes)(updates), jnp.array(False)
+        emitted = _Emitted(updates, inner_state, has_gradient)
+        if self._recorded is not None and kind is not StepKind.PREDICTED:
+            target, new_state = self._recorded.update(updates, inner_state, params, **extra_args)
             _check_same_everywhere(target, axes)
-            return target, inner_state
-
-        nothing = Comparison(experience, error=jnp.zeros([], jnp.float32), is_measured=jnp.array(False))
-        is_predict = kind is StepKind.PREDICTED
-        has_gradient, is_ignored = _looks_over(axes)[0 if is_predict else 1](updates)
-        if is_predict:
+            is_finite = has_gradient & all_finite(target)
+            emitted = _Emitted(target, tree_where(is_finite, new_state, inner_state), is_finite)
+        elif self._recorded is not None:
+            emitted = emitted._replace(target=self._zeros_like_emitted(emitted, params, extra_args, axes))
+        comparison, is_recorded = _nothing_measured(experience), jnp.array(False)
+        zero = jnp.zeros([], jnp.float32)
+        if kind is StepKind.PLAIN:
+            distance = zero if self._predictor.reads_params else None
+            return StepResult(*emitted, is_ignored, history, comparison, Moved(zero, distance, None, is_recorded))
+        seen_params = params if self._predictor.reads_params else None
+        scalars = self._predictor.scalars(history, count, seen_params)
+        if kind is StepKind.PREDICTED:
             weights = self._predictor.weights(experience.calibration, scalars)
-            predicted = self._predictor.predict(history, experience.residual, scalars, weights)
-            avals = jax.eval_shape(emitted, updates, inner_state)[0]
-            target = _cast(predicted, *reversed(jax.tree.flatten(avals)))
-            return StepResult(target, inner_state, has_gradient, is_ignored, nothing)
-        target, new_state = emitted(updates, inner_state)
-        is_finite = has_gradient & all_finite(target)
-        comparison = nothing
-        if kind is StepKind.WATCHED:
+            target = self._predicted(emitted.target, history, experience.residual, scalars, weights)
+            emitted = emitted._replace(target=target)
+        else:
+            if kind is StepKind.WATCHED:
+                compared = self._compare(comparison, None, emitted.target, history, scalars)
+                comparison = tree_where(emitted.is_finite, compared, comparison)
+            is_recorded = _behind(emitted.is_finite, comparison)
+            history = self._predictor.history.record(history, emitted.target, seen_params, count, scalars, is_recorded)
+        moved = Moved(scalars.horizon, scalars.distance, None, is_recorded)
+        return StepResult(*emitted, is_ignored, history, comparison, moved)
 
-            def prediction() -> optax.Updates:
-                predicted = self._predictor.predict(history, experience.residual, scalars, None)
-                return _cast(predicted, *reversed(jax.tree.flatten(target)))
+    def _emitted_if(
+        self,
+        runs: jax.Array,
+        unchanged: _Emitted,
+        params: optax.Params | None,
+        extra_args: dict[str, object],
+        axes: frozenset[str],
+    ) -> _Emitted:
+        """What the transformation makes of the gradients if it runs; else they are its target, or zeros like it."""
+        traced_args, static_args = split_extra_args(extra_args)
+        updates = unchanged.target
+        target = self._zeros_like_emitted(unchanged, params, extra_args, axes)
+        emit_if = self._emit_if if not static_args else self._emitting(static_args)
+        return emit_if(runs, unchanged._replace(target=target), updates, params, traced_args)
 
-            compared = self._predictor.compare(history, experience, scalars, target, prediction)
-            comparison = tree_where(is_finite, compared, nothing)
-        return StepResult(target, tree_where(is_finite, new_state, inner_state), is_finite, is_ignored, comparison)
+    def _zeros_like_emitted(
+        self,
+        given: _Emitted,
+        params: optax.Params | None,
+        extra_args: dict[str, object],
+        axes: frozenset[str],
+    ) -> optax.Updates:
+        """What stands for the transformation's target where it does not run."""
+        traced_args, static_args = split_extra_args(extra_args)
 
-    def _functions(
-        self, treedef: jax.tree_util.PyTreeDef, avals: tuple[jax.ShapeDtypeStruct, ...]
-    ) -> tuple[_PredictIf, Callable[..., StepResult], Callable[..., StepResult]]:
-        """Prediction, true step and conditional true step of a transformation that emits leaves like ``avals``."""
+        def target(updates: optax.Updates, state: Tree, params: optax.Params | None, extra_args: Tree) -> Tree:
+            assert self._recorded is not None
+            emitted, _ = self._recorded.update(updates, state, params, **extra_args, **static_args)
+            _check_same_everywhere(emitted, axes)
+            return emitted
 
-        def predicted(
-            history: HistoryState, residual: Tree, scalars: Scalars, weights: jax.Array | None
-        ) -> optax.Updates:
-            return _cast(self._predictor.predict(history, residual, scalars, weights), treedef, avals)
+        avals = jax.eval_shape(target, given.target, given.inner_state, params, traced_args)
+        return jax.tree.map(lambda aval: jnp.zeros_like(aval, dtype=aval.dtype), avals)
 
-        def nothing(
-            history: HistoryState, residual: Tree, scalars: Scalars, weights: jax.Array | None
-        ) -> optax.Updates:
-            del history, residual, scalars, weights
-            return jax.tree.unflatten(treedef, [jnp.zeros_like(aval, dtype=aval.dtype) for aval in avals])
+    def _emitting(self, static_args: dict[str, object]) -> Callable[..., _Emitted]:
+        """A true step of the transformation, if it runs."""
 
-        def predict_if(
-            pred: jax.Array, history: HistoryState, residual: Tree, scalars: Scalars, weights: jax.Array | None
-        ) -> optax.Updates:
-            return lax.cond(pred, predicted, nothing, history, residual, scalars, weights)
-
-        def compare(
-            comparison: Comparison, is_due: jax.Array, target: optax.Updates, history: HistoryState, scalars: Scalars
-        ) -> Comparison:
-            experience = comparison.experience
-
-            def prediction() -> optax.Updates:
-                # ``is_due`` is always true here. But a conditional's result is one array: without it XLA copies each
-                # record on the way.
-                return predict_if(is_due, history, experience.residual, scalars, None)
-
-            return self._predictor.compare(history, experience, scalars, target, prediction)
-
-        compare_if = in_place_if(compare)
-
-        def step(
-            result: StepResult,
-            updates: optax.Updates,
-            params: optax.Params | None,
-            extra_args: dict[str, object],
-            watches: jax.Array,
-            history: HistoryState,
-            scalars: Scalars,
-            **static_args: object,
-        ) -> StepResult:
-            target, inner_state = self._recorded.update(
-                updates, result.inner_state, params, **extra_args, **static_args
-            )
+        def emit(
+            carry: _Emitted, updates: optax.Updates, params: optax.Params | None, extra_args: dict[str, object]
+        ) -> _Emitted:
+            assert self._recorded is not None
+            target, state = self._recorded.update(updates, carry.inner_state, params, **extra_args, **static_args)
             is_finite = all_finite(target)
-            inner_state = tree_where(is_finite, inner_state, result.inner_state)
-            is_due = watches & is_finite
-            assert result.comparison is not None
-            comparison = compare_if(is_due, result.comparison, is_due, target, history, scalars)
-            return StepResult(target, inner_state, is_finite, result.is_ignored, comparison)
+            return _Emitted(target, tree_where(is_finite, state, carry.inner_state), is_finite)
 
-        return predict_if, step, in_place_if(step)  # type: ignore[arg-type] # It is run without keywords.
+        return in_place_if(emit)
+
+    def _consult(
+        self,
+        carry: _Consulted,
+        is_predict: jax.Array,
+        is_finite: jax.Array,
+        is_compared: jax.Array,
+        count: jax.Array,
+        params: optax.Params | None,
+    ) -> _Consulted:
+        """Predicts the target, or compares it with its prediction, and records it."""
+        history, experience = carry.history, carry.comparison.experience
+        scalars = self._predictor.scalars(history, count, params)
+        weights = self._predictor.weights(experience.calibration, scalars)
+        target = lax.cond(
+            is_predict, *self._predicted_or_given, carry.target, history, experience.residual, scalars, weights
+        )
+        is_due = is_compared & is_finite
+        comparison = self._compare_if(is_due, carry.comparison, is_due, target, history, scalars)
+        is_recorded = _behind(~is_predict & is_finite, comparison)
+        history = self._record_if(is_recorded, history, target, params, count, scalars)
+        return _Consulted(target, history, comparison, scalars.horizon, scalars.distance, is_recorded)
+
+    def _predicted(
+        self,
+        like: optax.Updates,
+        history: HistoryState,
+        residual: Tree,
+        scalars: Scalars,
+        weights: jax.Array | None,
+    ) -> optax.Updates:
+        """The prediction, in the structure and the dtypes of a target."""
+        predicted = self._predictor.predict(history, residual, scalars, weights)
+        leaves, treedef = jax.tree.flatten(like)
+        pairs = zip(jax.tree.leaves(predicted), leaves, strict=True)
+        return jax.tree.unflatten(treedef, [numerics.saturating_cast(x, leaf.dtype) for x, leaf in pairs])
+
+    def _compare(
+        self,
+        comparison: Comparison,
+        is_due: jax.Array | None,
+        target: optax.Updates,
+        history: HistoryState,
+        scalars: Scalars,
+    ) -> Comparison:
+        experience = comparison.experience
+        operands = target, history, experience.residual, scalars, None
+
+        def prediction() -> optax.Updates:
+            if is_due is None:
+                return self._predicted(*operands)
+            # It is true here. But a conditional's result is one array: without it XLA copies each record on the way.
+            return lax.cond(is_due, *self._predicted_or_given, *operands)
+
+        return self._predictor.compare(history, experience, scalars, target, prediction)
+
+    def _record(
+        self,
+        history: HistoryState,
+        target: optax.Updates,
+        params: optax.Params | None,
+        count: jax.Array,
+        scalars: Scalars,
+    ) -> HistoryState:
+        return self._predictor.history.record(history, target, params, count, scalars, jnp.array(True))
 
 
-def _cast(
-    tree: Tree, treedef: jax.tree_util.PyTreeDef, like: Sequence[jax.Array | jax.ShapeDtypeStruct]
+def _given(
+    target: optax.Updates, history: HistoryState, residual: Tree, scalars: Scalars, weights: jax.Array | None
 ) -> optax.Updates:
-    """The tree's leaves in the dtypes of others, and in their structure."""
-    leaves = jax.tree.leaves(tree)
-    cast = [numerics.saturating_cast(x, aval.dtype) for x, aval in zip(leaves, like, strict=True)]
-    return jax.tree.unflatten(treedef, cast)
+    del history, residual, scalars, weights
+    return target
+
+
+def _nothing_measured(experience: Experience) -> Comparison:
+    return Comparison(experience, error=jnp.zeros([], jnp.float32), is_measured=jnp.array(False))
+
+
+def _behind(is_recorded: jax.Array, comparison: Comparison) -> jax.Array:
+    """``is_recorded``, known only when the history was read: then XLA writes in place, and copies nothing before."""
+    return is_recorded & ~(comparison.error < 0)  # An error is not negative, which XLA does not know.
 
 
 def _telling_leaves(tree: Tree) -> list[jax.Array]:
@@ -224,12 +323,20 @@ def _telling_leaves(tree: Tree) -> list[jax.Array]:
     return small[-_NUM_LOOKED_AT:] or by_size[:1]
 
 
+def _looked_over(updates: optax.Updates, is_predict: jax.Array, axes: frozenset[str]) -> tuple[jax.Array, jax.Array]:
+    """What gradients are asked: are they finite, which does not matter in PREDICT, and are they ignored."""
+    if axes:
+        return lax.cond(is_predict, *_agreed_looks(axes), updates)
+    return is_predict | all_finite(updates), is_predict & any_nonzero(_telling_leaves(updates))
+
+
 @functools.cache
-def _looks_over(axes: frozenset[str]) -> tuple[_Look, _Look]:
-    """What gradients are asked in PREDICT and in true phases: are they finite, and are they ignored."""
+def _agreed_looks(axes: frozenset[str]) -> tuple[Callable[[Tree], tuple[jax.Array, jax.Array]], ...]:
+    """The same where devices along ``axes`` have to ask each other, which they do not in PREDICT."""
 
     def in_predict(updates: optax.Updates) -> tuple[jax.Array, jax.Array]:
-        return jnp.array(True), jnp.array(False) if axes else any_nonzero(_telling_leaves(updates))
+        del updates
+        return jnp.array(True), jnp.array(False)
 
     def in_true_phases(updates: optax.Updates) -> tuple[jax.Array, jax.Array]:
         return all_finite_over(axes)(updates), jnp.array(False)

@@ -9,15 +9,13 @@ import optax
 from jax import lax
 
 from vsa_optax.core import checks
-from vsa_optax.core.conditional import in_place_if
 from vsa_optax.core.mesh import all_finite_over, axes_in, is_checked, mean_over, varying_axes
-from vsa_optax.core.trees import all_finite, norm, tree_where
+from vsa_optax.core.trees import all_finite, both_finite, norm, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction import kinds, stats, unmeasured, unsuited
 from vsa_optax.prediction import machine as machines
 from vsa_optax.prediction.forecast import forecast
-from vsa_optax.prediction.guard import Moved
 from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.learning_rate import check_one_rate
 from vsa_optax.prediction.machine import Phase, PhaseMachineState
@@ -26,7 +24,6 @@ from vsa_optax.prediction.predictors.base import (
     Experience,
     HistoryState,
     Predictor,
-    Scalars,
     check_history,
     check_settings,
 )
@@ -78,20 +75,7 @@ def switched(
     _refuse_rare_emissions(opt)
     ever_predicts = machines.ever_predicts(phases)
     is_adaptive = isinstance(phases, AdaptiveCycle)
-    recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
-    run = PhaseStep(recorded, predictor)
-    look = _Look(predictor)
-
-    def record(
-        history: HistoryState,
-        target: optax.Updates,
-        params: optax.Params | None,
-        count: jax.Array,
-        scalars: Scalars,
-    ) -> HistoryState:
-        return predictor.history.record(history, target, params, count, scalars, jnp.array(True))
-
-    record_if = in_place_if(record)
+    run = PhaseStep(opt if predicts_updates else None, predictor)
 
     def init_fn(params: optax.Params) -> PhaseSwitchedState:
         checks.check_inexact_leaves(params)
@@ -139,48 +123,33 @@ def switched(
             value = extra_args["value"] = _agreed_value(value, state, in_all_phases=is_adaptive or follows)
         count = machines.total_steps(machine)
         recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
-        moved = None
-        if ever_predicts:
-            # The history is read in one conditional and written in a later one, so that XLA writes it in place.
-            seen_params = params if predictor.reads_params else None
-            watches = None if machine.guard is None else machine.guard.asleep == 0
-            known = Experience(residual, machine.calibration)
-            if kind is None:
-                scalars = look(watches, history, count, seen_params)
-                result = run(
-                    updates, recorded_state, params, extra_args, machine.phase, history, known, scalars, watches, axes
-                )
-                is_recorded = (machine.phase != Phase.PREDICT) & result.is_finite
-                if watches is not None:
-                    is_recorded &= watches
-                history = record_if(is_recorded, history, result.target, seen_params, count, scalars)
-            else:
-                scalars = look(kind is not StepKind.PLAIN, history, count, seen_params)
-                result = run.straight(kind, updates, recorded_state, params, extra_args, history, known, scalars, axes)
-                is_recorded = jnp.array(False)
-                if kind in (StepKind.RECORDED, StepKind.WATCHED):
-                    is_recorded = result.is_finite
-                    history = predictor.history.record(history, result.target, seen_params, count, scalars, is_recorded)
-            assert result.comparison is not None
-            residual = result.comparison.experience.residual
-            moved = Moved(scalars.horizon, scalars.distance, None, is_recorded)
+        given = updates, recorded_state, params, extra_args
+        known = Experience(residual, machine.calibration)
+        if not ever_predicts:
+            result = StepResult(updates, recorded_state, all_finite_over(axes)(updates), jnp.array(False))
+        elif kind is None:
+            result = run(*given, machine, history, known, count, axes)
         else:
-            target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
-            result = StepResult(target, inner_state, all_finite_over(axes)(updates), jnp.array(False))
+            result = run.straight(kind, *given, history, known, count, axes)
 
         is_finite = result.is_finite
-        if predicts_updates:
+        if predicts_updates and ever_predicts:
             new_updates, inner_state = result.target, result.inner_state
         else:
             new_updates, inner_state = opt.update(result.target, state.inner_state, params, **extra_args)
-            is_finite &= all_finite(new_updates)
-            inner_state = tree_where(is_finite, inner_state, state.inner_state)
         if ever_predicts:  # Else nothing stands between opt and the caller: a select would move its last bits.
+            if not predicts_updates:
+                # In PLAIN nothing has to be known before: one pass over both.
+                asks_once = kind is StepKind.PLAIN and not axes
+                is_finite = both_finite(updates, new_updates) if asks_once else is_finite & all_finite(new_updates)
+                inner_state = tree_where(is_finite, inner_state, state.inner_state)
             new_updates = tree_where(is_finite, new_updates, optax.tree.zeros_like(new_updates))
         if learning_rate is not None:
             rate = learning_rate(count) if callable(learning_rate) else learning_rate
             new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
-        if emits_moves and machine.guard is not None:
+        moved = result.moved
+        # While the guard sleeps, the way does not count.
+        if emits_moves and machine.guard is not None and kind is not StepKind.PLAIN:
             assert moved is not None
             moved = moved._replace(emitted=norm(new_updates))
         machine = machines.advance(
@@ -192,35 +161,13 @@ def switched(
             moved=moved,
             comparison=result.comparison,
         )
+        if result.comparison is not None:
+            residual = result.comparison.experience.residual
         if assumption is not None:
             assumption.forecast, assumption.after = forecast(phases, machine), machine
-        return new_updates, PhaseSwitchedState(machine, history, residual, inner_state)
+        return new_updates, PhaseSwitchedState(machine, result.history, residual, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-class _Look:
-    """What a step is to the history; zeros where the guard does not watch, so that nothing is read.
-
-    One function object for a predictor: outside jit, JAX compiles a conditional anew for each new one (`in_place_if`).
-    """
-
-    def __init__(self, predictor: Predictor) -> None:
-        self._predictor = predictor
-        self._branches = predictor.scalars, self._nothing
-
-    def __call__(
-        self, watches: jax.Array | bool | None, memory: HistoryState, step: jax.Array, params: optax.Params | None
-    ) -> Scalars:
-        if watches is None or watches is True:
-            return self._predictor.scalars(memory, step, params)
-        if watches is False:
-            return self._nothing(memory, step, params)
-        return lax.cond(watches, *self._branches, memory, step, params)
-
-    def _nothing(self, memory: HistoryState, step: jax.Array, params: optax.Params | None) -> Scalars:
-        shapes = jax.eval_shape(self._predictor.scalars, memory, step, params)
-        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def _axes_to_agree_over(tree: Tree, state: PhaseSwitchedState) -> frozenset[str]:
