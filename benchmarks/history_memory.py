@@ -10,7 +10,6 @@ in parameters, without what Adam keeps.
 import argparse
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import prediction_tasks
@@ -25,13 +24,15 @@ STEPS = {"digits, full batch": 300, "PINN, sin(2 pi x)": 2000, "PINN, sin(6 pi x
 BEST = {"digits, full batch": 0.024, "PINN, sin(2 pi x)": 0.024, "PINN, sin(6 pi x)": 0.048}
 HISTORIES = {
     "plain": None,
-    "16": Secants(16),
-    "16, bfloat16": Secants(16, dtype=jnp.bfloat16),
-    "8": Secants(8),
-    "8, bfloat16": Secants(8, dtype=jnp.bfloat16),
-    "4, bfloat16": Secants(4, dtype=jnp.bfloat16),
+    "16, float32": Secants(16, dtype=None),
+    "16, the default": Secants(),
+    "16, bfloat16": Secants(16, dtype="bfloat16"),
+    "24, float16": Secants(24),
+    "8, float32": Secants(8, dtype=None),
+    "8, float16": Secants(8),
+    "4, float16": Secants(4),
 }
-WIDTHS = [20, 7, 14, 7, 11, 26, 9, 9, 20, 9]
+WIDTHS = [20, 7, 16, 7, 11, 26, 9, 9, 20, 9]
 
 
 def trained(name, rate, history, seed):

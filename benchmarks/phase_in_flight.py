@@ -245,7 +245,8 @@ def report(name, options):
         flush=True,
     )
     wanted = options.variants.split(";")
-    chosen = [case for case in cases() if case[0] == "plain" or any(part in case[0] for part in wanted)]
+    used = ["plain", *(options.optimizers.split(";") if options.optimizers else ["phases=None", *optimizers()])]
+    chosen = [case for case in cases() if case[1] in used and any(part in case[0] for part in ["plain", *wanted])]
     plain = optax.with_extra_args_support(optax.adamw(RATE))
     never = vsa_optax.phase_switched(optax.adamw(RATE), phases=None)
     given = {"plain": plain, "phases=None": never} | optimizers()
@@ -289,8 +290,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="of a block")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--cases", default="", help='only what contains one of these: "byte;4 x 256"')
+    parser.add_argument("--cases", default="", help='only what contains one of these: "byte;PINN, 4 x 256"')
     parser.add_argument("--variants", default="", help='only what contains one of these, and plain: "asleep;alone"')
+    parser.add_argument("--optimizers", default="", help='only these, and plain: "default;flattened"')
     parser.add_argument("--command-buffers", default="", help='for all: "FUSION,CUBLAS,CUDNN,CONDITIONAL"')
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--kernels", type=int, default=0, help="how many of the longest kernels to list")
@@ -302,9 +304,8 @@ def main():
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "optax"))
     print(f"machine: {platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}")
     print(f"versions: python {platform.python_version()}, {versions}")
-    print(
-        f"n = {options.rounds} rounds of {options.steps} steps in flight; seed 0; command buffers: {options.command_buffers or 'default'}"
-    )
+    buffers = options.command_buffers or "JAX's own choice"
+    print(f"n = {options.rounds} rounds of {options.steps} steps in flight; seed 0; command buffers: {buffers}")
     for name in CASES:
         if not options.cases or any(part in name for part in options.cases.split(";")):
             report(name, options)

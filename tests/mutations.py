@@ -85,6 +85,7 @@ SECANT = (
 LEAP = "prediction/test_multisecant.py -k twin"
 LEAP_FIT = "prediction/fits/test_multisecant_fit.py"
 LEAPS = "prediction/test_multisecant.py"
+SECANT_FLOAT16 = "prediction/predictors/test_secant.py -k float16 or twin"
 BY_KIND = "prediction/test_jit_by_phase.py"
 FORECAST = "prediction/test_forecast.py"
 GPU_SECANTS = "kernels/gpu/test_secant_kernels.py"
@@ -128,7 +129,7 @@ MUTANTS = [
     Mutant("secant.SecantScalars.distance", "jnp.sqrt(self.squared_norm)", "self.squared_norm", DRIFT),
     Mutant("guard._judged", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "prediction/test_guard.py -k sleeps"),
     Mutant("guard.after", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "prediction/test_guard.py -k sleep"),
-    Mutant("update.switched", "is_recorded &= watches", "is_recorded |= watches", "prediction/test_guard.py -k asleep"),
+    Mutant("step.PhaseStep.__call__", "guard.asleep == 0", "guard.asleep >= 0", "prediction/test_guard.py -k asleep"),
     Mutant("secant_fit.coefficients", "(1 + ridges) * unit", "(1 - ridges) * unit", SECANT),
     Mutant("secant_fit.errors", "- 2 * linear + quadratic", "- linear + quadratic", SECANT),
     Mutant("secant_fit.best", "jnp.argmin(scores", "jnp.argmax(scores", SECANT),
@@ -140,7 +141,10 @@ MUTANTS = [
         "at[slot].set(-scalars.squared_norm)",
         SECANT,
     ),
-    Mutant("secant.SecantHistory.record", "_difference(new, old), 0", "_difference(old, new), 0", SECANT),
+    Mutant("secant._scale", "exponent - _HALF_RANGE", "exponent - 60", SECANT_FLOAT16),
+    Mutant("secant._products", "* scale for", "+ 0 * scale for", SECANT_FLOAT16),
+    Mutant("secant.SecantPredictor.predict", "weights * history.scales[1][leaf]", "weights", SECANT_FLOAT16),
+    Mutant("secant.SecantHistory.record", "_difference(n, o), 0", "_difference(o, n), 0", SECANT),
     Mutant(
         "secant.SecantPredictor.scalars",
         "jnp.where(is_known, products, 0)",
@@ -203,7 +207,7 @@ MUTANTS = [
     ),
     Mutant(
         "step.PhaseStep.straight",
-        "tree_where(is_finite, compared, nothing)",
+        "tree_where(emitted.is_finite, compared, comparison)",
         "compared",
         f"{BY_KIND} -k parameters_are",
     ),
@@ -325,8 +329,8 @@ MUTANTS = [
     Mutant("multisecant.multisecant", "learning_rate(count)", "learning_rate(count + 1)", f"{LEAPS} -k schedules"),
     Mutant("multisecant.multisecant", "(step.dtype) - given", "(step.dtype) + given", LEAP),
     Mutant("multisecant.multisecant_stats", "evaluations - state", "evaluations + state", f"{LEAPS} -k first_finite"),
-    Mutant("numerics.is_finite", "jnp.isfinite(jnp.sum(x - x))", "jnp.isfinite(jnp.max(x))", NUMERICS),
-    Mutant("numerics.is_finite", "jnp.isfinite(jnp.sum(x - x))", "~jnp.any(jnp.isnan(x))", NUMERICS),
+    Mutant("numerics.is_finite", "x - x for x", "x - 0 for x", NUMERICS),
+    Mutant("numerics.is_finite", "jnp.isfinite(jnp.sum(", "jnp.isfinite(jnp.max(", NUMERICS),
     Mutant("numerics.saturating_cast", "nan=0.0", "nan=1.0", NUMERICS),
     Mutant("numerics.relative_distance", "x * scale - y * scale", "x * scale + y * scale", NUMERICS),
     Mutant("numerics.relative_distance", "-power_of_two(largest)", "power_of_two(largest)", NUMERICS),
@@ -652,15 +656,15 @@ MUTANTS = [
     Mutant("conditional.in_place_if", "return loop[0]", "return ~loop[0]", LINE),
     Mutant("trees.all_finite", "finite &= numerics", "finite |= numerics", STEP),
     Mutant("trees.tree_where", "jnp.where(condition, n, o)", "jnp.where(condition, o, n)", STEP),
-    Mutant(
-        "update.switched",
-        "(machine.phase != Phase.PREDICT) & result",
-        "(machine.phase == Phase.PREDICT) & result",
-        LINE,
-    ),
-    Mutant("step.PhaseStep.__call__", "runs = ~is_predict & has_gradient", "runs = ~is_predict | has_gradient", LINE),
-    Mutant("step.PhaseStep.__call__", "lax.cond(is_predict, *_l", "lax.cond(~is_predict, *_l", LINE),
-    Mutant("step.PhaseStep.__call__", "else phase == Phase.CORRECT", "else phase != Phase.CORRECT", TWIN),
+    Mutant("step.PhaseStep._consult", "_behind(~is_predict & is_finite", "_behind(is_predict & is_finite", LINE),
+    Mutant("step.PhaseStep._consult", "is_due = is_compared & is_finite", "is_due = is_compared | is_finite", TWIN),
+    Mutant("step.PhaseStep.__call__", "(~is_predict & has_gradient", "(~is_predict | has_gradient", LINE),
+    Mutant("step.PhaseStep.__call__", "= machine.phase == Phase.CORRECT", "= machine.phase != Phase.CORRECT", TWIN),
+    Mutant("step._looked_over", "is_predict | all_finite", "all_finite", "prediction/test_stats.py -k ignored"),
+    Mutant("step._looked_over", "is_predict & any_nonzero", "any_nonzero", "prediction/test_stats.py -k ignored"),
+    Mutant("guard.after", "was_asleep, state.way", "False, state.way", "prediction/test_guard.py -k sleeps"),
+    Mutant("guard._judged", "has_slept, state.pace", "False, state.pace", "prediction/test_guard.py -k sleeps"),
+    Mutant("trees.both_finite", "numerics.is_finite(x, y)", "numerics.is_finite(x)", f"{BY_KIND} -k parameters_are"),
     Mutant("update.switched", "jnp.asarray(rate, u.dtype) * u", "-jnp.asarray(rate, u.dtype) * u", STEP),
     Mutant("packed_rows.add", "[of_blocks]) + _decode(", "[of_blocks]) - _decode(", SUM),
     Mutant("packed_rows.finish", "+ piece.x) / divisor", "- piece.x) / divisor", SUM),

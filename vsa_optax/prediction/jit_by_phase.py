@@ -23,7 +23,8 @@ from vsa_optax.prediction.stats import contains_machine, find_machine
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-_NUM_FORECASTS = 4  # That are kept, in case that the newest is not there yet.
+# That are kept, in case that the newest is not there yet, and fetched, when fewer steps than that are known.
+_NUM_FORECASTS = 4
 
 
 class JitByPhase(Generic[Parameters, Result]):
@@ -51,7 +52,8 @@ class JitByPhase(Generic[Parameters, Result]):
         self._last = None  # If the step fails, what is known is forgotten.
         result, forecast = self.programs[kind](*args, **kwargs)
         if forecast is not None:
-            forecast.copy_to_host_async()
+            if sum(num for _, num in self._coming) < _NUM_FORECASTS:
+                forecast.copy_to_host_async()  # Else it is not asked.
             self._forecasts.append((forecast, 0))
             self._last = _Last(result)
         return result

@@ -27,9 +27,9 @@ def flat_of(tree):
 
 
 @functools.cache
-def in_a_cycle(window=16):
+def in_a_cycle(window=16, dtype="float16"):
     """A transformation and its update, compiled."""
-    opt = vsa_optax.predict_gradients(predictor=Secants(window), **CYCLE)
+    opt = vsa_optax.predict_gradients(predictor=Secants(window, dtype=dtype), **CYCLE)
     return opt, jax.jit(opt.update)
 
 
@@ -41,9 +41,12 @@ def curved(seed):
     return lambda x: hessian @ x + (third @ x) ** 2
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_predictions_equal_the_twin_over_a_hundred_steps(noise):
-    opt, update = in_a_cycle(5)
+@pytest.mark.parametrize(
+    ("noise", "dtype", "tolerance"),
+    [(0.0, None, 2e-3), (0.3, None, 2e-3), (0.0, "float16", 6e-3), (0.3, "float16", 6e-3)],
+)
+def test_predictions_equal_the_twin_over_a_hundred_steps(noise, dtype, tolerance):
+    opt, update = in_a_cycle(5, dtype)
     twin = reference.SecantPredictor(window=5, ridges=secant_fit.RIDGES, forget=0.9)
     gradient_at, rng = curved(1), np.random.default_rng(2)
     x = rng.normal(size=SIZE).astype(np.float32)
@@ -55,7 +58,7 @@ def test_predictions_equal_the_twin_over_a_hundred_steps(noise):
         if phase == Phase.PREDICT:
             predicted += 1
             expected = twin.predict(x)
-            assert np.linalg.norm(flat_of(emitted) - expected) < 2e-3 * np.linalg.norm(expected)
+            assert np.linalg.norm(flat_of(emitted) - expected) < tolerance * np.linalg.norm(expected)
         else:
             np.testing.assert_array_equal(flat_of(emitted), gradient)
             twin.record(x, gradient)
@@ -128,7 +131,7 @@ def test_where_nothing_helps_the_newest_gradient_predicts():
 
 
 def test_the_products_kept_are_those_of_the_changes():
-    (opt, update), rng = in_a_cycle(5), np.random.default_rng(4)
+    (opt, update), rng = in_a_cycle(5, None), np.random.default_rng(4)
     x = tree_of(np.zeros(SIZE))
     state = opt.init(x)
     for _ in range(17):
@@ -139,6 +142,46 @@ def test_the_products_kept_are_those_of_the_changes():
     for leaf, changes in enumerate(jax.tree.leaves(state.history.diff_gradients)):
         flat = np.asarray(changes).reshape(5, -1)
         np.testing.assert_allclose(state.machine.calibration.gram[leaf], flat @ flat.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("of_w", "of_b"), [(1.0, 1.0), (1e-14, 1e14), (1e12, 1e-12)])
+def test_in_float16_changes_of_any_size_keep_eleven_bits(of_w, of_b):
+    """Each leaf by a power of two of its own; what is predicted, and the products, are in the true units."""
+    (opt, update), rng = in_a_cycle(5), np.random.default_rng(7)
+    factors = {"w": np.float32(of_w), "b": np.float32(of_b), "empty": np.float32(1)}
+
+    def scaled(flat):
+        return jax.tree.map(lambda x, factor: np.asarray(x * factor, np.float32), tree_of(flat), factors)
+
+    points, gradients, state = [], [], opt.init(scaled(np.zeros(SIZE)))
+    for _ in range(9):
+        assert state.machine.phase != Phase.PREDICT or len(points) >= 6
+        x, gradient = scaled(rng.normal(size=SIZE)), scaled(rng.normal(size=SIZE))
+        if state.machine.phase != Phase.PREDICT:
+            points.append(x)
+            gradients.append(gradient)
+        _, state = update(gradient, state, x)
+    num = len(points) - 1
+    for which, (stored, records) in enumerate(
+        ((state.history.diff_params, points), (state.history.diff_gradients, gradients))
+    ):
+        for leaf, name in ((0, "b"), (2, "w")):
+            assert stored[name].dtype == jnp.float16
+            scales = np.asarray(state.history.scales[which][leaf])
+            assert set(np.frexp(scales)[0].tolist()) == {0.5}
+            for number in range(max(0, num - 5), num):
+                change = records[number + 1][name] - records[number][name]
+                found = np.asarray(stored[name][(number + 1) % 5], np.float32) * scales[(number + 1) % 5]
+                assert np.abs(found - change).max() <= 2**-11 * np.abs(change).max()
+
+
+def test_a_state_in_float16_is_not_taken_for_one_in_another_dtype():
+    (opt, _), (other, _) = in_a_cycle(5), in_a_cycle(5, None)
+    x = tree_of(np.ones(SIZE))
+    with pytest.raises(ValueError, match="dtype is float16, here None"):
+        other.update(x, opt.init(x), x)
+    with pytest.raises(ValueError, match="dtype is another, here float16"):
+        opt.update(x, other.init(x), x)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
@@ -200,10 +243,11 @@ def test_a_bad_gradient_leaves_no_trace():
 def test_the_state_costs_what_is_documented():
     params = {"a": jnp.zeros(1000), "b": jnp.zeros([70, 3])}
     size = 4 * 1210
-    for window, dtype, trees in ((16, None, 34), (3, None, 8), (4, "bfloat16", 5.5)):
+    for window, dtype, trees in ((16, None, 34), (3, None, 8), (4, "bfloat16", 6), (16, "float16", 18)):
         state = vsa_optax.predict_gradients(predictor=Secants(window, dtype=dtype)).init(params)
         total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        per_leaf, besides = 4 * (window**2 + 1), 4 * window**2
+        per_leaf = 4 * (window**2 + 1) + (8 * window if dtype == "float16" else 0)
+        besides = 4 * window**2
         assert 0 < total - trees * size - 2 * per_leaf - besides < 150
         assert state.residual is None
 

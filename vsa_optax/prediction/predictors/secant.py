@@ -21,6 +21,8 @@ from vsa_optax.prediction.fits import calibration, secant_fit
 from vsa_optax.prediction.predictors import base
 from vsa_optax.prediction.predictors.base import Comparison, Experience, PredictionQuality
 
+_HALF_RANGE = 15  # float16 ends at 2^16.
+
 
 class SecantHistoryState(NamedTuple):
     """The newest record, and the changes that led to it, in a ring.
@@ -30,7 +32,9 @@ class SecantHistoryState(NamedTuple):
         gradient: tree of ``[*shape]``, its gradient.
         diff_params: tree of ``[W, *shape]``, from record to record; slots not yet written are 0.
         diff_gradients: tree of ``[W, *shape]``, likewise.
-        gram: ``[W, W] float32``, inner products of ``diff_params``.
+        gram: ``[W, W] float32``, inner products of ``diff_params`` before they were rounded.
+        scales: two of ``[L, W] float32``, powers of two that multiply what is stored of ``diff_params`` and of
+            ``diff_gradients``, so that float16 holds any size; None in another dtype.
         num_records: ``[] int32``, records so far; the next change goes to slot ``num_records % W``.
         last_step: ``[] int32``, the newest record's step.
     """
@@ -40,6 +44,7 @@ class SecantHistoryState(NamedTuple):
     diff_params: Tree
     diff_gradients: Tree
     gram: jax.Array
+    scales: tuple[jax.Array, jax.Array] | None
     num_records: jax.Array
     last_step: jax.Array
 
@@ -69,11 +74,17 @@ class SecantScalars(NamedTuple):
 class SecantHistory:
     """The last ``length`` changes.
 
-    State cost: ``2 * length + 2`` times the parameters, plus ``4 * (length**2 + 2)`` bytes.
+    State cost: twice the parameters and ``2 * length`` times the parameters in ``dtype``, plus ``4 * (length**2 + 2)``
+    bytes, and in float16 ``8 * length`` a leaf.
     """
 
     length: int
     dtype: jnp.dtype | None
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether changes are stored relative to a power of two."""
+        return self.dtype == jnp.float16
 
     def init(self, params: optax.Params) -> SecantHistoryState:
         """The empty history; its leaves are laid out on the devices as the parameters are."""
@@ -81,20 +92,24 @@ class SecantHistory:
         def ring(zeros: jax.Array) -> jax.Array:
             return jnp.broadcast_to(zeros[None], (self.length, *zeros.shape))
 
+        of_leaves = jnp.ones([base.num_measured_leaves(params), self.length], jnp.float32)
         return SecantHistoryState(
-            # Differences are small beside the parameters, which need all of their digits for them.
+            # Differences are small beside what they are of, which needs all of its digits for them.
             params=base.zeros_as_stored(params, None),
-            gradient=base.zeros_as_stored(params, self.dtype),
+            gradient=base.zeros_as_stored(params, None),
             diff_params=with_axis_in_front(jax.tree.map(ring, base.zeros_as_stored(params, self.dtype))),
             diff_gradients=with_axis_in_front(jax.tree.map(ring, base.zeros_as_stored(params, self.dtype))),
             gram=jnp.zeros([self.length, self.length], jnp.float32),
+            scales=(of_leaves, jnp.ones_like(of_leaves)) if self.is_scaled else None,
             num_records=jnp.zeros([], jnp.int32),
             last_step=jnp.zeros([], jnp.int32),
         )
 
     def check_state(self, state: base.HistoryState) -> None:
-        """The kind of history, and W."""
+        """The kind of history, W, and whether it is in float16."""
         base.check_history(state, SecantHistoryState)
+        names = {True: "float16", False: "another" if self.is_scaled else str(self.dtype)}
+        base.check_settings(dtype=(names[state.scales is not None], names[self.is_scaled]))
         base.check_settings(window=(state.gram.shape[0], self.length))
 
     def example(self, state: SecantHistoryState) -> tuple[optax.Updates, int]:
@@ -114,26 +129,35 @@ class SecantHistory:
         slot = state.num_records % self.length
         has_record = state.num_records > 0
 
-        def changed(records: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-            change = jnp.where(has_record, _difference(new, old), 0)
-            change = numerics.saturating_cast(change, records.dtype)
-            return records.at[slot].set(jnp.where(is_recorded, change, records[slot]))
-
-        def all_changed(records: Tree, new: Tree, old: Tree) -> Tree:
-            # By leaves: names of axes in the parameters' containers may be others.
-            leaves, treedef = jax.tree.flatten(records)
-            return jax.tree.unflatten(treedef, map(changed, leaves, jax.tree.leaves(new), jax.tree.leaves(old)))
-
         def kept(old: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.where(is_recorded, numerics.saturating_cast(new, old.dtype), old)
 
+        def all_changed(records: Tree, new: Tree, old: Tree, scales: jax.Array | None) -> tuple[Tree, jax.Array | None]:
+            # By leaves: names of axes in the parameters' containers may be others.
+            leaves, treedef = jax.tree.flatten(records)
+            written, used = [], []
+            for record, n, o in zip(leaves, jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+                change = jnp.where(has_record, _difference(n, o), 0)
+                if scales is not None:
+                    used.append(_scale(change))
+                    change = change / used[-1].astype(change.dtype)
+                change = numerics.saturating_cast(change, record.dtype)
+                written.append(record.at[slot].set(jnp.where(is_recorded, change, record[slot])))
+            if scales is not None and used:
+                scales = scales.at[:, slot].set(jnp.where(is_recorded, jnp.stack(used), scales[:, slot]))
+            return jax.tree.unflatten(treedef, written), scales
+
+        of_params, of_gradients = (None, None) if state.scales is None else state.scales
+        diff_params, of_params = all_changed(state.diff_params, params, state.params, of_params)
+        diff_gradients, of_gradients = all_changed(state.diff_gradients, tree, state.gradient, of_gradients)
         row = scalars.products.at[slot].set(scalars.squared_norm)
         return SecantHistoryState(
             params=jax.tree.map(kept, state.params, params),
             gradient=jax.tree.map(kept, state.gradient, tree),
-            diff_params=all_changed(state.diff_params, params, state.params),
-            diff_gradients=all_changed(state.diff_gradients, tree, state.gradient),
+            diff_params=diff_params,
+            diff_gradients=diff_gradients,
             gram=jnp.where(is_recorded, state.gram.at[slot].set(row).at[:, slot].set(row), state.gram),
+            scales=None if of_params is None or of_gradients is None else (of_params, of_gradients),
             num_records=jnp.where(is_recorded, optax.safe_increment(state.num_records), state.num_records),
             last_step=jnp.where(is_recorded, step, state.last_step),
         )
@@ -179,9 +203,8 @@ class SecantPredictor:
         """One pass over ``diff_params``."""
         displacement = jax.tree.map(_difference, params, history.params)
         products, squared_norm = jnp.zeros([self.history.length], jnp.float32), jnp.zeros([], jnp.float32)
-        for records, x in zip(jax.tree.leaves(history.diff_params), jax.tree.leaves(displacement), strict=True):
-            products = products + inner_products.inner_of_records(records, x)
-            squared_norm = squared_norm + inner_products.inner(x, x)
+        for of_leaf, x in zip(_products(history, 0, displacement), jax.tree.leaves(displacement), strict=True):
+            products, squared_norm = products + of_leaf, squared_norm + inner_products.inner(x, x)
         # Before the first record there is nothing to be displaced from.
         has_record = history.num_records > 0
         is_known = has_record & jnp.isfinite(squared_norm) & jnp.all(jnp.isfinite(products))
@@ -203,14 +226,16 @@ class SecantPredictor:
         """One pass over the changes of the gradient."""
         del residual, scalars
         assert weights is not None
-        coefficients = [jnp.ones([], jnp.float32), *(weights[i] for i in range(self.history.length))]
-
-        def combined(gradient: jax.Array, changes: jax.Array) -> jax.Array:
-            terms = [gradient, *(changes[i] for i in range(self.history.length))]
-            return numerics.linear_combination(coefficients, terms)
-
         leaves, treedef = jax.tree.flatten(history.gradient)
-        return jax.tree.unflatten(treedef, map(combined, leaves, jax.tree.leaves(history.diff_gradients)))
+        one, slots = jnp.ones([], jnp.float32), range(self.history.length)
+
+        def combined(leaf: int, gradient: jax.Array, changes: jax.Array) -> jax.Array:
+            of_stored = weights if history.scales is None else weights * history.scales[1][leaf]
+            terms = [gradient, *(changes[i] for i in slots)]
+            return numerics.linear_combination([one, *(of_stored[i] for i in slots)], terms)
+
+        changes = jax.tree.leaves(history.diff_gradients)
+        return jax.tree.unflatten(treedef, map(combined, range(len(leaves)), leaves, changes))
 
     def compare(
         self,
@@ -226,8 +251,7 @@ class SecantPredictor:
             return base.not_measured(experience)
         state: SecantCalibrationState = experience.calibration
         change = jax.tree.map(_difference, target, history.gradient)
-        pairs = zip(jax.tree.leaves(history.diff_gradients), jax.tree.leaves(change), strict=True)
-        products = jnp.stack([inner_products.inner_of_records(records, x) for records, x in pairs])
+        products = jnp.stack(_products(history, 1, change))
         missed, squared_norms = trees.squared_norms(change), trees.squared_norms(target)
         squared = secant_fit.errors(scalars.coefficients, state.gram, products, missed)
         # Before the first record nothing was predicted, and what is recorded is no change.
@@ -250,3 +274,24 @@ def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
     """``new - old`` in at least f32."""
     wide = new.dtype if new.dtype.itemsize >= 4 else jnp.float32
     return new.astype(wide) - old.astype(wide)
+
+
+def _products(history: SecantHistoryState, which: int, tree: Tree) -> list[jax.Array]:
+    """``[W] float32`` for each leaf: of changes of the parameters (0) or the gradient (1) with it, unrounded."""
+    records = jax.tree.leaves((history.diff_params, history.diff_gradients)[which])
+    products = [inner_products.inner_of_each(r, x) for r, x in zip(records, jax.tree.leaves(tree), strict=True)]
+    if history.scales is None:
+        return [p.astype(jnp.float32) for p in products]
+    # A tree without leaves has scales for one all the same.
+    return [p.astype(jnp.float32) * scale for p, scale in zip(products, history.scales[which], strict=False)]
+
+
+def _scale(change: jax.Array) -> jax.Array:
+    """``[] float32``: the power of two by which a change is divided before it is stored in float16.
+
+    Its norm is below 2^15 then, so that no number overflows; those of a thousandth of the root mean square keep all of
+    their digits in leaves of up to 10^9.
+    """
+    norm = jnp.sqrt(inner_products.inner(change, change))
+    exponent = numerics.power_of_two(jnp.where(jnp.isfinite(norm), norm, jnp.finfo(jnp.float32).max))
+    return jnp.ldexp(jnp.ones([], jnp.float32), exponent - _HALF_RANGE)
