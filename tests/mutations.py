@@ -662,6 +662,7 @@ MUTANTS = [
     Mutant("step.PhaseStep.__call__", "= machine.phase == Phase.CORRECT", "= machine.phase != Phase.CORRECT", TWIN),
     Mutant("step._looked_over", "is_predict | all_finite", "all_finite", "prediction/test_stats.py -k ignored"),
     Mutant("step._looked_over", "is_predict & any_nonzero", "any_nonzero", "prediction/test_stats.py -k ignored"),
+    Mutant("conditional.warn_of_command_buffers", "commands[-1]", "commands[0]", "core/test_conditional.py -k buffers"),
     Mutant("guard.after", "was_asleep, state.way", "False, state.way", "prediction/test_guard.py -k sleeps"),
     Mutant("guard._judged", "has_slept, state.pace", "False, state.pace", "prediction/test_guard.py -k sleeps"),
     Mutant("trees.both_finite", "numerics.is_finite(x, y)", "numerics.is_finite(x)", f"{BY_KIND} -k parameters_are"),

@@ -13,7 +13,7 @@ import optax
 from vsa_optax.accumulation.inner_optimizer import RunInner
 from vsa_optax.accumulation.ternary_sum import EveryK, Rounding, TernarySum, check_every_k, make_ternary_sum
 from vsa_optax.core import checks, mesh
-from vsa_optax.core.conditional import in_place_if
+from vsa_optax.core.conditional import in_place_if, warn_of_command_buffers
 from vsa_optax.core.mesh import as_varying, varying_axes
 from vsa_optax.core.types import Tree
 
@@ -231,6 +231,7 @@ def accumulate_ternary(
     window = _Window(total, every_k, checks.check_bool("use_grad_mean", use_grad_mean))
 
     def init_fn(params: optax.Params) -> AccumulateTernaryState:
+        warn_of_command_buffers()
         checks.check_inexact_leaves(params)
         # Of parameters that are shards, each device has its own sum.
         return AccumulateTernaryState(_zero(), _zero(), mesh.varying_like(total.zeros(params), params), _zero())
@@ -335,6 +336,7 @@ def ternary_multi_steps(
     run_inner = RunInner(optax.with_extra_args_support(opt))
 
     def init_fn(params: optax.Params) -> TernaryMultiStepsState:
+        warn_of_command_buffers()
         checks.check_inexact_leaves(params)
         zeros = optax.tree.zeros_like(params)
         skip_state = _ask(should_skip_update_fn, zeros, jnp.zeros([], jnp.int32), params)[1]

@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from vsa_optax.core import checks
+from vsa_optax.core.conditional import warn_of_command_buffers
 from vsa_optax.core.mesh import all_finite_over, axes_in, is_checked, mean_over, varying_axes
 from vsa_optax.core.trees import all_finite, both_finite, norm, tree_where
 from vsa_optax.core.types import Tree
@@ -78,6 +79,7 @@ def switched(
     run = PhaseStep(opt if predicts_updates else None, predictor)
 
     def init_fn(params: optax.Params) -> PhaseSwitchedState:
+        warn_of_command_buffers()
         checks.check_inexact_leaves(params)
         inner_state = opt.init(params)
         _check_inner_state(inner_state, predicts_updates=predicts_updates)
