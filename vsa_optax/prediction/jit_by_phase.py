@@ -59,15 +59,14 @@ class JitByPhase(Generic[Parameters, Result]):
         return result
 
     def _next_kind(self) -> StepKind:
-        """From what is known, and where that runs out, from the newest forecast that is there, or will be."""
+        """From what is known; where that runs out, from the newest forecast that is there, or the next that will be."""
         if not self._coming:
-            at_hand = [(runs, steps) for runs, steps in self._forecasts if _is_ready(runs)]
-            if at_hand:
-                runs, steps = at_hand[-1]
-                self._coming = _without(runs, steps)
-            if not self._coming:
+            num_there = max((i + 1 for i, (runs, _) in enumerate(self._forecasts) if _is_ready(runs)), default=0)
+            later = self._forecasts[num_there:]
+            self._coming = _without(*self._forecasts[num_there - 1]) if num_there else []
+            while not self._coming:
                 self.num_waits += 1
-                self._coming = _without(*self._forecasts[-1])
+                self._coming = _without(*later.pop(0))
         kind, num = self._coming[0]
         self._coming = [(kind, num - 1), *self._coming[1:]] if num > 1 else self._coming[1:]
         self._forecasts = [(runs, steps + 1) for runs, steps in self._forecasts[-_NUM_FORECASTS:]]
