@@ -167,14 +167,13 @@ class Variant:
     """A way to run an optimizer, and a carry that is held where it is to be measured."""
 
     def __init__(self, optimizer, way, held):
-        self.way, (hold, kind) = way, HELD.get(held, (None, None))
+        self.way, (self.hold, kind) = way, HELD.get(held, (None, None))
         self.program = optimizer.programs[None if way == "one program" else kind]
         self.num_waits = 0
         carry = optimizer.start()
         if held:
             for _ in range(RECORDS):  # Real steps, real records.
                 carry = optimizer.by_phase(*carry)
-            carry = carry[0], carry[1]._replace(machine=jax.tree.map(jnp.array, hold(carry[1].machine)))
         self.carry, self.optimizer = carry, optimizer
 
     def block(self, steps):
@@ -185,6 +184,10 @@ class Variant:
             step = lambda *carry: self.program.call(*carry)[0]  # noqa: E731 # The result without its forecast.
         else:
             step = self.program.call
+        if self.hold:  # Anew, since on a fixed batch what is watched may be found hopeless, and put to sleep.
+            state = self.carry[1]
+            machine = jax.tree.map(jnp.array, self.hold(state.machine))
+            self.carry = jax.block_until_ready((self.carry[0], state._replace(machine=machine)))
         start = time.perf_counter()
         for _ in range(steps):
             self.carry = step(*self.carry)
