@@ -1,7 +1,7 @@
 """Wall time of a whole run without noise: plain Adam, and the same Adam that skips backward passes, at the same rate.
 
-Run `python benchmarks/time_to_loss.py | tee benchmarks/time_to_loss.log`; on a GPU add `--case "PINN, 4 x 256"` (the log
-is `time_to_loss_gpu.log`). All runs of a seed start from the same parameters and take the same number of steps with
+Run `python benchmarks/time_to_loss.py | tee benchmarks/time_to_loss.log`; on a GPU add `--case "PINN, 4 x 256"` (its
+log is `time_to_loss_gpu.log`). All runs of a seed start from the same parameters and take the same number of steps with
 the same cosine schedule and betas, in flight, their state donated; they take turns, so that all see the same machine.
 The loss is that of the parameters at the end. Compiling is left out: each program has run before.
 """
