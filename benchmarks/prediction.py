@@ -80,7 +80,7 @@ def trainer(name, method, variant_number, steps):
             value, gradient = jax.lax.cond(
                 needs,
                 lambda: jax.value_and_grad(task.loss)(at, batch),
-                lambda: (jnp.zeros([]), optax.tree.zeros_like(at)),
+                lambda: (task.loss(at, batch) if method.reads_value else jnp.zeros([]), optax.tree.zeros_like(at)),
             )
             updates, state = opt.update(gradient, state, params, value=value)
             params = optax.apply_updates(params, updates)
@@ -184,7 +184,7 @@ def plan_of(name, options):
         tuple(methods),
         half_octaves(case.rates),
         BETAS[:2] + BETAS[-1:] if is_large else BETAS,
-        range(first, first + (1 if is_large else 2 if case.runs_apart else 6)),
+        range(first, first + (options.tuning_seeds or (1 if is_large else 2 if case.runs_apart else 6))),
         range(options.seeds or (5 if takes_long else 10)),
     )
 
@@ -315,6 +315,7 @@ def main():
     parser.add_argument("--task", default="", help='only what contains this: "PINN"; all small ones unless given')
     parser.add_argument("--methods", default="", help='only what contains one of these: "aggressive,coast"')
     parser.add_argument("--seeds", type=int, help="to compare by; 10 unless given, 5 where runs are long")
+    parser.add_argument("--tuning-seeds", type=int, help="to choose by; 6 unless given, fewer where runs are long")
     parser.add_argument("--steps", type=int, help="instead of each task's own, for a trial")
     parser.add_argument("--results", type=pathlib.Path, help="a file to keep each run's results in, and to go on from")
     parser.add_argument("--plot", help="a PNG to write")

@@ -16,10 +16,11 @@ if _typing.TYPE_CHECKING:
     from vsa_optax.prediction.guard import GuardAction
     from vsa_optax.prediction.jit_by_phase import jit_by_phase
     from vsa_optax.prediction.machine import Phase
+    from vsa_optax.prediction.momentum import MomentumSettings, momentum_predictor
     from vsa_optax.prediction.multisecant import MultisecantStats, multisecant, multisecant_stats
-    from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
+    from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded, LegacyCycle, QualityCycle
     from vsa_optax.prediction.predictors.base import PredictionQuality
-    from vsa_optax.prediction.predictors.factory import Recursive, Secants, Window
+    from vsa_optax.prediction.predictors.factory import Momentum, Recursive, Secants, Window
     from vsa_optax.prediction.presets import aggressive, balanced, conservative
     from vsa_optax.prediction.stats import GuardStats, PhaseStats, needs_backward, phase_stats
     from vsa_optax.prediction.value_and_grad import value_and_grad_by_phase
@@ -33,10 +34,14 @@ __all__ = [
     "GuardStats",
     "Guarded",
     "HypervectorCodec",
+    "LegacyCycle",
+    "Momentum",
+    "MomentumSettings",
     "MultisecantStats",
     "Phase",
     "PhaseStats",
     "PredictionQuality",
+    "QualityCycle",
     "Recursive",
     "Secants",
     "TritCodec",
@@ -49,6 +54,7 @@ __all__ = [
     "compressed_pmean",
     "conservative",
     "jit_by_phase",
+    "momentum_predictor",
     "multisecant",
     "multisecant_stats",
     "needs_backward",
@@ -71,10 +77,14 @@ _HOMES = {
     "GuardStats": "prediction.stats",
     "Guarded": "prediction.phases",
     "HypervectorCodec": "codecs.hypervector",
+    "LegacyCycle": "prediction.phases",
+    "Momentum": "prediction.predictors.factory",
+    "MomentumSettings": "prediction.momentum",
     "MultisecantStats": "prediction.multisecant",
     "Phase": "prediction.machine",
     "PhaseStats": "prediction.stats",
     "PredictionQuality": "prediction.predictors.base",
+    "QualityCycle": "prediction.phases",
     "Recursive": "prediction.predictors.factory",
     "Secants": "prediction.predictors.factory",
     "TritCodec": "codecs.trit",
@@ -86,6 +96,7 @@ _HOMES = {
     "compressed_pmean": "compression.pmean",
     "conservative": "prediction.presets",
     "jit_by_phase": "prediction.jit_by_phase",
+    "momentum_predictor": "prediction.momentum",
     "multisecant": "prediction.multisecant",
     "multisecant_stats": "prediction.multisecant",
     "needs_backward": "prediction.stats",

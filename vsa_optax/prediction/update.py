@@ -30,6 +30,7 @@ from vsa_optax.prediction.predictors.base import (
     check_history,
     check_settings,
 )
+from vsa_optax.prediction.predictors.momentum import MomentumPredictor
 from vsa_optax.prediction.step import PhaseStep, StepResult
 
 _THE_OTHER_WAY_ROUND = (
@@ -43,8 +44,8 @@ class PhaseSwitchedState(NamedTuple):
 
     Attributes:
         machine: `PhaseMachineState`, scalars.
-        history: `SecantHistoryState`, `WindowHistoryState`, `CodedWindowHistoryState` or `RecursiveHistoryState`; None
-            if no step is ever predicted.
+        history: `SecantHistoryState`, `WindowHistoryState`, `CodedWindowHistoryState`, `RecursiveHistoryState` or
+            `MomentumHistoryState`; None if no step is ever predicted.
         residual: tree of ``[*shape]`` in the history's dtype, the averaged prediction error, or a codec's payload of
             it; None if switched off.
         inner_state: the wrapped optimizer's state.
@@ -164,6 +165,11 @@ def switched(
             assert result.comparison is not None
             residual = result.comparison.experience.residual
             moved = Moved(scalars.horizon, scalars.distance, None, is_recorded)
+            if isinstance(predictor, MomentumPredictor):
+                # What is recorded is the true gradient; what leaves is corrected by what the leap missed of it.
+                ends_leap = is_recorded & machines.ends_leap(machine) & (scalars.horizon > 1)
+                leaves = predictor.corrected(state.history, scalars, result.target, ends_leap)
+                result = result._replace(target=leaves)
         else:
             target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
             result = StepResult(target, inner_state, all_finite_over(axes)(updates), jnp.array(False))
@@ -310,7 +316,8 @@ def _check_state(state: optax.OptState, phases: Guarded | Cycle, predictor: Pred
     if not isinstance(state, PhaseSwitchedState):
         raise ValueError(f"state must be what init returned, a PhaseSwitchedState, got {type(state).__name__}")
     machine, ever_predicts = state.machine, machines.ever_predicts(phases)
-    check_settings(phases=(_phases_of(machine), type(phases).__name__ if ever_predicts else None))
+    wanted = next(kind.__name__ for kind in (Guarded, AdaptiveCycle, Cycle) if isinstance(phases, kind))
+    check_settings(phases=(_phases_of(machine), wanted if ever_predicts else None))
     if not ever_predicts:
         check_history(state.history, None)
         return
