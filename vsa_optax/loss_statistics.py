@@ -130,7 +130,9 @@ class LossReport(NamedTuple):
             fields[name] = None if fields[name] is None else LossStatistics(**fields[name])
         fields["by_phase"] = {phase: LossStatistics(**numbers) for phase, numbers in fields["by_phase"].items()}
         fields["spikes"] = tuple(LossSpike(**spike) for spike in fields["spikes"])
-        columns = {name: None if column is None else tuple(column) for name, column in fields["history"].items()}
+        columns: dict[str, Any] = {
+            name: None if column is None else tuple(column) for name, column in fields["history"].items()
+        }
         return cls(**{**fields, "history": LossHistory(**columns)})
 
 
@@ -166,7 +168,7 @@ def loss_report(opt_state: Tree) -> LossReport:
             f"expected one track_loss in the optimizer state, found {len(found)}: pass the state of an optimizer made "
             "with track_loss(opt), once"
         )
-    state: TrackLossState = jax.device_get(stats.unwrapped(found[0]._replace(inner_state=None)))
+    state: Any = jax.device_get(stats.unwrapped(found[0]._replace(inner_state=None)))
     num, size = int(state.num_measured), len(state.values)
     order = np.arange(max(num - size, 0), num) % size
     values, steps = state.values[order].astype(np.float64), state.steps[order]

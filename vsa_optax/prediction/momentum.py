@@ -30,8 +30,8 @@ def momentum_predictor(
 ) -> MomentumSettings:
     """Momentum and its rhythm, as the legacy half of vsa-optim-rs 0.1.1 has them: to compare with, not to train with.
 
-    On every task of this library's suite it ends at a higher loss than plain Adam does with as many backward passes:
-    docs/migration.md has the table. Under the guard, ``phase_switched(opt, predictor=Momentum())``, it does no harm.
+    Both rhythms end at a higher loss than plain Adam does with as many backward passes, on both tasks that were tried
+    (benchmarks/momentum.log). Under the guard, ``phase_switched(opt, predictor=Momentum())``, it did no harm there.
 
     Args:
         schedule: ``"trainer"`` is `vsa_optax.LegacyCycle`: 10 true steps, then 40 of which each tenth is corrected;

@@ -152,7 +152,7 @@ class Momentum:
         predicts: as in `Window`.
 
     State cost:
-        for parameters of P bytes ``2 * P``, 8 a leaf, and 52.
+        for parameters of P bytes ``2 * P``, ``8`` a leaf, and 52.
 
     Raises:
         ValueError: an attribute outside its range.
