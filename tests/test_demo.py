@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import vsa_optax
-from vsa_optax import GuardAction, Phase, demo
+from vsa_optax import GuardAction, Phase, demo, plots
 
 for _package in ("flax", "matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(_package)
@@ -119,7 +119,8 @@ def test_picture_is_a_png_that_shows_something(finished: _Demo) -> None:
     assert min(pixels.shape[:2]) > 500
     red, green, blue = np.moveaxis((pixels[..., :3] * 255).round().astype(np.int32), -1, 0)
     colours = {f"#{colour:06x}" for colour in np.unique(red << 16 | green << 8 | blue)}
-    assert {*demo._SHADES.values(), *demo._COLOURS.values(), demo._RED} <= colours
+    shades = {plots._SHADES[phase] for phase in (Phase.WARMUP, Phase.FULL, Phase.PREDICT)}
+    assert {*shades, *demo._COLOURS.values(), demo._RED} <= colours
 
 
 def test_picture_marks_where_the_guard_gave_up(finished: _Demo, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import vsa_optax
-from vsa_optax import GuardAction, Phase
+from vsa_optax import GuardAction, Phase, plots
 
 _TRAIN_SIZE = 1437  # Of 1797 images; the other 360 are the test set.
 _DESCRIPTION = """Trains a small network on scikit-learn's handwritten digits four times, from the same weights
@@ -40,7 +40,6 @@ excluded. State bytes: of the optimizer's live state."""
 _SOLVED = 1e-6  # Loss of the whole training set at which a run ends; not far below, rounding is all that is left.
 _REQUIRED = ("flax", "sklearn", "matplotlib", "tqdm")
 _PICTURE = "training.png"
-_SHADES = {Phase.WARMUP: "#d9d9d9", Phase.FULL: "#bcd7ee", Phase.PREDICT: "#fdf0cc"}
 _PLAIN, _SWITCHED, _MULTISECANT, _LBFGS = "plain AdamW", "phase-switched AdamW", "multisecant AdamW", "L-BFGS"
 _COLOURS = {_PLAIN: "#333333", _SWITCHED: "#0b5fa5", _MULTISECANT: "#1b7f3b", _LBFGS: "#d1710a"}
 _RED = "#b3261e"
@@ -376,7 +375,7 @@ def _draw(runs: dict[str, Run], path: Path) -> None:
 
     names = "gradient norm", "prediction error", "steps to predict"
     for axis, label in zip(axes, names, strict=True):
-        _shade(axis, steps.phase)
+        plots.shade_phases(axis, steps.phase)
         axis.set(ylabel=label, xlim=(-0.5, len(is_predict) - 0.5))
         axis.grid(alpha=0.3)
     for axis in axes[:-1]:
@@ -399,15 +398,6 @@ def _draw_losses(axis: Any, runs: dict[str, Run]) -> None:
     axis.set_title("digits: loss against backward passes")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower left", framealpha=0.95)
-
-
-def _shade(axis: Any, phases: np.ndarray) -> None:
-    """Colours every unbroken stretch of a phase, from the bottom of the axis to its top."""
-    edges = [0, *(np.flatnonzero(np.diff(phases)) + 1), len(phases)]
-    for phase, colour in _SHADES.items():
-        spans = [(a - 0.5, b - a) for a, b in itertools.pairwise(edges) if phases[a] == phase]
-        style = {"color": colour, "linewidth": 0, "zorder": 0, "label": phase.name}
-        axis.broken_barh(spans, (0, 1), transform=axis.get_xaxis_transform(), **style)
 
 
 class _OneLineParser(argparse.ArgumentParser):

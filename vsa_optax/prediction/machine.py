@@ -144,7 +144,7 @@ def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> Pha
             num_losses=zero(),
         )
     return PhaseMachineState(
-        phase=jnp.where(phases.warmup_steps > 0, Phase.WARMUP, Phase.FULL).astype(jnp.int32),
+        phase=jnp.where(phases.warmup_steps > 0, jnp.int32(Phase.WARMUP), jnp.int32(Phase.FULL)),
         steps_in_phase=zero(),
         warmup_steps=zero(),
         full_steps=zero(),
@@ -239,7 +239,7 @@ def advance(
     if isinstance(phases, QualityCycle):
         assert isinstance(state.calibration, MomentumCalibrationState)
         distrusts = (phase == Phase.FULL) & state.calibration.exceeds(phases.most_error)
-        following = jnp.where(distrusts, Phase.FULL, following).astype(jnp.int32)
+        following = jnp.where(distrusts, jnp.int32(Phase.FULL), following)
     was_leap = phase >= Phase.PREDICT
     starts_full = (following == Phase.FULL) & (phase != Phase.FULL)
     starts_leap = (following == Phase.PREDICT) & (phase == Phase.FULL)

@@ -163,10 +163,11 @@ class MomentumPredictor:
         """Of a single record the coefficient is 1."""
         del params
         num, momentum = history.num_records, jnp.float32(self.momentum)
-        newest, before = jnp.where(num > 1, 1 + momentum, num.astype(jnp.float32)), jnp.where(num > 1, -momentum, 0)
+        newest = jnp.where(num > 1, 1 + momentum, num.astype(jnp.float32))
+        before = jnp.where(num > 1, -momentum, jnp.float32(0))
         return MomentumScalars(
             horizon=(step - history.last_step).astype(jnp.float32),
-            coefficients=jnp.where(jnp.arange(2) == (num - 1) % 2, newest, before),
+            coefficients=jnp.where(jnp.arange(2, dtype=jnp.int32) == (num - 1) % 2, newest, before),
             num_records=num,
         )
 
