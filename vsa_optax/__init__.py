@@ -17,8 +17,8 @@ if _typing.TYPE_CHECKING:
     from vsa_optax.prediction.api import phase_switched, predict_gradients
     from vsa_optax.prediction.guard import GuardAction
     from vsa_optax.prediction.jit_by_phase import jit_by_phase
+    from vsa_optax.prediction.legacy import MomentumSettings, momentum_predictor
     from vsa_optax.prediction.machine import Phase
-    from vsa_optax.prediction.momentum import MomentumSettings, momentum_predictor
     from vsa_optax.prediction.multisecant import MultisecantStats, multisecant, multisecant_stats
     from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded, LegacyCycle, QualityCycle
     from vsa_optax.prediction.predictors.base import PredictionQuality
@@ -88,7 +88,7 @@ _HOMES = {
     "LossReport": "loss_statistics",
     "LossStatistics": "loss_statistics",
     "Momentum": "prediction.predictors.factory",
-    "MomentumSettings": "prediction.momentum",
+    "MomentumSettings": "prediction.legacy",
     "MultisecantStats": "prediction.multisecant",
     "Phase": "prediction.machine",
     "PhaseStats": "prediction.stats",
@@ -106,7 +106,7 @@ _HOMES = {
     "conservative": "prediction.presets",
     "jit_by_phase": "prediction.jit_by_phase",
     "loss_report": "loss_statistics",
-    "momentum_predictor": "prediction.momentum",
+    "momentum_predictor": "prediction.legacy",
     "multisecant": "prediction.multisecant",
     "multisecant_stats": "prediction.multisecant",
     "needs_backward": "prediction.stats",

@@ -238,8 +238,9 @@ def advance(
     following = _following(phases, plan, adaptive, phase, done)
     if isinstance(phases, QualityCycle):
         assert isinstance(state.calibration, MomentumCalibrationState)
-        distrusts = (phase == Phase.FULL) & state.calibration.exceeds(phases.most_error)
-        following = jnp.where(distrusts, jnp.int32(Phase.FULL), following)
+        # In a leap nothing is measured, so that it is never ended by this.
+        is_poor = state.calibration.exceeds(phases.most_error)
+        following = jnp.where(is_poor, jnp.int32(Phase.FULL), following)
     was_leap = phase >= Phase.PREDICT
     starts_full = (following == Phase.FULL) & (phase != Phase.FULL)
     starts_leap = (following == Phase.PREDICT) & (phase == Phase.FULL)
