@@ -105,6 +105,16 @@ def test_prints_the_table_and_where_the_picture_is(finished: _Demo) -> None:
     assert finished.output.splitlines()[-1] == f"Picture: {finished.folder / 'training.png'}"
 
 
+def test_losses_of_the_true_steps_are_kept_and_drawn(finished: _Demo) -> None:
+    report, steps = finished.switched.report, finished.switched.steps
+    assert report is not None
+    (true_steps,) = np.nonzero(steps.phase != Phase.PREDICT)
+    assert report.history.steps == tuple(true_steps)
+    np.testing.assert_allclose(report.history.values, steps.loss[true_steps], rtol=1e-6)
+    assert f"Losses of phase-switched AdamW: {finished.folder / 'losses.png'}" in finished.output.splitlines()
+    assert (finished.folder / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_passes_in_vain_are_warned_of(finished: _Demo) -> None:
     """As if the step had kept ``jax.value_and_grad``; the demo itself has none."""
     assert finished.switched.ignored_gradients == 0
