@@ -9,7 +9,6 @@ import optax
 from jax import lax
 
 from vsa_optax.core import checks
-from vsa_optax.core.conditional import in_place_if
 from vsa_optax.core.mesh import all_finite_over, axes_in, is_checked, mean_over, varying_axes
 from vsa_optax.core.trees import all_finite, norm, tree_where
 from vsa_optax.core.types import Tree
@@ -30,7 +29,7 @@ from vsa_optax.prediction.predictors.base import (
     check_history,
     check_settings,
 )
-from vsa_optax.prediction.predictors.momentum import MomentumPredictor
+from vsa_optax.prediction.recording import Recording
 from vsa_optax.prediction.step import PhaseStep, StepResult
 
 _THE_OTHER_WAY_ROUND = (
@@ -82,17 +81,7 @@ def switched(
     recorded = opt if predicts_updates else optax.with_extra_args_support(optax.identity())
     run = PhaseStep(recorded, predictor)
     look = _Look(predictor)
-
-    def record(
-        history: HistoryState,
-        target: optax.Updates,
-        params: optax.Params | None,
-        count: jax.Array,
-        scalars: Scalars,
-    ) -> HistoryState:
-        return predictor.history.record(history, target, params, count, scalars, jnp.array(True))
-
-    record_if = in_place_if(record)
+    recording = Recording(predictor)
 
     def init_fn(params: optax.Params) -> PhaseSwitchedState:
         checks.check_inexact_leaves(params)
@@ -121,7 +110,8 @@ def switched(
         if extra_args.get("value") is not None:
             value = extra_args["value"] = checks.check_scalar("value", extra_args["value"])
         elif is_adaptive:
-            raise ValueError("AdaptiveCycle needs the loss at every step: update(..., value=loss), got value=None")
+            name = type(phases).__name__
+            raise ValueError(f"{name} needs the loss at every step: update(..., value=loss), got value=None")
         _check_state(state, phases, predictor)
         _check_trees(updates, params, state, predictor)
         if machines.repeats_loss(state.machine):
@@ -154,22 +144,20 @@ def switched(
                 is_recorded = (machine.phase != Phase.PREDICT) & result.is_finite
                 if watches is not None:
                     is_recorded &= watches
-                history = record_if(is_recorded, history, result.target, seen_params, count, scalars)
+                history, leaving = recording(machine, history, result.target, seen_params, count, scalars, is_recorded)
             else:
                 scalars = look(kind is not StepKind.PLAIN, history, count, seen_params)
                 result = run.straight(kind, updates, recorded_state, params, extra_args, history, known, scalars, axes)
-                is_recorded = jnp.array(False)
+                leaving, is_recorded = result.target, jnp.array(False)
                 if kind in (StepKind.RECORDED, StepKind.WATCHED):
                     is_recorded = result.is_finite
-                    history = predictor.history.record(history, result.target, seen_params, count, scalars, is_recorded)
+                    history, leaving = recording.straight(
+                        machine, history, result.target, seen_params, count, scalars, is_recorded
+                    )
             assert result.comparison is not None
             residual = result.comparison.experience.residual
             moved = Moved(scalars.horizon, scalars.distance, None, is_recorded)
-            if isinstance(predictor, MomentumPredictor):
-                # What is recorded is the true gradient; what leaves is corrected by what the leap missed of it.
-                ends_leap = is_recorded & machines.ends_leap(machine) & (scalars.horizon > 1)
-                leaves = predictor.corrected(state.history, scalars, result.target, ends_leap)
-                result = result._replace(target=leaves)
+            result = result._replace(target=leaving)
         else:
             target, inner_state = opt.update(updates, state.inner_state, params, **extra_args)
             result = StepResult(target, inner_state, all_finite_over(axes)(updates), jnp.array(False))

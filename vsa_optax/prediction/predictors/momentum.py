@@ -217,17 +217,13 @@ class MomentumPredictor:
         )
         return Comparison(Experience(experience.residual, learned), error, is_measured)
 
-    def corrected(
-        self, history: MomentumHistoryState, scalars: OwnScalars, target: optax.Updates, ends_leap: jax.Array
-    ) -> optax.Updates:
-        """What leaves in the place of a true ``target``: corrected by what was missed, if it ``ends_leap``."""
-        if not self.correction_weight:
-            return target
-        weight = jnp.where(ends_leap & (scalars.num_records > 0), jnp.float32(self.correction_weight), 0)
+    def corrected(self, history: MomentumHistoryState, scalars: OwnScalars, target: optax.Updates) -> optax.Updates:
+        """What leaves in the place of a true ``target`` that ends a leap: corrected by what was missed of it."""
+        weight = jnp.where(scalars.num_records > 0, jnp.float32(self.correction_weight), 0)
         coefficients = [1 + weight, -weight * scalars.coefficients[0], -weight * scalars.coefficients[1]]
 
         def moved(x: jax.Array, records: jax.Array) -> jax.Array:
             corrected = numerics.linear_combination(coefficients, [x, records[0], records[1]])
-            return jnp.where(ends_leap, numerics.saturating_cast(corrected, x.dtype), x)
+            return numerics.saturating_cast(corrected, x.dtype)
 
         return trees.map_leaves(moved, target, history.records)
