@@ -30,7 +30,6 @@ TESTED_IN = {
     "prediction/kinds.py": "prediction/test_jit_by_phase.py",
     "prediction/leap.py": "prediction/test_multisecant.py",
     "prediction/function_checks.py": "prediction/test_value_and_grad.py",
-    "prediction/recording.py": "prediction/predictors/test_momentum.py",
     "prediction/step.py": "prediction/test_update.py",
     "prediction/unsuited.py": "test_nesting.py",
 }

@@ -29,8 +29,7 @@ from vsa_optax.prediction.predictors.base import (
     check_history,
     check_settings,
 )
-from vsa_optax.prediction.recording import Recording
-from vsa_optax.prediction.step import PhaseStep, StepResult
+from vsa_optax.prediction.step import PhaseStep, Recording, StepResult
 
 _THE_OTHER_WAY_ROUND = (
     "what is predicted would leave between its emissions, too. Wrap the other way round, "

@@ -1,6 +1,7 @@
 """Prediction by momentum beside its twin, in both domains, under every rhythm."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,17 @@ def test_a_skipped_gradient_behind_a_leap_is_no_leap():
     for gradient, expected in [(2.0, 2.5), (np.nan, 0.0), (5.0, 5.0)]:
         emitted, state = update(jnp.full(3, gradient), state)
         np.testing.assert_allclose(emitted, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("predicts", ["gradient", "update"])
+def test_the_records_are_written_in_place(predicts):
+    opt = vsa_optax.phase_switched(optax.sgd(0.1), predictor=Momentum(predicts=predicts), phases=LegacyCycle())
+    params = {"a": jnp.zeros((300, 40)), "b": jnp.zeros((70, 40))}
+    update = jax.jit(lambda g, state: opt.update(g, state, value=1.0), donate_argnums=1)
+    text = update.lower(params, opt.init(params)).compile().as_text()
+    copied = [line for line in text.splitlines() if re.search(r"= f32\[2,(300|70),40\]\S* copy\(", line)]
+    assert "f32[2,300,40]" in text
+    assert not copied
 
 
 def test_corrections_beyond_the_dtype_saturate():
