@@ -51,7 +51,7 @@ TWIN = "prediction/predictors/test_line.py -k twin_over"
 LINE = "prediction/predictors/test_line.py -k move_on_a_line"
 MOMENTUM = "prediction/predictors/test_momentum.py -k no_leap or by_leaf or of_the_twin or twin_over"
 LEGACY = "prediction/test_legacy.py -k trainers or lengths"
-LOSSES = "test_loss_history.py -k repeated or measured_in_predict or finite or ring or beside"
+LOSSES = "test_loss_history.py -k same_loss or repeated or measured_in_predict or finite or ring or beside"
 LOSS_STATISTICS = "test_loss_statistics.py"
 PICTURES = "test_plots.py -k page or stretches"
 WALK = "prediction/test_machine.py -k short_cycles or prolong or walk_equals"
@@ -681,15 +681,15 @@ MUTANTS = [
     ),
     Mutant("loss_history._is_repeated", "loss == last", "loss != last", LOSSES),
     Mutant("loss_history._is_repeated", "is_predict & (", "(", LOSSES),
-    Mutant("loss_history.track_loss", "is_finite & ~is_repeated", "~is_repeated", LOSSES),
+    Mutant("loss_history.track_loss", "is_measured = is_finite & ~is_repeated", "is_measured = ~is_repeated", LOSSES),
     Mutant("loss_history.track_loss", "loss < state.best_value", "loss > state.best_value", LOSSES),
     Mutant("loss_history.track_loss", "state.num_measured % num", "state.total_steps % num", LOSSES),
     Mutant("loss_history._error_of_step", "> before.errors.num_measured", ">= before.errors.num_measured", LOSSES),
-    Mutant("loss_statistics._change", "values[-2 * num : -num]", "values[-2 * num :]", LOSS_STATISTICS),
+    Mutant("loss_statistics._change", "values[-2 * num:-num]", "values[-2 * num:]", LOSS_STATISTICS),
     Mutant("loss_statistics._spikes", "values[:-1]", "values[1:]", LOSS_STATISTICS),
     Mutant("loss_statistics._trend", "steps[-num:] - np.mean(steps[-num:])", "steps[-num:]", LOSS_STATISTICS),
     Mutant("loss_statistics.loss_report", "np.arange(max(num - size, 0), num)", "np.arange(num)", LOSS_STATISTICS),
-    Mutant("loss_statistics.loss_report", "- 1,", ",", LOSS_STATISTICS),
+    Mutant("loss_statistics.loss_report", "divergence_threshold) - 1", "divergence_threshold)", LOSS_STATISTICS),
     Mutant("plots.shade_phases", "first_step + a - 0.5", "first_step + a", PICTURES),
     Mutant("plots._every_step", "int(Phase.PREDICT)", "int(Phase.FULL)", PICTURES),
     Mutant("machine.advance", "is_finite | (phase != Phase.WARMUP)", "is_finite | (phase == Phase.WARMUP)", WALK),

@@ -80,6 +80,16 @@ def test_a_repeated_loss_is_known_by_its_bits_where_the_trace_tells_nothing():
     assert state.num_repeated == vsa_optax.phase_stats(state).predict_steps > 5
 
 
+def test_the_same_loss_twice_is_a_measurement_in_a_true_step():
+    opt = vsa_optax.track_loss(switched())
+    state, update = opt.init(jnp.zeros(2)), jax.jit(opt.update)
+    true_steps = 0
+    for _ in range(15):
+        true_steps += int(vsa_optax.needs_backward(state))
+        _, state = update(jnp.ones(2), state, value=1.0)
+    assert state.num_measured == true_steps == 15 - state.num_repeated
+
+
 def test_errors_of_predictions_stand_beside_the_losses_they_were_measured_with():
     state, phases, _ = trained(value_in_predict=False)
     (true_steps,) = np.nonzero(phases != Phase.PREDICT)

@@ -10,7 +10,7 @@ import optax
 import pytest
 import reference
 from refusals import check_names_itself
-from samples import PARAMS, draw, flat_of, gradient_stream, relative, tree_of
+from samples import AS_USERS_DO, PARAMS, draw, flat_of, gradient_stream, relative, tree_of
 
 import vsa_optax
 from vsa_optax import Cycle, Guarded, LegacyCycle, Momentum, Phase, QualityCycle
@@ -119,7 +119,7 @@ def test_a_skipped_gradient_behind_a_leap_is_no_leap():
 def test_the_records_are_written_in_place(predicts):
     opt = vsa_optax.phase_switched(optax.sgd(0.1), predictor=Momentum(predicts=predicts), phases=LegacyCycle())
     params = {"a": jnp.zeros((300, 40)), "b": jnp.zeros((70, 40))}
-    update = jax.jit(lambda g, state: opt.update(g, state, value=1.0), donate_argnums=1)
+    update = jax.jit(lambda g, state: opt.update(g, state, value=1.0), donate_argnums=1, **AS_USERS_DO)
     text = update.lower(params, opt.init(params)).compile().as_text()
     copied = [line for line in text.splitlines() if re.search(r"= f32\[2,(300|70),40\]\S* copy\(", line)]
     assert "f32[2,300,40]" in text
