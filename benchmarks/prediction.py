@@ -80,7 +80,7 @@ def trainer(name, method, variant_number, steps):
             value, gradient = jax.lax.cond(
                 needs,
                 lambda: jax.value_and_grad(task.loss)(at, batch),
-                lambda: (jnp.zeros([]), optax.tree.zeros_like(at)),
+                lambda: (task.loss(at, batch) if method.reads_value else jnp.zeros([]), optax.tree.zeros_like(at)),
             )
             updates, state = opt.update(gradient, state, params, value=value)
             params = optax.apply_updates(params, updates)
@@ -182,9 +182,9 @@ def plan_of(name, options):
     first = FIRST_TUNING_SEED
     return Plan(
         tuple(methods),
-        half_octaves(case.rates),
-        BETAS[:2] + BETAS[-1:] if is_large else BETAS,
-        range(first, first + (1 if is_large else 2 if case.runs_apart else 6)),
+        case.rates if options.coarse else half_octaves(case.rates),
+        BETAS[:1] + BETAS[2:3] if options.coarse else BETAS[:2] + BETAS[-1:] if is_large else BETAS,
+        range(first, first + (options.tuning_seeds or (1 if is_large else 2 if case.runs_apart else 6))),
         range(options.seeds or (5 if takes_long else 10)),
     )
 
@@ -226,18 +226,19 @@ def comparison_jobs(name, plan, steps, best):
     return jobs
 
 
-def budgets_of(name, steps):
-    return [max(1, round(fraction * steps)) for fraction in CASES[name].fractions]
+def budgets_of(name, steps, fewest=None):
+    fractions = CASES[name].fractions if fewest is None else (fewest, *CASES[name].fractions)
+    return [max(1, round(fraction * steps)) for fraction in fractions]
 
 
-def budget_tuning_jobs(name, plan, steps, best):
+def budget_tuning_jobs(name, plan, steps, best, budgets):
     """Plain Adam with other numbers of steps: its best rate and those round it, with all betas unless runs are long."""
     _, rate, betas = best["plain"]
     at = plan.rates.index(rate)
     rates = [*itertools.product(plan.rates[max(0, at - 2) : at + 3], (betas,) if name in LARGE else plan.betas)]
     return [
         job
-        for budget in reversed(budgets_of(name, steps))
+        for budget in reversed(budgets)
         if budget != steps
         for job in split(name, "plain", 0, rates, budget, plan.tuning_seeds)
     ]
@@ -256,13 +257,14 @@ def suite(options):
     names = [name for name in CASES if (options.task in name if options.task else name not in LARGE)]
     steps = {name: options.steps or CASES[name].steps for name in names}
     plans = {name: plan_of(name, options) for name in names}
+    budgets = {name: budgets_of(name, steps[name], options.fewest) for name in names}
     is_large = any(name in LARGE for name in names)
     run_all = in_turn if is_large else functools.partial(codec_tasks.in_processes, runs)
     if options.results:
         run_all = remembering(run_all, options.results)
     codec_tasks.print_header(
         "Final losses, backward passes, and how many of these plain Adam needs, each method at its own best settings",
-        f"{jax.devices()[0].device_kind}; cosine schedule over all steps; betas of plain Adam: {BETAS}",
+        f"{jax.devices()[0].device_kind}; cosine schedule over all steps; betas of plain Adam: {plans[names[0]].betas}",
         "losses: geometric mean [smallest, largest]; passes: mean; a number behind a name: which of its settings",
         "settings are chosen by other seeds than those that are compared, plain Adam's at each number of steps too",
         "plain needs: for the method's mean loss, log-interpolated between its best at each number of steps",
@@ -289,12 +291,12 @@ def suite(options):
     for name in by_length:
         if apart[name]:
             jobs += tuning(name, plans[name].methods[1:], (best[name]["plain"][2],))
-        jobs += budget_tuning_jobs(name, plans[name], steps[name], best[name])
+        jobs += budget_tuning_jobs(name, plans[name], steps[name], best[name], budgets[name])
     found |= gathered(run_all, jobs)
     best_at = {}
     for name in names:
         best[name] |= {method: best_of(found, name, method, steps[name]) for method in plans[name].methods[1:]}
-        best_at[name] = {budget: best_of(found, name, "plain", budget) for budget in budgets_of(name, steps[name])}
+        best_at[name] = {budget: best_of(found, name, "plain", budget) for budget in budgets[name]}
 
     jobs = []
     for name in by_length:
@@ -315,6 +317,9 @@ def main():
     parser.add_argument("--task", default="", help='only what contains this: "PINN"; all small ones unless given')
     parser.add_argument("--methods", default="", help='only what contains one of these: "aggressive,coast"')
     parser.add_argument("--seeds", type=int, help="to compare by; 10 unless given, 5 where runs are long")
+    parser.add_argument("--coarse", action="store_true", help="choose from few rates and two pairs of betas")
+    parser.add_argument("--tuning-seeds", type=int, help="to choose by; 6 unless given, fewer where runs are long")
+    parser.add_argument("--fewest", type=float, help="also give plain Adam this fraction of the steps, such as 0.2")
     parser.add_argument("--steps", type=int, help="instead of each task's own, for a trial")
     parser.add_argument("--results", type=pathlib.Path, help="a file to keep each run's results in, and to go on from")
     parser.add_argument("--plot", help="a PNG to write")

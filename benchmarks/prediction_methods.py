@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import vsa_optax
-from vsa_optax import Cycle, Recursive, Window
+from vsa_optax import Cycle, Guarded, Momentum, Recursive, Window
 from vsa_optax.prediction import presets
 
 WARMUP = 10
@@ -25,6 +25,7 @@ class Method(NamedTuple):
         variants: of its own settings, to choose from.
         average: of the parameters with a decay, if the variant is one.
         is_lookahead: whether parameters are a slow and a fast copy.
+        reads_value: whether it follows the loss, so that a skipped step needs a forward pass.
     """
 
     make: Callable[..., optax.GradientTransformation]
@@ -32,6 +33,7 @@ class Method(NamedTuple):
     variants: tuple[Any, ...] = (None,)
     average: bool = False
     is_lookahead: bool = False
+    reads_value: bool = False
 
 
 def cosine(rate, steps):
@@ -57,6 +59,12 @@ def switched(**settings):
         return vsa_optax.phase_switched(adam(1.0, betas), learning_rate=cosine(rate, steps), **settings, **variant)
 
     return Method(make, lambda state, variant: vsa_optax.needs_backward(state), variants=({},))
+
+
+def pair(schedule):
+    """The legacy pair of vsa-optim-rs, which predicts gradients; and the same with updates."""
+    settings = [vsa_optax.momentum_predictor(schedule, predicts=domain)._asdict() for domain in ("gradient", "update")]
+    return switched()._replace(variants=tuple(settings), reads_value=schedule == "trainer")
 
 
 class SkippingState(NamedTuple):
@@ -228,6 +236,9 @@ METHODS = {
     "lookahead": Method(lookahead, variants=((5, 0.5), (5, 0.8)), is_lookahead=True),
     "average of plain": Method(plain, variants=(0.9, 0.99), average=True),
     "vsa-optim-rs": switched(predictor=BLIND, phases=Cycle()),
+    "momentum, trainer": pair("trainer"),
+    "momentum, 4 of 5": pair("predictor"),
+    "momentum, guarded": switched(predictor=Momentum(), phases=Guarded()),
     "line, guarded": switched()._replace(variants=LINES),
     "line, 1 of 2": switched(predictor=Window(), phases=Cycle(full_steps=1, predict_steps=1)),
     "repeat by slope": Method(

@@ -93,7 +93,11 @@ def draw(pictures, path):
     """Plain Adam's best loss at each number of backward passes, and where each method ends."""
     import matplotlib.pyplot as plt
 
-    styles = dict(zip(METHODS, zip("osD^v<>pPX*h", [*plt.cm.tab10.colors, "k", "0.6"], strict=True), strict=True))
+    styles = dict(
+        zip(
+            METHODS, zip("osD^v<>pPX*hd1H", [*plt.cm.tab10.colors, "k", "0.6", "m", "c", "y"], strict=True), strict=True
+        )
+    )
     figure, axes = plt.subplots(2, -(-len(pictures) // 2), figsize=(13, 8))
     for axis, (name, (lengths, losses, points)) in zip(axes.flat, pictures.items(), strict=False):
         axis.plot(lengths, losses, "k.-", label="plain Adam, re-tuned for each")

@@ -5,11 +5,11 @@ import inspect
 import optax
 
 import vsa_optax
-from vsa_optax import AdaptiveCycle, Cycle, Guarded, Recursive, Secants, Window
+from vsa_optax import AdaptiveCycle, Cycle, Guarded, Momentum, Recursive, Secants, Window
 
 TAKEN = {
     kind: set(inspect.signature(kind).parameters)
-    for kind in (Secants, Window, Recursive, Guarded, Cycle, AdaptiveCycle)
+    for kind in (Secants, Window, Recursive, Momentum, Guarded, Cycle, AdaptiveCycle)
 }
 
 

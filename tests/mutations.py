@@ -49,6 +49,11 @@ WLS = (
 NUMERICS = "kernels/test_numerics.py -k finite or saturating or relative"
 TWIN = "prediction/predictors/test_line.py -k twin_over"
 LINE = "prediction/predictors/test_line.py -k move_on_a_line"
+MOMENTUM = "prediction/predictors/test_momentum.py -k no_leap or by_leaf or of_the_twin or twin_over"
+LEGACY = "prediction/test_legacy.py -k trainers or lengths"
+LOSSES = "test_loss_history.py -k same_loss or repeated or measured_in_predict or finite or ring or beside"
+LOSS_STATISTICS = "test_loss_statistics.py"
+PICTURES = "test_plots.py -k page or stretches"
 WALK = "prediction/test_machine.py -k short_cycles or prolong or walk_equals"
 ADAPTIVE = "prediction/test_machine.py -k adaptive"
 LOSS = "prediction/test_machine.py -k adaptive or nonfinite_values"
@@ -635,6 +640,62 @@ MUTANTS = [
         "self.decay >= 0.0",
         "prediction/fits/test_line_fit.py -k vanishing or lstsq_at",
     ),
+    Mutant("momentum.MomentumPredictor.scalars", "1 + momentum", "1 - momentum", MOMENTUM),
+    Mutant("momentum.MomentumPredictor.scalars", "(num - 1) % 2", "num % 2", MOMENTUM),
+    Mutant("momentum.MomentumPredictor.scalars", "num > 1, 1 + momentum", "num > 2, 1 + momentum", MOMENTUM),
+    Mutant("momentum.MomentumHistory.record", "state.num_records % 2", "0", MOMENTUM),
+    Mutant("momentum.MomentumPredictor.corrected", "1 + weight", "1 - weight", MOMENTUM),
+    Mutant(
+        "momentum.MomentumPredictor.corrected",
+        "-weight * scalars.coefficients[0]",
+        "weight * scalars.coefficients[0]",
+        MOMENTUM,
+    ),
+    Mutant("momentum.MomentumPredictor.compare", "scalars.num_records > 1", "scalars.num_records > 0", MOMENTUM),
+    Mutant("momentum.MomentumPredictor.compare", "* state.weight + 1", "* state.weight + 2", MOMENTUM),
+    Mutant("momentum.MomentumCalibrationState.exceeds", ">= _NUM_ERRORS", "> _NUM_ERRORS", MOMENTUM),
+    Mutant("machine.ends_leap", "state.phase == Phase.CORRECT", "state.phase == Phase.PREDICT", MOMENTUM),
+    Mutant("machine.ends_leap", "state.steps_in_phase == 0", "state.steps_in_phase >= 0", MOMENTUM),
+    Mutant("machine.ends_leap", "state.cycles > 0", "state.cycles > 1", MOMENTUM),
+    Mutant("step.PhaseStep._consult", "& (scalars.horizon > 1)", "", MOMENTUM),
+    Mutant(
+        "step.PhaseStep._consult",
+        "numerics.is_finite(first) | ~is_due",
+        "is_recorded",
+        "prediction/predictors/test_momentum.py -k in_place",
+    ),
+    Mutant("step.PhaseStep._consult", "is_recorded & is_behind_leap &", "is_recorded &", MOMENTUM),
+    Mutant("machine.init", "phases.warmup_steps > 0", "phases.warmup_steps >= 0", LEGACY),
+    Mutant("machine.advance", "jnp.where(is_poor", "jnp.where(~is_poor", MOMENTUM),
+    Mutant("phases.LegacyCycle.moved", "full + 5", "full + 4", LEGACY),
+    Mutant("phases.LegacyCycle.moved", "predict - 10, 10", "predict - 10, 11", LEGACY),
+    Mutant("phases.LegacyCycle.moved", "predict + 5, 100", "predict + 5, 99", LEGACY),
+    Mutant("phases.LegacyCycle.moved", "is_worse, longer", "is_better, longer", LEGACY),
+    Mutant(
+        "forecast._of_cycle",
+        "_runs((true, 1), (true, 0))",
+        "_runs((true, 1), (true, 2))",
+        "prediction/test_forecast.py -k certain",
+    ),
+    Mutant(
+        "machine.shortest_full",
+        "phases.shortest_full",
+        "phases.shortest_full + 5",
+        "prediction/test_forecast.py -k certain",
+    ),
+    Mutant("loss_history._is_repeated", "loss == last", "loss != last", LOSSES),
+    Mutant("loss_history._is_repeated", "is_predict & (", "(", LOSSES),
+    Mutant("loss_history.track_loss", "is_measured = is_finite & ~is_repeated", "is_measured = ~is_repeated", LOSSES),
+    Mutant("loss_history.track_loss", "loss < state.best_value", "loss > state.best_value", LOSSES),
+    Mutant("loss_history.track_loss", "state.num_measured % num", "state.total_steps % num", LOSSES),
+    Mutant("loss_history._error_of_step", "> before.errors.num_measured", ">= before.errors.num_measured", LOSSES),
+    Mutant("loss_statistics._change", "values[-2 * num:-num]", "values[-2 * num:]", LOSS_STATISTICS),
+    Mutant("loss_statistics._spikes", "values[:-1]", "values[1:]", LOSS_STATISTICS),
+    Mutant("loss_statistics._trend", "steps[-num:] - np.mean(steps[-num:])", "steps[-num:]", LOSS_STATISTICS),
+    Mutant("loss_statistics.loss_report", "np.arange(max(num - size, 0), num)", "np.arange(num)", LOSS_STATISTICS),
+    Mutant("loss_statistics.loss_report", "divergence_threshold) - 1", "divergence_threshold)", LOSS_STATISTICS),
+    Mutant("plots.shade_phases", "first_step + a - 0.5", "first_step + a", PICTURES),
+    Mutant("plots._every_step", "int(Phase.PREDICT)", "int(Phase.FULL)", PICTURES),
     Mutant("machine.advance", "is_finite | (phase != Phase.WARMUP)", "is_finite | (phase == Phase.WARMUP)", WALK),
     Mutant("machine._following", "% phases.correct_every == 0", "% phases.correct_every != 0", WALK),
     Mutant("machine._following", "& (phase != Phase.CORRECT)", "& (phase == Phase.CORRECT)", WALK),

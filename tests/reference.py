@@ -369,3 +369,69 @@ class CompressedMean:
             left.append(self.join(lost, groups, gradients[0]))
         self.step += 1
         return sent, left
+
+
+class MomentumPredictor:
+    """The legacy predictor of vsa-optim-rs in its own order: record, then correct by the last prediction, then apply.
+
+    Errors are relative, and kept for all gradients with two records before them.
+    """
+
+    def __init__(self, momentum=0.9, weight=0.5, predict_steps=4, most_error=0.5):
+        self.momentum, self.weight = momentum, weight
+        self.predict_steps, self.most_error = predict_steps, most_error
+        self.records, self.last, self.sum, self.errors, self.predicted = [], None, 0.0, [], 0
+
+    def wants_true(self):
+        recent = self.errors[-10:]
+        is_poor = len(recent) == 10 and np.mean(recent) > self.most_error
+        return len(self.records) < 2 or self.predicted >= self.predict_steps or is_poor
+
+    def expected(self):
+        if not self.records:
+            return 0.0
+        newest = self.records[-1]
+        return newest + self.momentum * (newest - self.records[-2]) if len(self.records) > 1 else newest
+
+    def predict(self):
+        self.predicted += 1
+        self.last = self.expected()
+        return self.last
+
+    def true_step(self, gradient):
+        """What leaves for a true gradient."""
+        gradient = np.asarray(gradient, np.float64)
+        if len(self.records) > 1:
+            self.errors.append(np.linalg.norm(gradient - self.expected()) / np.linalg.norm(gradient))
+        self.records.append(gradient)
+        if self.predicted:
+            self.sum = self.sum + (gradient - self.last)
+        corrected, self.sum, self.predicted = gradient + self.weight * self.sum, 0.0, 0
+        return corrected
+
+
+def walk_legacy(losses, *, full_steps, predict_steps, correct_every, loss_threshold=None):
+    """Phases of the legacy trainer of vsa-optim-rs, a step for each loss; with no threshold its lengths stay."""
+    phase, done, walked, recent = "F", 0, "", []
+    for loss in losses:
+        if phase == "F":
+            coming = "P" if done >= full_steps else "F"
+        elif phase == "P" and done > 0 and done % correct_every == 0:
+            coming = "C"
+        else:
+            coming = "P" if done < predict_steps else "F"
+        if coming == "F" and phase != "F":
+            done = 0
+            if loss_threshold is not None and len(recent) >= 20:
+                first, last = np.mean(recent[:10]), np.mean(recent[-10:])
+                if last > first * (1 + loss_threshold):
+                    full_steps, predict_steps = min(full_steps + 5, 50), max(predict_steps - 10, 10)
+                elif last < first * 0.95:
+                    full_steps, predict_steps = max(full_steps - 2, 5), min(predict_steps + 5, 100)
+        elif coming == "P" and phase == "F":
+            done = 0
+        phase = coming
+        walked += phase
+        recent = [*recent, loss][-100:]
+        done += 1
+    return walked

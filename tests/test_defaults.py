@@ -12,7 +12,18 @@ import optax
 import pytest
 
 import vsa_optax
-from vsa_optax import AdaptiveCycle, Cycle, Guarded, Recursive, Secants, TritCodec, Window
+from vsa_optax import (
+    AdaptiveCycle,
+    Cycle,
+    Guarded,
+    LegacyCycle,
+    Momentum,
+    QualityCycle,
+    Recursive,
+    Secants,
+    TritCodec,
+    Window,
+)
 from vsa_optax.accumulation import ternary_sum
 from vsa_optax.prediction import guard, leap, machine, multisecant, presets, step
 
@@ -24,11 +35,18 @@ GuardAction(NONE=0, GREW=1, SHRANK=2, GAVE_UP=3, SLEPT=4)
 GuardStats(action, predict_length, constant, asleep)
 Guarded(*, tolerance=0.14, longest=20, warmup_steps=10)
 HypervectorCodec(compression_ratio=0.1, *, dimension=None, use_ternary=False, shrink=True, seed=42)
+LegacyCycle(*, warmup_steps=0, full_steps=10, predict_steps=40, correct_every=10, loss_threshold=0.1)
+LossReport(total_steps, num_measured, num_repeated, num_nonfinite, best_value, best_step, last_value, statistics, \
+rolling, by_phase, improvement_rate, trend, is_converging, is_plateau, divergence, is_diverging, spikes, history)
+LossStatistics(num, mean, variance, deviation, minimum, maximum, median)
+Momentum(*, momentum=0.9, correction_weight=0.5, predicts='gradient')
+MomentumSettings(predictor, phases)
 MultisecantStats(evaluations, accepted, rejected, nonfinite_count, damping, dimension, prediction_error)
 Phase(WARMUP=0, FULL=1, PREDICT=2, CORRECT=3)
 PhaseStats(phase, total_steps, warmup_steps, full_steps, predict_steps, correct_steps, cycles, steps_per_backward, \
 nonfinite_count, ignored_gradients, mean_prediction_error, last_prediction_error, quality=None, guard=None)
 PredictionQuality(coefficients, ridge, r_squared, mean_r_squared)
+QualityCycle(*, predict_steps=4, most_error=0.5)
 Recursive(*, decay=0.95, predicts='update', calibrate=True, residual_decay=None, dtype=None)
 Secants(window=16, *, dtype='float16')
 TritCodec(trits=2, *, block_size=1024, unbiased=False, seed=42)
@@ -43,18 +61,24 @@ compress_gradients(codec, *, error_feedback=False)
 compressed_pmean(axis_name, codec, *, error_feedback=False)
 conservative(learning_rate)
 jit_by_phase(fun, **jit_options)
+loss_report(opt_state)
+momentum_predictor(schedule='trainer', *, momentum=0.9, correction_weight=0.5, predicts='gradient')
 multisecant(opt, *, learning_rate=None, history_window=8, history_dtype=<class 'jax.numpy.bfloat16'>)
 multisecant_stats(opt_state)
 needs_backward(opt_state)
 phase_stats(opt_state)
 phase_switched(opt, *, learning_rate=None, predictor=Secants(window=16, dtype='float16'), \
 phases=Guarded(tolerance=0.14, longest=20, warmup_steps=10))
+plots.draw_losses(report, path=None)
+plots.shade_phases(axis, phases, *, first_step=0)
 predict_gradients(*, predictor=Secants(window=16, dtype='float16'), \
 phases=Guarded(tolerance=0.14, longest=20, warmup_steps=10))
 state_specs(opt_state, axis_name)
 ternary_accumulator(num_microbatches, *, trits=None, rounding='nearest', block_size=1024, use_grad_mean=True, seed=0)
 ternary_multi_steps(opt, every_k_schedule, use_grad_mean=True, should_skip_update_fn=None, *, trits=None, \
 rounding='nearest', block_size=1024, seed=0)
+track_loss(opt, *, max_history=1000, rolling_window=20, spike_threshold=3.0, divergence_threshold=1.2, \
+convergence_window=50, convergence_threshold=0.01)
 trits.Trits(values, scale)
 trits.dequantize(values, scale)
 trits.pack(values)
@@ -99,7 +123,7 @@ def test_names_arguments_and_defaults():
 
 
 PRESETS = ("conservative", "balanced", "aggressive")
-SETTINGS = [Secants, Window, Recursive, Guarded, Cycle, AdaptiveCycle]
+SETTINGS = [Secants, Window, Recursive, Momentum, Guarded, Cycle, AdaptiveCycle, LegacyCycle, QualityCycle]
 PAGE = (Path(__file__).parents[1] / "docs" / "settings.md").read_text()
 
 
@@ -107,7 +131,7 @@ def test_the_page_on_settings_names_the_defaults():
     """In its tables, as the calls that give nothing else; the presets in one sentence."""
     spans = re.findall(r"^\| `([^`]*)` \|", PAGE.partition("## Old arguments")[0], flags=re.MULTILINE)
     assert [eval(span, vars(vsa_optax)) for span in spans] == [kind() for kind in SETTINGS] + [None]
-    assert sum(span.count("=") for span in spans) == 8
+    assert sum(span.count("=") for span in spans) == 11
     sentence = re.search(r"`conservative`, `balanced` and `aggressive` are (.*?)\.\n", PAGE, flags=re.DOTALL)[1]
     named = [eval(span, vars(vsa_optax)) for span in re.findall(r"`([^`]*)`", sentence)]
     assert named == [*presets.CONSERVATIVE, *presets.AGGRESSIVE]
@@ -133,6 +157,17 @@ def test_docstrings_say_the_numbers():
     ]
     assert numbers(r"after (\d+) true steps .* for the next (\d+), .* up to (\d+),", guard.__doc__) == sleeps
     assert numbers(r"within (\d+) to (\d+) and (\d+) to (\d+) steps", AdaptiveCycle.__doc__) == lengths
+    cycle, (full, predict) = LegacyCycle(), (jnp.int32(40), jnp.int32(60))
+    worse = [cycle.moved(full, predict, True, False), cycle.moved(jnp.int32(60), jnp.int32(3), True, False)]
+    better = [cycle.moved(full, predict, False, True), cycle.moved(jnp.int32(1), jnp.int32(99), False, True)]
+    (full_up, predict_down), most = (worse[0][0] - 40, 60 - worse[0][1]), worse[1]
+    (full_down, predict_up), least = (40 - better[0][0], better[0][1] - 60), better[1]
+    said = (
+        r"FULL (\d+) steps longer, up to (\d+), and PREDICT (\d+) shorter, down to (\d+); .* FULL (\d+) shorter, "
+        + (r"down to (\d+), and PREDICT (\d+) longer, up to (\d+)")
+    )
+    rule = [full_up, most[0], predict_down, most[1], full_down, least[0], predict_up, least[1]]
+    assert numbers(said, LegacyCycle.__doc__) == rule
     bound, ring = vsa_optax.MultisecantStats.__doc__, leap.MultisecantState.__doc__
     assert numbers(r"coming step: (\d+) or more", bound) == [leap.MOST_DAMPING]
     assert numbers(r"losses: ``\[(\d+)\]``", ring) == [leap.NUM_LOSSES]
@@ -179,8 +214,8 @@ def test_docstrings_say_the_bytes_of_what_is_in_trits():
 
 @pytest.mark.parametrize(
     "predictor",
-    [Secants(), Window(), Window(codec=TritCodec(block_size=64)), Recursive()],
-    ids=["s", "w", "coded", "r"],
+    [Secants(), Window(), Window(codec=TritCodec(block_size=64)), Recursive(), Momentum()],
+    ids=["s", "w", "coded", "r", "m"],
 )
 def test_docstrings_say_the_bytes_of_a_history(predictor):
     """Of two leaves: copies of the parameters, what is calibrated of each, and some scalars."""

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 import vsa_optax
-from vsa_optax import GuardAction, Phase, demo
+from vsa_optax import GuardAction, Phase, demo, plots
 
 for _package in ("flax", "matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(_package)
@@ -105,6 +105,16 @@ def test_prints_the_table_and_where_the_picture_is(finished: _Demo) -> None:
     assert finished.output.splitlines()[-1] == f"Picture: {finished.folder / 'training.png'}"
 
 
+def test_losses_of_the_true_steps_are_kept_and_drawn(finished: _Demo) -> None:
+    report, steps = finished.switched.report, finished.switched.steps
+    assert report is not None
+    (true_steps,) = np.nonzero(steps.phase != Phase.PREDICT)
+    assert report.history.steps == tuple(true_steps)
+    np.testing.assert_allclose(report.history.values, steps.loss[true_steps], rtol=1e-6)
+    assert f"Losses of phase-switched AdamW: {finished.folder / 'losses.png'}" in finished.output.splitlines()
+    assert (finished.folder / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_passes_in_vain_are_warned_of(finished: _Demo) -> None:
     """As if the step had kept ``jax.value_and_grad``; the demo itself has none."""
     assert finished.switched.ignored_gradients == 0
@@ -119,7 +129,8 @@ def test_picture_is_a_png_that_shows_something(finished: _Demo) -> None:
     assert min(pixels.shape[:2]) > 500
     red, green, blue = np.moveaxis((pixels[..., :3] * 255).round().astype(np.int32), -1, 0)
     colours = {f"#{colour:06x}" for colour in np.unique(red << 16 | green << 8 | blue)}
-    assert {*demo._SHADES.values(), *demo._COLOURS.values(), demo._RED} <= colours
+    shades = {plots._SHADES[phase] for phase in (Phase.WARMUP, Phase.FULL, Phase.PREDICT)}
+    assert {*shades, *demo._COLOURS.values(), demo._RED} <= colours
 
 
 def test_picture_marks_where_the_guard_gave_up(finished: _Demo, tmp_path: Path) -> None:

@@ -6,7 +6,18 @@ import optax
 import pytest
 
 import vsa_optax
-from vsa_optax import AdaptiveCycle, Cycle, Guarded, HypervectorCodec, Recursive, Secants, TritCodec, Window
+from vsa_optax import (
+    AdaptiveCycle,
+    Cycle,
+    Guarded,
+    HypervectorCodec,
+    Momentum,
+    QualityCycle,
+    Recursive,
+    Secants,
+    TritCodec,
+    Window,
+)
 
 LARGEST = 2**31 - 1
 TINY = 5e-324  # The smallest float above 0.
@@ -31,7 +42,8 @@ INTEGERS = [
     (Window, "length", 2, LARGEST),
     (Guarded, "longest", 1, LARGEST),
     (Guarded, "warmup_steps", 2, LARGEST),
-    (Cycle, "warmup_steps", 2, LARGEST),
+    (Cycle, "warmup_steps", 0, LARGEST),
+    (QualityCycle, "predict_steps", 1, LARGEST),
     (Cycle, "full_steps", 1, LARGEST),
     (Cycle, "predict_steps", 0, LARGEST),
     (AdaptiveCycle, "correct_every", 1, LARGEST),
@@ -50,6 +62,9 @@ REALS = [
     (Window, "decay", (0.0, TINY), (1.0, ABOVE_1)),
     (Recursive, "decay", (0.0, TINY), (1.0, ABOVE_1)),
     (residual_decay, "residual_decay", (BELOW_0, 0.0), (1.0, ABOVE_1)),
+    (Momentum, "momentum", (BELOW_0, 0.0), (3.4e38, 3.5e38)),
+    (Momentum, "correction_weight", (BELOW_0, 0.0), (3.4e38, 3.5e38)),
+    (QualityCycle, "most_error", (0.0, TINY), (1.7e308, math.inf)),
     (AdaptiveCycle, "loss_threshold", (BELOW_0, 0.0), (1.7e308, math.inf)),
     (HypervectorCodec, "compression_ratio", (0.0, TINY), (1.0, ABOVE_1)),
     (learning_rate, "learning_rate", (BELOW_0, 0.0), (3.4e38, 3.5e38)),

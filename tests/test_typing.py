@@ -20,7 +20,8 @@ MARK = "  # type: ignore["
 MISTAKES = (HERE / "typed_mistakes.py").read_text().splitlines()
 
 OTHERS = ("compress_gradients", "TritCodec", "HypervectorCodec")
-OTHERS += ("Secants", "Window", "Recursive", "Guarded", "Cycle", "AdaptiveCycle")
+OTHERS += ("Secants", "Window", "Recursive", "Momentum", "Guarded", "Cycle", "AdaptiveCycle", "LegacyCycle")
+OTHERS += ("QualityCycle", "momentum_predictor", "track_loss")
 
 
 def test_typed_usage_runs():
@@ -85,7 +86,7 @@ def test_the_type_checker_is_told_the_names_that_are_loaded():
     (block,) = [node for node in ast.parse(inspect.getsource(vsa_optax)).body if is_for_type_checkers(node)]
     imported = {alias.name: statement.module for statement in block.body for alias in statement.names}
     homes = {name: f"vsa_optax.{home}" for name, home in vsa_optax._HOMES.items()}
-    assert imported == {**homes, **dict.fromkeys(("checkpoint", "trits", "vsa"), "vsa_optax")}
+    assert imported == {**homes, **dict.fromkeys(("checkpoint", "plots", "trits", "vsa"), "vsa_optax")}
     assert sorted(imported) == vsa_optax.__all__
 
 

@@ -5,7 +5,17 @@ import jax.numpy as jnp
 import optax
 
 import vsa_optax
-from vsa_optax import AdaptiveCycle, Cycle, HypervectorCodec, Recursive, Secants, TritCodec, Window
+from vsa_optax import (
+    AdaptiveCycle,
+    Cycle,
+    HypervectorCodec,
+    LegacyCycle,
+    Momentum,
+    Recursive,
+    Secants,
+    TritCodec,
+    Window,
+)
 
 TRITS = TritCodec(2, block_size=32)
 momentum = optax.sgd(0.1, momentum=0.9)
@@ -23,6 +33,7 @@ TRANSFORMATIONS = {
         momentum, predictor=Window(3, calibrate=False, residual_decay=0.95), phases=AdaptiveCycle()
     ),
     "recursive": vsa_optax.phase_switched(momentum, predictor=Recursive(), phases=Cycle()),
+    "momentum": vsa_optax.phase_switched(momentum, predictor=Momentum(), phases=LegacyCycle(full_steps=2)),
     "never predicts": vsa_optax.phase_switched(momentum, phases=None),
     "window in trits": coded_window(TRITS, calibrate=False),
     "window of hypervectors": coded_window(HypervectorCodec(0.5)),

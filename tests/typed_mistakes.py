@@ -8,6 +8,8 @@ from vsa_optax import (
     Cycle,
     Guarded,
     HypervectorCodec,
+    Momentum,
+    QualityCycle,
     Recursive,
     Secants,
     TritCodec,
@@ -15,6 +17,7 @@ from vsa_optax import (
     accumulate_ternary,
     compress_gradients,
     compressed_pmean,
+    momentum_predictor,
     phase_switched,
     predict_gradients,
     ternary_accumulator,
@@ -38,6 +41,9 @@ def choices(opt: optax.GradientTransformation, x: jax.Array, key: jax.Array) -> 
     predict_gradients(phases=Secants())  # type: ignore[arg-type]
     Window(predicts="updates")  # type: ignore[arg-type]
     Recursive(predicts="gradients")  # type: ignore[arg-type]
+    Momentum(predicts="gradients")  # type: ignore[arg-type]
+    momentum_predictor("trainers")  # type: ignore[arg-type]
+    QualityCycle(full_steps=2)  # type: ignore[call-arg]
     accumulate_ternary(4, rounding="near")  # type: ignore[arg-type]
     ternary_multi_steps(opt, 4, rounding="near")  # type: ignore[arg-type]
     ternary_accumulator(4, rounding="near")  # type: ignore[arg-type]

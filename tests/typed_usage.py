@@ -15,10 +15,16 @@ from vsa_optax import (
     Guarded,
     GuardStats,
     HypervectorCodec,
+    LegacyCycle,
+    LossReport,
+    LossStatistics,
+    Momentum,
+    MomentumSettings,
     MultisecantStats,
     Phase,
     PhaseStats,
     PredictionQuality,
+    QualityCycle,
     Recursive,
     Secants,
     TritCodec,
@@ -31,15 +37,19 @@ from vsa_optax import (
     compressed_pmean,
     conservative,
     jit_by_phase,
+    loss_report,
+    momentum_predictor,
     multisecant,
     multisecant_stats,
     needs_backward,
     phase_stats,
     phase_switched,
+    plots,
     predict_gradients,
     state_specs,
     ternary_accumulator,
     ternary_multi_steps,
+    track_loss,
     trits,
     value_and_grad_by_phase,
     vsa,
@@ -89,6 +99,22 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
             optax.adamw(1.0),
             predictor=Window(length=4, dtype=None),
             phases=Guarded(tolerance=0.1, longest=4, warmup_steps=3),
+        ),
+        predict_gradients(predictor=Momentum(momentum=1, correction_weight=0, predicts="gradient")),
+        phase_switched(
+            optax.adamw(1.0),
+            predictor=Momentum(predicts="update"),
+            phases=LegacyCycle(warmup_steps=2, full_steps=1, predict_steps=4, correct_every=2, loss_threshold=0.2),
+        ),
+        phase_switched(optax.sgd(0.1), predictor=Momentum(), phases=QualityCycle(predict_steps=2, most_error=1)),
+        track_loss(
+            phase_switched(optax.adam(0.1)),
+            max_history=10,
+            rolling_window=5,
+            spike_threshold=2,
+            divergence_threshold=1.5,
+            convergence_window=8,
+            convergence_threshold=0.1,
         ),
         multisecant(optax.adamw(schedule)),
         multisecant(optax.sgd(1.0), learning_rate=0.1, history_window=4, history_dtype=None),
@@ -172,6 +198,31 @@ def use_leaps(params: Params, x: jax.Array) -> MultisecantStats:
     measures: list[jax.Array] = [stats.damping, stats.dimension, stats.prediction_error]
     assert all(number.shape == () for number in [*counts, *measures])
     return stats
+
+
+def use_momentum() -> MomentumSettings:
+    """The legacy pair with every argument."""
+    pair = momentum_predictor("predictor", momentum=0.5, correction_weight=0.1, predicts="update")
+    assert_type(pair, MomentumSettings)
+    assert_type(pair.predictor, Momentum)
+    assert phase_switched(optax.sgd(0.1), **pair._asdict()).init({"w": jnp.ones(3)}) is not None
+    assert phase_switched(optax.sgd(0.1), predictor=pair.predictor, phases=pair.phases) is not None
+    return pair
+
+
+def use_losses(params: Params) -> LossReport:
+    """What a run's losses say, and two pictures of them."""
+    opt: optax.GradientTransformationExtraArgs = track_loss(optax.sgd(0.1))
+    _, state = opt.update(params, opt.init(params), params, value=1.0)
+    report = loss_report(state)
+    assert_type(report, LossReport)
+    recent: LossStatistics | None = report.over(3)
+    last: float | None = report.last_value
+    assert recent is not None
+    assert recent.mean == last == 1.0
+    figure = plots.draw_losses(LossReport.from_json(report.to_json()), path=None)
+    plots.shade_phases(figure.axes[0], [Phase.FULL, Phase.PREDICT], first_step=0)
+    return report
 
 
 def use_programs(params: Params, x: jax.Array) -> Params:
@@ -260,6 +311,8 @@ def main() -> None:
     use_arrays(x)
     assert use_leaps(params, x).accepted == 0
     assert use_programs(params, x)["w"].shape == (3,)
+    assert use_losses(params).total_steps == 1
+    assert use_momentum().phases.predict_steps == 4
     states = [opt.init(params) for opt in use_transformations()]
     assert len(states) > 1
     opt, state = use_transformations()[1], states[1]

@@ -5,21 +5,24 @@ import importlib as _importlib
 import typing as _typing
 
 if _typing.TYPE_CHECKING:
-    from vsa_optax import checkpoint, trits, vsa
+    from vsa_optax import checkpoint, plots, trits, vsa
     from vsa_optax.accumulation.microbatching import ternary_accumulator
     from vsa_optax.accumulation.multi_steps import accumulate_ternary, ternary_multi_steps
     from vsa_optax.codecs.hypervector import HypervectorCodec
     from vsa_optax.codecs.trit import TritCodec
     from vsa_optax.compression.gradients import compress_gradients
     from vsa_optax.compression.pmean import compressed_pmean, state_specs
+    from vsa_optax.loss_history import track_loss
+    from vsa_optax.loss_statistics import LossReport, LossStatistics, loss_report
     from vsa_optax.prediction.api import phase_switched, predict_gradients
     from vsa_optax.prediction.guard import GuardAction
     from vsa_optax.prediction.jit_by_phase import jit_by_phase
+    from vsa_optax.prediction.legacy import MomentumSettings, momentum_predictor
     from vsa_optax.prediction.machine import Phase
     from vsa_optax.prediction.multisecant import MultisecantStats, multisecant, multisecant_stats
-    from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
+    from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded, LegacyCycle, QualityCycle
     from vsa_optax.prediction.predictors.base import PredictionQuality
-    from vsa_optax.prediction.predictors.factory import Recursive, Secants, Window
+    from vsa_optax.prediction.predictors.factory import Momentum, Recursive, Secants, Window
     from vsa_optax.prediction.presets import aggressive, balanced, conservative
     from vsa_optax.prediction.stats import GuardStats, PhaseStats, needs_backward, phase_stats
     from vsa_optax.prediction.value_and_grad import value_and_grad_by_phase
@@ -33,10 +36,16 @@ __all__ = [
     "GuardStats",
     "Guarded",
     "HypervectorCodec",
+    "LegacyCycle",
+    "LossReport",
+    "LossStatistics",
+    "Momentum",
+    "MomentumSettings",
     "MultisecantStats",
     "Phase",
     "PhaseStats",
     "PredictionQuality",
+    "QualityCycle",
     "Recursive",
     "Secants",
     "TritCodec",
@@ -49,15 +58,19 @@ __all__ = [
     "compressed_pmean",
     "conservative",
     "jit_by_phase",
+    "loss_report",
+    "momentum_predictor",
     "multisecant",
     "multisecant_stats",
     "needs_backward",
     "phase_stats",
     "phase_switched",
+    "plots",
     "predict_gradients",
     "state_specs",
     "ternary_accumulator",
     "ternary_multi_steps",
+    "track_loss",
     "trits",
     "value_and_grad_by_phase",
     "vsa",
@@ -71,10 +84,16 @@ _HOMES = {
     "GuardStats": "prediction.stats",
     "Guarded": "prediction.phases",
     "HypervectorCodec": "codecs.hypervector",
+    "LegacyCycle": "prediction.phases",
+    "LossReport": "loss_statistics",
+    "LossStatistics": "loss_statistics",
+    "Momentum": "prediction.predictors.factory",
+    "MomentumSettings": "prediction.legacy",
     "MultisecantStats": "prediction.multisecant",
     "Phase": "prediction.machine",
     "PhaseStats": "prediction.stats",
     "PredictionQuality": "prediction.predictors.base",
+    "QualityCycle": "prediction.phases",
     "Recursive": "prediction.predictors.factory",
     "Secants": "prediction.predictors.factory",
     "TritCodec": "codecs.trit",
@@ -86,6 +105,8 @@ _HOMES = {
     "compressed_pmean": "compression.pmean",
     "conservative": "prediction.presets",
     "jit_by_phase": "prediction.jit_by_phase",
+    "loss_report": "loss_statistics",
+    "momentum_predictor": "prediction.legacy",
     "multisecant": "prediction.multisecant",
     "multisecant_stats": "prediction.multisecant",
     "needs_backward": "prediction.stats",
@@ -95,13 +116,14 @@ _HOMES = {
     "state_specs": "compression.pmean",
     "ternary_accumulator": "accumulation.microbatching",
     "ternary_multi_steps": "accumulation.multi_steps",
+    "track_loss": "loss_history",
     "value_and_grad_by_phase": "prediction.value_and_grad",
 }
 
 if not _typing.TYPE_CHECKING:  # A type checker would take every name for one of ours.
 
     def __getattr__(name: str) -> object:
-        if name in ("checkpoint", "trits", "vsa"):
+        if name in ("checkpoint", "plots", "trits", "vsa"):
             return _importlib.import_module(f"{__name__}.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 _DTYPES = (np.bool_, np.number, jax.dtypes.prng_key)
-# Scalars that states have had since some release, by the ends of their paths in a NamedTuple and in a dict, and what
-# they are: in a checkpoint that was made before, they are 0.
+# What states have had since some release, by the ends of their paths in a NamedTuple and in a dict, and what it is: in
+# a checkpoint that was made before, scalars are 0.
 _ADDED = {
     (".ignored_gradients", "['ignored_gradients']"): "int32[]",
     (".guard.way", "['guard']['way']"): "float32[]",
     (".guard.pace", "['guard']['pace']"): "float32[]",
     (".guard.drift", "['guard']['drift']"): "float32[]",
+    (".history.scales", "['history']['scales']"): "None",
 }
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 import vsa_optax
-from vsa_optax import GuardAction, Phase
+from vsa_optax import GuardAction, Phase, plots
 
 _TRAIN_SIZE = 1437  # Of 1797 images; the other 360 are the test set.
 _DESCRIPTION = """Trains a small network on scikit-learn's handwritten digits four times, from the same weights
@@ -28,7 +28,8 @@ and on the same batches: by plain AdamW; by AdamW inside vsa_optax.phase_switche
 instead of running backward passes for as many steps as its guard trusts the predictions; by AdamW inside
 vsa_optax.multisecant, which leaps to where the predicted gradient vanishes; and by optax.lbfgs. Shows the
 progress, prints a table, and draws losses against backward passes and how phase_switched went: phases,
-gradient norms, prediction errors, and what the guard made of them."""
+gradient norms, prediction errors, and what the guard made of them. A second picture has the losses
+that vsa_optax.track_loss kept of it."""
 _STEPS_HELP = "steps of each training, and the most backward passes, 1 to 100000"
 _BATCH_HELP = f"""images a step, 1 to {_TRAIN_SIZE}, or 0 for the whole training set. The larger the batch,
 the less noisy and the more predictable the gradients, and the more time a skipped backward pass saves; at 64
@@ -39,11 +40,11 @@ gradient, those inside the line search of L-BFGS included. Wall time: of the tra
 excluded. State bytes: of the optimizer's live state."""
 _SOLVED = 1e-6  # Loss of the whole training set at which a run ends; not far below, rounding is all that is left.
 _REQUIRED = ("flax", "sklearn", "matplotlib", "tqdm")
-_PICTURE = "training.png"
-_SHADES = {Phase.WARMUP: "#d9d9d9", Phase.FULL: "#bcd7ee", Phase.PREDICT: "#fdf0cc"}
+_PICTURE, _LOSSES = "training.png", "losses.png"
 _PLAIN, _SWITCHED, _MULTISECANT, _LBFGS = "plain AdamW", "phase-switched AdamW", "multisecant AdamW", "L-BFGS"
 _COLOURS = {_PLAIN: "#333333", _SWITCHED: "#0b5fa5", _MULTISECANT: "#1b7f3b", _LBFGS: "#d1710a"}
 _RED = "#b3261e"
+_MAX_HISTORY = 10_000
 _DOTS = {"linewidth": 1, "marker": ".", "markersize": 5}
 
 
@@ -94,7 +95,7 @@ class StepRecord(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One finished training: `StepRecord` of all its steps, and what the table shows."""
+    """One finished training: `StepRecord` of all its steps, what the table shows, and of `phase_switched` a report."""
 
     method: str
     steps: StepRecord
@@ -104,6 +105,7 @@ class Run(NamedTuple):
     seconds: float
     state_bytes: int
     ignored_gradients: int
+    report: vsa_optax.LossReport | None = None
 
 
 def load_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
@@ -151,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = f'cannot import {", ".join(missing)}: run pip install "vsa-optax[demo]"'
         print(f"{parser.prog}: error: {reason}", file=sys.stderr)
         return 1
-    picture = options.output / _PICTURE
+    picture, losses = options.output / _PICTURE, options.output / _LOSSES
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         picture.open("ab").close()
@@ -161,7 +163,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     task = _make_task(options.seed)
     runs = {method: _train(task, options, method) for method in _COLOURS}
     _draw(runs, picture)
-    print(f"\n{_table(runs)}\n\n{_NOTES}{_ending(options)}{_warning(runs[_SWITCHED])}\n\nPicture: {picture}")
+    report = runs[_SWITCHED].report
+    assert report is not None
+    plots.draw_losses(report, losses)
+    print(f"\n{_table(runs)}\n\n{_NOTES}{_ending(options)}{_warning(runs[_SWITCHED])}")
+    print(f"\nLosses of {_SWITCHED}: {losses}\nPicture: {picture}")
     return 0
 
 
@@ -183,7 +189,10 @@ def _train(task: Task, options: argparse.Namespace, method: str) -> Run:
     if method == _MULTISECANT:
         params = state.params  # What it would try next has not been evaluated.
     logits = jax.jit(task.logits)(params, task.test[0])
-    ignored_gradients = vsa_optax.phase_stats(state).ignored_gradients if method == _SWITCHED else 0
+    report, ignored_gradients = None, 0
+    if method == _SWITCHED:
+        report, ignored_gradients = vsa_optax.loss_report(state), int(vsa_optax.phase_stats(state).ignored_gradients)
+        state = state.inner_state  # The table is to show what skipping takes.
     return Run(
         method=method,
         steps=steps,
@@ -192,14 +201,15 @@ def _train(task: Task, options: argparse.Namespace, method: str) -> Run:
         backward_passes=int(np.sum(steps.backward_passes)),
         seconds=seconds,
         state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
-        ignored_gradients=int(ignored_gradients),
+        ignored_gradients=ignored_gradients,
+        report=report,
     )
 
 
 def _make_optimizer(method: str, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     adamw = optax.adamw(schedule)
     if method == _SWITCHED:
-        return vsa_optax.phase_switched(adamw)
+        return vsa_optax.track_loss(vsa_optax.phase_switched(adamw), max_history=_MAX_HISTORY)
     if method == _MULTISECANT:
         return vsa_optax.multisecant(adamw)
     return optax.lbfgs() if method == _LBFGS else optax.with_extra_args_support(adamw)
@@ -319,7 +329,7 @@ def _table(runs: dict[str, Run]) -> str:
     row = "{:20}  {:>19}  {:>13}  {:>15}  {:>9}  {:>11}".format
     heads = "method", "final training loss", "test accuracy", "backward passes", "wall time", "state bytes"
     lines = [row(*heads), row("-" * 20, *("-" * len(head) for head in heads[1:]))]
-    for name, _, loss, accuracy, backward_passes, seconds, size, _ in runs.values():
+    for name, _, loss, accuracy, backward_passes, seconds, size, *_ in runs.values():
         cost = backward_passes, f"{seconds:.2f} s", f"{size:,}"
         lines.append(row(name, f"{loss:.2e}", f"{accuracy:.2%}", *cost))
     return "\n".join(lines)
@@ -376,7 +386,7 @@ def _draw(runs: dict[str, Run], path: Path) -> None:
 
     names = "gradient norm", "prediction error", "steps to predict"
     for axis, label in zip(axes, names, strict=True):
-        _shade(axis, steps.phase)
+        plots.shade_phases(axis, steps.phase)
         axis.set(ylabel=label, xlim=(-0.5, len(is_predict) - 0.5))
         axis.grid(alpha=0.3)
     for axis in axes[:-1]:
@@ -399,15 +409,6 @@ def _draw_losses(axis: Any, runs: dict[str, Run]) -> None:
     axis.set_title("digits: loss against backward passes")
     axis.grid(alpha=0.3)
     axis.legend(loc="lower left", framealpha=0.95)
-
-
-def _shade(axis: Any, phases: np.ndarray) -> None:
-    """Colours every unbroken stretch of a phase, from the bottom of the axis to its top."""
-    edges = [0, *(np.flatnonzero(np.diff(phases)) + 1), len(phases)]
-    for phase, colour in _SHADES.items():
-        spans = [(a - 0.5, b - a) for a, b in itertools.pairwise(edges) if phases[a] == phase]
-        style = {"color": colour, "linewidth": 0, "zorder": 0, "label": phase.name}
-        axis.broken_barh(spans, (0, 1), transform=axis.get_xaxis_transform(), **style)
 
 
 class _OneLineParser(argparse.ArgumentParser):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 import vsa_optax
-from vsa_optax import AdaptiveCycle, Guarded, Recursive, Secants, Window
+from vsa_optax import AdaptiveCycle, Guarded, Momentum, Recursive, Secants, Window
 
 Factory = Callable[..., optax.GradientTransformationExtraArgs]
 
@@ -158,6 +158,9 @@ _UNBIASED = vsa_optax.TritCodec(trits=2, block_size=2, unbiased=True)
 _SKETCH = vsa_optax.HypervectorCodec(compression_ratio=0.5)
 _FEW = frozenset({"float64", "sharding"})
 VARIANTS["head_recursive"] = Variant(head_of_chain(line=Recursive, **SETTINGS), 3e-3, suites=_FEW)
+VARIANTS["last_difference"] = Variant(
+    switched(optax.adam, line=Momentum, predicts="gradient", **SETTINGS), 3e-3, suites=_FEW
+)
 _LEAN = switched(optax.adam, dtype="bfloat16", residual_decay=None, **SETTINGS)
 VARIANTS["lean"] = Variant(_LEAN, 3e-3, suites=_FEW)
 VARIANTS["coded_history"] = Variant(switched(optax.adam, codec=_TRITS, **SETTINGS), 3e-3, suites=_FEW)
@@ -184,7 +187,7 @@ NEED_THE_LOSS = {
 # Transformations that are no optimizers by themselves.
 BARE: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
     f"predict_gradients_{history}": functools.partial(blind.predict_gradients, line=line, **SETTINGS)
-    for history, line in _LINES.items()
+    for history, line in {**_LINES, "momentum": Momentum}.items()
 }
 BARE_CODECS: dict[str, Callable[[], optax.GradientTransformationExtraArgs]] = {
     "compress_gradients": functools.partial(vsa_optax.compress_gradients, _TRITS),

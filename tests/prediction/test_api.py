@@ -28,7 +28,9 @@ def test_help_fits_a_screen(name):
 @pytest.mark.parametrize("make", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
 def test_settings_that_are_none_name_those_that_are(make):
     for wrong in ("secants", None, 16, Guarded(), TritCodec()):
-        with pytest.raises(ValueError, match="predictor must be a Secants, Window or Recursive, such as") as error:
+        with pytest.raises(
+            ValueError, match="predictor must be a Secants, Window, Recursive or Momentum, such as"
+        ) as error:
             make(predictor=wrong)
         assert f"got {wrong!r}" in str(error.value)
     for wrong in ("guarded", True, 20, Secants()):

@@ -7,7 +7,7 @@ import pytest
 from samples import draw
 
 import vsa_optax
-from vsa_optax import AdaptiveCycle, Cycle, Guarded, Secants, Window
+from vsa_optax import AdaptiveCycle, Cycle, Guarded, LegacyCycle, Momentum, QualityCycle, Secants, Window
 from vsa_optax.prediction.forecast import FOREVER, forecast
 from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.machine import Phase
@@ -59,6 +59,9 @@ def kind_of(machine):
         ),
         pytest.param(UNCALIBRATED, Cycle(full_steps=1, predict_steps=4, correct_every=9), 4, id="never corrected"),
         pytest.param(UNCALIBRATED, AdaptiveCycle(), 5, id="adaptive"),
+        pytest.param(UNCALIBRATED, LegacyCycle(full_steps=7, predict_steps=20), 10, id="legacy"),
+        pytest.param(Momentum(), Cycle(warmup_steps=0, full_steps=1, predict_steps=4), 4, id="no warm-up"),
+        pytest.param(Momentum(), QualityCycle(most_error=0.05), 5, id="quality"),
         pytest.param(Window(), None, FOREVER, id="none"),
     ],
 )

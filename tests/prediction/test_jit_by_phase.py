@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from samples import draw
 
 import vsa_optax
-from vsa_optax import AdaptiveCycle, Cycle, Recursive, Secants, TritCodec, Window
+from vsa_optax import AdaptiveCycle, Cycle, LegacyCycle, Momentum, QualityCycle, Recursive, Secants, TritCodec, Window
 from vsa_optax.prediction import jit_by_phase as module
 from vsa_optax.prediction.kinds import StepKind
 
@@ -68,6 +68,9 @@ SETTINGS = {
     "calibrated cycle": {"predictor": Window(), "phases": Cycle()},
     "adaptive": {"predictor": Recursive(), "phases": AdaptiveCycle()},
     "coded": {"predictor": Window(codec=TritCodec(3)), "phases": Cycle()},
+    "legacy": {"predictor": Momentum(momentum=0.3, predicts="update"), "phases": LegacyCycle(full_steps=6)},
+    "momentum of quality": {"predictor": Momentum(momentum=0.3), "phases": QualityCycle(most_error=0.1)},
+    "guarded momentum": {"predictor": Momentum()},
     "none": {"phases": None},
 }
 
@@ -122,7 +125,7 @@ def test_two_runs_take_turns():
         assert_close((params, state.history), (expected, after.history))
 
 
-@pytest.mark.parametrize("name", ["guarded window", "guarded secants", "cycle", "coded"])
+@pytest.mark.parametrize("name", ["guarded window", "guarded secants", "cycle", "coded", "legacy"])
 def test_a_program_decides_nothing_and_copies_no_record(name):
     """What loops there are, are those of a product or of a small solve; donated memory is used again."""
     opt, _, _ = compiled(name)

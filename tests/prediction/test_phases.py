@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 from refusals import check_names_itself
 
-from vsa_optax import AdaptiveCycle, Cycle, Guarded
+from vsa_optax import AdaptiveCycle, Cycle, Guarded, LegacyCycle, QualityCycle
 from vsa_optax.prediction import machine
 
 BAD = [
@@ -15,9 +15,9 @@ BAD = [
     (Guarded, "longest", 0, "an integer >= 1"),
     (Guarded, "longest", 2.0, "an integer >= 1"),
     (Guarded, "warmup_steps", 1, "an integer >= 2"),
-    (Cycle, "warmup_steps", 1, "an integer >= 2"),
-    (Cycle, "warmup_steps", 2.5, "an integer >= 2"),
-    (Cycle, "warmup_steps", True, "an integer >= 2"),
+    (Cycle, "warmup_steps", -1, "an integer >= 0"),
+    (Cycle, "warmup_steps", 2.5, "an integer >= 0"),
+    (Cycle, "warmup_steps", True, "an integer >= 0"),
     (Cycle, "full_steps", 0, "an integer >= 1"),
     (Cycle, "predict_steps", -1, "an integer >= 0"),
     (Cycle, "predict_steps", None, "an integer >= 0"),
@@ -25,6 +25,10 @@ BAD = [
     (Cycle, "correct_every", 0, "an integer >= 1"),
     (AdaptiveCycle, "full_steps", 0, "an integer >= 1"),
     (AdaptiveCycle, "loss_threshold", -1.0, ">= 0"),
+    (LegacyCycle, "loss_threshold", -1.0, ">= 0"),
+    (LegacyCycle, "full_steps", 0, "an integer >= 1"),
+    (QualityCycle, "predict_steps", 0, "an integer >= 1"),
+    (QualityCycle, "most_error", 0, "> 0"),
     (AdaptiveCycle, "loss_threshold", float("inf"), ">= 0"),
 ]
 
@@ -38,10 +42,13 @@ def test_defaults_are_those_documented():
     assert repr(Guarded()) == "Guarded(tolerance=0.14, longest=20, warmup_steps=10)"
     assert repr(Cycle()) == "Cycle(warmup_steps=10, full_steps=5, predict_steps=20, correct_every=5)"
     assert repr(AdaptiveCycle()) == f"Adaptive{repr(Cycle())[:-1]}, loss_threshold=0.1)"
+    lengths = "warmup_steps=0, full_steps=10, predict_steps=40, correct_every=10"
+    assert repr(LegacyCycle()) == f"LegacyCycle({lengths}, loss_threshold=0.1)"
+    assert repr(QualityCycle()) == "QualityCycle(predict_steps=4, most_error=0.5)"
 
 
 def test_arguments_are_given_by_name():
-    for kind in (Guarded, Cycle, AdaptiveCycle):
+    for kind in (Guarded, Cycle, AdaptiveCycle, LegacyCycle, QualityCycle):
         with pytest.raises(TypeError, match="positional argument"):
             kind(10)
 

@@ -11,8 +11,15 @@ import optax
 
 from vsa_optax.prediction.learning_rate import check_learning_rate
 from vsa_optax.prediction.machine import ever_predicts
-from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
-from vsa_optax.prediction.predictors.factory import PredictorSettings, Recursive, Secants, Window, make_predictor
+from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded, QualityCycle
+from vsa_optax.prediction.predictors.factory import (
+    Momentum,
+    PredictorSettings,
+    Recursive,
+    Secants,
+    Window,
+    make_predictor,
+)
 from vsa_optax.prediction.update import switched
 
 _PREDICTORS: tuple[type, ...] = get_args(PredictorSettings)
@@ -21,7 +28,7 @@ _Settings = TypeVar("_Settings")
 
 
 def predict_gradients(
-    *, predictor: Secants | Window | Recursive = Secants(), phases: Guarded | Cycle | None = Guarded()
+    *, predictor: Secants | Window | Recursive | Momentum = Secants(), phases: Guarded | Cycle | None = Guarded()
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradients of PREDICT steps by predictions; heads an ``optax.chain``.
 
@@ -33,9 +40,10 @@ def predict_gradients(
     largest finite value.
 
     Args:
-        predictor: what predicts: `vsa_optax.Secants`, or a `vsa_optax.Window` or `vsa_optax.Recursive` with
-            ``predicts="gradient"``.
-        phases: when: `vsa_optax.Guarded`, `vsa_optax.Cycle` or `vsa_optax.AdaptiveCycle`; None never predicts.
+        predictor: what predicts: `vsa_optax.Secants`, or a `vsa_optax.Window`, `vsa_optax.Recursive` or
+            `vsa_optax.Momentum` with ``predicts="gradient"``.
+        phases: when: `vsa_optax.Guarded`, `vsa_optax.Cycle`, `vsa_optax.AdaptiveCycle`, or what
+            `vsa_optax.momentum_predictor` gives; None never predicts.
 
     Returns:
         A transformation that takes the loss as the optional extra argument ``value``.
@@ -73,7 +81,7 @@ def predict_gradients(
     identity = optax.with_extra_args_support(optax.identity())
     return switched(
         identity,
-        _check_phases(phases),
+        _check_phases(phases, predictor),
         make_predictor(predictor),
         predicts_updates=True,
         learning_rate=None,
@@ -85,7 +93,7 @@ def phase_switched(
     opt: optax.GradientTransformation,
     *,
     learning_rate: optax.ScalarOrSchedule | None = None,
-    predictor: Secants | Window | Recursive = Secants(),
+    predictor: Secants | Window | Recursive | Momentum = Secants(),
     phases: Guarded | Cycle | None = Guarded(),
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that PREDICT steps need no gradient.
@@ -99,9 +107,10 @@ def phase_switched(
             and `ternary_multi_steps`, are refused.
         learning_rate: a number ``>= 0`` or a schedule over all steps, for an ``opt`` at rate 1: it multiplies what
             leaves in every phase. With None nothing is multiplied.
-        predictor: what predicts: `vsa_optax.Secants`, `vsa_optax.Window` or `vsa_optax.Recursive`.
-        phases: when: `vsa_optax.Guarded`, `vsa_optax.Cycle` or `vsa_optax.AdaptiveCycle`; with None this is ``opt``,
-            bit for bit.
+        predictor: what predicts: `vsa_optax.Secants`, `vsa_optax.Window`, `vsa_optax.Recursive` or
+            `vsa_optax.Momentum`.
+        phases: when: `vsa_optax.Guarded`, `vsa_optax.Cycle`, `vsa_optax.AdaptiveCycle`, or what
+            `vsa_optax.momentum_predictor` gives; with None this is ``opt``, bit for bit.
 
     Returns:
         A transformation that takes the loss as the optional extra argument ``value`` and forwards it, like every other
@@ -136,7 +145,8 @@ def phase_switched(
     if not (hasattr(opt, "init") and hasattr(opt, "update")):
         raise ValueError(f"opt must be an optax.GradientTransformation, got {opt!r}")
     check_learning_rate(learning_rate)
-    predictor, phases = _check_settings("predictor", predictor, _PREDICTORS), _check_phases(phases)
+    predictor = _check_settings("predictor", predictor, _PREDICTORS)
+    phases = _check_phases(phases, predictor)
     return switched(
         optax.with_extra_args_support(opt),
         phases,
@@ -147,8 +157,13 @@ def phase_switched(
     )
 
 
-def _check_phases(phases: Guarded | Cycle | None) -> Guarded | Cycle:
+def _check_phases(phases: Guarded | Cycle | None, predictor: PredictorSettings) -> Guarded | Cycle:
     """The settings, in which None never predicts."""
+    if isinstance(phases, QualityCycle) and not isinstance(predictor, Momentum):
+        raise ValueError(
+            "phases must be a Guarded, Cycle or AdaptiveCycle unless predictor is a Momentum, which keeps the errors "
+            f"that QualityCycle decides by: use predictor=Momentum(), got {predictor!r}"
+        )
     return Cycle(predict_steps=0) if phases is None else _check_settings("phases", phases, _PHASES)
 
 

@@ -10,6 +10,7 @@ import optax
 
 from vsa_optax.core.types import Tree
 from vsa_optax.prediction.predictors.base import Calibration
+from vsa_optax.prediction.predictors.momentum import MomentumHistoryState
 from vsa_optax.prediction.predictors.recursive import RecursiveHistoryState
 from vsa_optax.prediction.predictors.secant import SecantHistoryState
 from vsa_optax.prediction.predictors.window import WindowHistoryState
@@ -57,7 +58,7 @@ def _recorded(switched: PhaseSwitchedState) -> dict[str, tuple[int, ...]] | None
     history = switched.history
     if isinstance(history, SecantHistoryState):
         tree, leading = history.gradient, 0
-    elif isinstance(history, WindowHistoryState):
+    elif isinstance(history, WindowHistoryState | MomentumHistoryState):
         tree, leading = history.records, 1
     elif isinstance(history, RecursiveHistoryState):
         tree, leading = history.mean, 0

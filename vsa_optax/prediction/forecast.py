@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from vsa_optax.prediction.guard import leap_length
 from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.machine import Phase, PhaseMachineState, ever_predicts, shortest_full
-from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
+from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded, QualityCycle
 
 FOREVER = 2**30  # Steps.
 
@@ -54,6 +54,8 @@ def _of_cycle(phases: Cycle, state: PhaseMachineState) -> jax.Array:
 
     in_warmup = _runs((true, jnp.maximum(phases.warmup_steps - done, 1)), (true, coming_full))
     in_full = _runs((true, jnp.maximum(full - done, 1)), (StepKind.PREDICTED, num_predicted(0)))
+    if isinstance(phases, QualityCycle):  # How well the step is predicted decides on what follows.
+        in_full = _runs((true, 1), (true, 0))
     num = num_predicted(done)
     is_corrected = (done + num) % phases.correct_every == 0
     in_predict = jnp.where(

@@ -24,8 +24,9 @@ import optax
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction import guard as guards
 from vsa_optax.prediction.guard import GuardState, Moved, Plan
-from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
+from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded, LegacyCycle, QualityCycle
 from vsa_optax.prediction.predictors.base import Calibration, Comparison
+from vsa_optax.prediction.predictors.momentum import MomentumCalibrationState
 
 # The adaptive rule is that of the Rust crate vsa-optim-rs 0.1.1, its numbers included.
 _RECENT_LOSSES = 100
@@ -94,7 +95,8 @@ class PhaseMachineState(NamedTuple):
         value: ``[] float32``, the last finite ``value=`` that a true step received; meaningless before ``has_value``.
         has_value: ``[] bool``, whether one was received.
         adaptive: `AdaptiveLengthsState` with `AdaptiveCycle`, else None.
-        calibration: `CalibrationState` or `SecantCalibrationState`; None with a line that is not calibrated.
+        calibration: `CalibrationState`, `SecantCalibrationState` or `MomentumCalibrationState`; None with a line that
+            is not calibrated.
         guard: `GuardState` with `Guarded`, else None.
         ignored_gradients: ``[] int32``, PREDICT steps that were handed a gradient that is not zero. The field is the
             last, because `vsa_optax.checkpoint` takes it for 0 in a checkpoint that was made before it existed.
@@ -124,7 +126,7 @@ def ever_predicts(phases: Guarded | Cycle) -> bool:
 
 def shortest_full(phases: AdaptiveCycle) -> int:
     """The fewest steps that FULL may have."""
-    return min(_SHORTEST_FULL, phases.full_steps)
+    return min(phases.shortest_full if isinstance(phases, LegacyCycle) else _SHORTEST_FULL, phases.full_steps)
 
 
 def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> PhaseMachineState:
@@ -142,7 +144,7 @@ def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> Pha
             num_losses=zero(),
         )
     return PhaseMachineState(
-        phase=jnp.asarray(Phase.WARMUP, jnp.int32),
+        phase=jnp.where(phases.warmup_steps > 0, jnp.int32(Phase.WARMUP), jnp.int32(Phase.FULL)),
         steps_in_phase=zero(),
         warmup_steps=zero(),
         full_steps=zero(),
@@ -163,6 +165,12 @@ def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> Pha
 def total_steps(state: PhaseMachineState) -> jax.Array:
     """``[] int32``, steps taken so far, which is also the 0-based number of the coming step."""
     return state.warmup_steps + state.full_steps + state.predict_steps + state.correct_steps
+
+
+def ends_leap(state: PhaseMachineState) -> jax.Array:
+    """``[] bool``: the coming step is the true one behind a leap, or behind the correction that ended it."""
+    is_first = (state.phase == Phase.FULL) & (state.steps_in_phase == 0) & (state.cycles > 0)
+    return is_first | (state.phase == Phase.CORRECT)
 
 
 def last_value(state: PhaseMachineState) -> jax.Array:
@@ -228,6 +236,11 @@ def advance(
             adaptive = _remember_loss(adaptive, loss, is_known)
 
     following = _following(phases, plan, adaptive, phase, done)
+    if isinstance(phases, QualityCycle):
+        assert isinstance(state.calibration, MomentumCalibrationState)
+        # In a leap nothing is measured, so that it is never ended by this.
+        is_poor = state.calibration.exceeds(phases.most_error)
+        following = jnp.where(is_poor, jnp.int32(Phase.FULL), following)
     was_leap = phase >= Phase.PREDICT
     starts_full = (following == Phase.FULL) & (phase != Phase.FULL)
     starts_leap = (following == Phase.PREDICT) & (phase == Phase.FULL)
@@ -331,6 +344,9 @@ def _adapt(phases: AdaptiveCycle, state: AdaptiveLengthsState, is_due: jax.Array
         step = jnp.where(is_worse, worse, jnp.where(is_better, better, 0))
         return jnp.clip(length + step, low, high).astype(jnp.int32)
 
+    if isinstance(phases, LegacyCycle):
+        full_length, predict_length = phases.moved(state.full_length, state.predict_length, is_worse, is_better)
+        return state._replace(full_length=full_length, predict_length=predict_length)
     full, predict = phases.full_steps, phases.predict_steps
     return state._replace(
         full_length=moved(state.full_length, 2, -1, shortest_full(phases), max(_LONGEST_FULL, full)),

@@ -16,8 +16,9 @@ from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction.guard import Moved
 from vsa_optax.prediction.kinds import StepKind
-from vsa_optax.prediction.machine import Phase, PhaseMachineState
+from vsa_optax.prediction.machine import Phase, PhaseMachineState, ends_leap
 from vsa_optax.prediction.predictors.base import Comparison, Experience, HistoryState, Predictor, Scalars
+from vsa_optax.prediction.predictors.momentum import MomentumPredictor
 
 # To see whether a gradient is zero: so many leaves, and coordinates in each, unless all leaves have more.
 _NUM_LOOKED_AT, _LOOKED_AT = 4, 65536
@@ -27,7 +28,8 @@ class StepResult(NamedTuple):
     """What one step comes to.
 
     Attributes:
-        target: tree, what the recorded transformation emitted, or its prediction; of no use if not finite.
+        target: tree, what the recorded transformation emitted, or its prediction, or what `MomentumPredictor` makes of
+            it after a leap; of no use if not finite.
         inner_state: the recorded transformation's state.
         is_finite: ``[] bool``, false if a gradient, or what the transformation made of it, holds a NaN or an infinity.
         is_ignored: ``[] bool``, whether this was PREDICT and a gradient that is not zero came all the same, as far as
@@ -83,6 +85,8 @@ class PhaseStep:
         self._compare_if = in_place_if(self._compare)
         self._record_if = in_place_if(self._record)
         self._predicted_or_given = self._predicted, _given
+        # The only predictor of which something else leaves than is recorded.
+        self._correct = predictor.corrected if isinstance(predictor, MomentumPredictor) else None
 
     def __call__(
         self,
@@ -122,7 +126,7 @@ class PhaseStep:
             distance=unknown if self._predictor.reads_params else None,
             is_recorded=is_predict & False,
         )
-        operands = is_predict, emitted.is_finite, is_compared, count, seen_params
+        operands = is_predict, emitted.is_finite, is_compared, ends_leap(machine), count, seen_params
         if machine.guard is None:
             consulted = self._consult(carry, *operands)
         else:
@@ -145,6 +149,7 @@ class PhaseStep:
         inner_state: optax.OptState,
         params: optax.Params | None,
         extra_args: dict[str, object],
+        machine: PhaseMachineState,
         history: HistoryState,
         experience: Experience,
         count: jax.Array,
@@ -179,8 +184,12 @@ class PhaseStep:
             if kind is StepKind.WATCHED:
                 compared = self._compare(comparison, None, emitted.target, history, scalars)
                 comparison = tree_where(emitted.is_finite, compared, comparison)
-            is_recorded = _behind(emitted.is_finite, comparison)
-            history = self._predictor.history.record(history, emitted.target, seen_params, count, scalars, is_recorded)
+            is_recorded, target = _behind(emitted.is_finite, comparison), emitted.target
+            if self._correct is not None:
+                is_due = is_recorded & ends_leap(machine) & (scalars.horizon > 1)
+                leaving = tree_where(is_due, self._correct(history, scalars, target), target)
+                emitted, is_recorded = emitted._replace(target=leaving), is_recorded & all_finite(leaving)
+            history = self._predictor.history.record(history, target, seen_params, count, scalars, is_recorded)
         moved = Moved(scalars.horizon, scalars.distance, None, is_recorded)
         return StepResult(*emitted, is_ignored, history, comparison, moved)
 
@@ -237,6 +246,7 @@ class PhaseStep:
         is_predict: jax.Array,
         is_finite: jax.Array,
         is_compared: jax.Array,
+        is_behind_leap: jax.Array,
         count: jax.Array,
         params: optax.Params | None,
     ) -> _Consulted:
@@ -249,9 +259,14 @@ class PhaseStep:
         )
         is_due = is_compared & is_finite
         comparison = self._compare_if(is_due, carry.comparison, is_due, target, history, scalars)
-        is_recorded = _behind(~is_predict & is_finite, comparison)
+        is_recorded, leaving = _behind(~is_predict & is_finite, comparison), target
+        if self._correct is not None:
+            is_due = is_recorded & is_behind_leap & (scalars.horizon > 1)
+            leaving = lax.cond(is_due, self._correct, _as_it_is, history, scalars, target)
+            for first in [leaf.reshape(-1)[0] for leaf in jax.tree.leaves(leaving) if leaf.size]:
+                is_recorded &= numerics.is_finite(first) | ~is_due  # Always true, but known only now.
         history = self._record_if(is_recorded, history, target, params, count, scalars)
-        return _Consulted(target, history, comparison, scalars.horizon, scalars.distance, is_recorded)
+        return _Consulted(leaving, history, comparison, scalars.horizon, scalars.distance, is_recorded)
 
     def _predicted(
         self,
@@ -301,6 +316,11 @@ def _given(
     target: optax.Updates, history: HistoryState, residual: Tree, scalars: Scalars, weights: jax.Array | None
 ) -> optax.Updates:
     del history, residual, scalars, weights
+    return target
+
+
+def _as_it_is(history: HistoryState, scalars: Scalars, target: optax.Updates) -> optax.Updates:
+    del history, scalars
     return target
 
 

@@ -11,6 +11,7 @@ import jax
 import optax
 
 from vsa_optax.core.types import Tree
+from vsa_optax.prediction.stats import contains_machine
 
 _LIBRARIES = ("vsa_optax", "optax", "jax", "flax")
 # States of Optax's that follow the loss from step to step.
@@ -43,14 +44,24 @@ def check_no_reader(states: Tree) -> None:
         )
 
 
+def is_reader(node: object) -> bool:
+    """Whether it is the state of what follows the loss, and cannot see which losses are repeated.
+
+    `track_loss` is known by its state's name, since it stands above this package; it sees a machine that it wraps.
+    """
+    if type(node).__name__ == "TrackLossState":
+        return not contains_machine(node)
+    return isinstance(node, READERS)
+
+
 def contains_reader(state: Tree) -> bool:
     """Whether something in ``state`` follows the loss."""
     return bool(_readers(state))
 
 
 def _readers(state: Tree) -> list[Tree]:
-    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, READERS))
-    return [node for node in nodes if isinstance(node, READERS)]
+    nodes = jax.tree.leaves(state, is_leaf=is_reader)
+    return [node for node in nodes if is_reader(node)]
 
 
 def _levels_to_the_caller() -> int:

@@ -41,8 +41,8 @@ class PhaseSwitchedState(NamedTuple):
 
     Attributes:
         machine: `PhaseMachineState`, scalars.
-        history: `SecantHistoryState`, `WindowHistoryState`, `CodedWindowHistoryState` or `RecursiveHistoryState`; None
-            if no step is ever predicted.
+        history: `SecantHistoryState`, `WindowHistoryState`, `CodedWindowHistoryState`, `RecursiveHistoryState` or
+            `MomentumHistoryState`; None if no step is ever predicted.
         residual: tree of ``[*shape]`` in the history's dtype, the averaged prediction error, or a codec's payload of
             it; None if switched off.
         inner_state: the wrapped optimizer's state.
@@ -106,7 +106,8 @@ def switched(
         if extra_args.get("value") is not None:
             value = extra_args["value"] = checks.check_scalar("value", extra_args["value"])
         elif is_adaptive:
-            raise ValueError("AdaptiveCycle needs the loss at every step: update(..., value=loss), got value=None")
+            name = type(phases).__name__
+            raise ValueError(f"{name} needs the loss at every step: update(..., value=loss), got value=None")
         _check_state(state, phases, predictor)
         _check_trees(updates, params, state, predictor)
         if machines.repeats_loss(state.machine):
@@ -132,7 +133,7 @@ def switched(
         elif kind is None:
             result = run(*given, machine, history, known, count, axes)
         else:
-            result = run.straight(kind, *given, history, known, count, axes)
+            result = run.straight(kind, *given, machine, history, known, count, axes)
 
         is_finite = result.is_finite
         if predicts_updates and ever_predicts:
@@ -259,7 +260,8 @@ def _check_state(state: optax.OptState, phases: Guarded | Cycle, predictor: Pred
     if not isinstance(state, PhaseSwitchedState):
         raise ValueError(f"state must be what init returned, a PhaseSwitchedState, got {type(state).__name__}")
     machine, ever_predicts = state.machine, machines.ever_predicts(phases)
-    check_settings(phases=(_phases_of(machine), type(phases).__name__ if ever_predicts else None))
+    wanted = next(kind.__name__ for kind in (Guarded, AdaptiveCycle, Cycle) if isinstance(phases, kind))
+    check_settings(phases=(_phases_of(machine), wanted if ever_predicts else None))
     if not ever_predicts:
         check_history(state.history, None)
         return

@@ -185,8 +185,7 @@ def _switched(state: Tree) -> list[PhaseSwitchedState]:
 
 def _nodes(state: Tree) -> list[Tree]:
     """What a state holds, the transformation with the machine, and transformations that follow the loss, as one."""
-    kinds = (PhaseSwitchedState, *unmeasured.READERS)
-    return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
+    return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PhaseSwitchedState) or unmeasured.is_reader(x))
 
 
 def _run_in_predict(state: Tree) -> list[Tree]:

@@ -28,6 +28,7 @@ _MADE_BY = {
     "WindowHistoryState": "Window",
     "CodedWindowHistoryState": "Window(codec=...)",
     "RecursiveHistoryState": "Recursive",
+    "MomentumHistoryState": "Momentum",
 }
 
 
