@@ -19,6 +19,8 @@ from vsa_optax import (
     Phase,
     PhaseStats,
     PredictionQuality,
+    ProbeReport,
+    ProbeRun,
     Recursive,
     Secants,
     TritCodec,
@@ -37,6 +39,7 @@ from vsa_optax import (
     phase_stats,
     phase_switched,
     predict_gradients,
+    probe,
     state_specs,
     ternary_accumulator,
     ternary_multi_steps,
@@ -191,6 +194,19 @@ def use_programs(params: Params, x: jax.Array) -> Params:
     return moved
 
 
+def use_probe(params: Params, x: jax.Array) -> ProbeReport:
+    """What is measured, and what it speaks for."""
+    report = probe(loss, params, x, optax.sgd(0.1), steps=20)
+    assert_type(report, ProbeReport)
+    runs: list[ProbeRun | None] = [report.plain, report.plain_as_long, report.phase_switched, report.multisecant]
+    assert [run.gradients for run in runs if run is not None][0] == 20
+    share: float | None = report.predictable_share
+    assert share is not None
+    assert report.recommendation in ("none", "phase_switched", "multisecant")
+    assert report.code in str(report)
+    return report
+
+
 def use_queries(state: optax.OptState) -> PhaseStats:
     """Both queries, every field, and the phases."""
     assert_type(needs_backward(state), jax.Array)
@@ -260,6 +276,7 @@ def main() -> None:
     use_arrays(x)
     assert use_leaps(params, x).accepted == 0
     assert use_programs(params, x)["w"].shape == (3,)
+    assert use_probe(params, x).by_phase is None
     states = [opt.init(params) for opt in use_transformations()]
     assert len(states) > 1
     opt, state = use_transformations()[1], states[1]
