@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -179,8 +181,8 @@ def test_plain_training_gets_the_time_of_multisecant():
     """Three times its own, if a step takes three times as long; its lowest loss counts."""
     opt = optax.with_extra_args_support(optax.adam(RATE))
     task = probe_runs.Task(loss, PARAMS, [np.zeros(4, np.float32)] * STEPS, 1)
-    runs = {"plain": made(milliseconds=2.0), "multisecant": made(milliseconds=6.0)}
-    run = probe_module._as_long(task, probe_runs.compiled(task, opt, probe_runs.plain_step), runs)
+    trial = probe_runs.compiled(task, opt, probe_runs.plain_step)
+    run = probe_module._as_long(task, trial, made(milliseconds=2.0), made(milliseconds=6.0))
     _, _, losses = walk(opt, [np.zeros(4)] * 3 * STEPS)
     assert run.gradients == 3 * STEPS
     assert run.loss == pytest.approx(min(losses), rel=1e-4)
@@ -189,12 +191,25 @@ def test_plain_training_gets_the_time_of_multisecant():
 def test_the_report_is_what_is_printed(full_batch, mini_batches):
     for report, printed in ((full_batch.report, full_batch.printed), (mini_batches.report, mini_batches.printed)):
         assert printed == f"{report}\n"
-        assert max(map(len, printed.partition("Not measured")[0].splitlines())) < 200
+        assert max(map(len, printed.splitlines())) <= 104
+        printed = " ".join(printed.split())
         for run in (report.plain, report.phase_switched):
             assert f"{run.loss:.4g}" in printed
             assert f"{1e3 * run.seconds_per_step:.3g}" in printed
-        for text in (*report.not_measured, *report.code.splitlines(), report.reason):
-            assert text in printed
+        for text in (*report.not_measured, report.code, report.reason, report.setting):
+            assert " ".join(text.split()) in printed
+
+
+def test_the_page_shows_what_is_printed(full_batch):
+    """The heads of its table, the lines to paste, and what is said whatever was measured."""
+    page = (Path(__file__).parents[1] / "docs" / "probe.md").read_text()
+    shown = re.search(r"^```text\n(Probe of .*?)^```$", page, flags=re.MULTILINE | re.DOTALL)[1]
+    (heads,) = [line for line in full_batch.printed.splitlines() if "loss at the end  ms a step" in line]
+    for line in (heads, *full_batch.report.code.splitlines()):
+        assert line in shown
+    always = full_batch.report.not_measured[-1].replace(f"{STEPS} steps", "100 steps")
+    assert always in " ".join(shown.split())
+    assert [shown.count(word) for word in ("Noise: ", "Predictable: ", "Leaps: ")] == [1, 1, 1]
 
 
 def test_two_probes_give_the_same_but_for_times(mini_batches):
@@ -278,6 +293,13 @@ def test_what_comes_to_plains_loss_in_the_least_time_is_chosen(switched, by_phas
     assert words in reason
     assert (expected in code) if expected != "none" else not code
     assert ("jit_by_phase" in code) == (by_phase is not None)
+
+
+def test_what_is_lower_by_rounding_alone_is_not_lower():
+    """Both have solved the task, and plain training sooner."""
+    for end in (0.0, 1e-9):
+        assert choose(100, 1.0, PLAIN, made(loss=end), None, None, leapt(0.0, 80))[0] == "none"
+    assert choose(100, 1.0, PLAIN, made(loss=1e-6), None, None, leapt(0.0, 80))[0] == "multisecant"
 
 
 @pytest.mark.parametrize("end", [1.0, 2.0, np.nan])

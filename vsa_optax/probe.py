@@ -112,14 +112,10 @@ def probe(
                 raise
             not_measured.append(f"{name}: the device has too little memory for it")
     runs = _compared(task, evaluation, trials, probe_runs.fastest(task, trials, outcomes))
-    compared = {
-        "plain": runs[_PLAIN],
-        "plain_as_long": _as_long(task, trials[_PLAIN], runs) if _MULTISECANT in runs else None,
-        "phase_switched": runs.get(_SWITCHED),
-        "by_phase": runs.get(_BY_PHASE),
-        "multisecant": runs.get(_MULTISECANT),
-    }
-    recommendation, reason, code = choose(steps, first_loss, **compared)
+    plain, switched, by_phase, leaping = (runs.get(name) for name in (_PLAIN, _SWITCHED, _BY_PHASE, _MULTISECANT))
+    assert plain is not None
+    as_long = None if leaping is None else _as_long(task, trials[_PLAIN], plain, leaping)
+    recommendation, reason, code = choose(steps, first_loss, plain, as_long, switched, by_phase, leaping)
     report = ProbeReport(
         recommendation=recommendation,
         reason=reason,
@@ -129,8 +125,12 @@ def probe(
         evaluation_noise=evaluation_noise,
         batch_noise=batch_noise,
         batch_noise_at_end=batch_noise_at_end,
-        predictable_share=1 - runs[_SWITCHED].gradients / steps if _SWITCHED in runs else None,
-        **compared,
+        predictable_share=None if switched is None else 1 - switched.gradients / steps,
+        plain=plain,
+        plain_as_long=as_long,
+        phase_switched=switched,
+        by_phase=by_phase,
+        multisecant=leaping,
         not_measured=(*not_measured, _NEVER_MEASURED.format(steps=steps)),
     )
     print(report)
@@ -211,13 +211,13 @@ def _compared(
     return runs
 
 
-def _as_long(task: probe_runs.Task, plain: probe_runs.Trial, runs: Mapping[str, ProbeRun]) -> ProbeRun:
+def _as_long(task: probe_runs.Task, trial: probe_runs.Trial, plain: ProbeRun, leaping: ProbeRun) -> ProbeRun:
     """Plain training for as much time as `multisecant` took."""
-    steps, ratio = len(task.batches), runs[_MULTISECANT].seconds_per_step / runs[_PLAIN].seconds_per_step
-    num = max(steps, round(steps * ratio))
+    steps = len(task.batches)
+    num = max(steps, round(steps * leaping.seconds_per_step / plain.seconds_per_step))
     batches = list(itertools.islice(itertools.cycle(task.batches), num))
-    losses = probe_runs.run(task._replace(batches=batches), plain).losses
-    return runs[_PLAIN]._replace(gradients=num, loss=float(np.min(losses)))
+    losses = probe_runs.run(task._replace(batches=batches), trial).losses
+    return plain._replace(gradients=num, loss=float(np.min(losses)))
 
 
 def _make_task(loss: Callable[[Any, Any], jax.Array], params: Tree, batches: object, steps: int) -> probe_runs.Task:

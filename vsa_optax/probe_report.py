@@ -1,6 +1,7 @@
 """What `vsa_optax.probe` measured, which transformation that speaks for, and both as text."""
 
 import math
+import textwrap
 from typing import Literal, NamedTuple, TypeAlias
 
 Recommendation: TypeAlias = Literal["none", "phase_switched", "multisecant"]
@@ -11,6 +12,8 @@ LEAST_NOISE = 1e-4
 MOST_OF_PLAINS_TIME = 0.9
 # Above plain's loss at the end, relative to it, where something still counts as no worse.
 LOSS_TOLERANCE = 0.05
+# Of the first loss, which lower ones may be away from each other and still be the same.
+_ROUNDING = 2.0**-23
 
 _SWITCHED_CODE = """\
 opt = vsa_optax.phase_switched(opt, predictor=vsa_optax.Secants(), phases=vsa_optax.Guarded())
@@ -96,8 +99,9 @@ class ProbeReport(NamedTuple):
     def __str__(self) -> str:
         """The text that `vsa_optax.probe` prints."""
         words = [self.setting, _noise_in_words(self), _share_in_words(self), _leaps_in_words(self)]
-        missing = "\n".join(["Not measured:", *(f"- {text}" for text in self.not_measured)])
-        return "\n\n".join(["\n".join(filter(None, words)), _table(self), _advice(self), missing])
+        missing = ["Not measured:", *(_folded(f"- {text}", indent="  ") for text in self.not_measured)]
+        paragraphs = "\n".join(_folded(text) for text in words if text), _table(self), _advice(self), "\n".join(missing)
+        return "\n\n".join(paragraphs)
 
 
 def choose(
@@ -134,7 +138,9 @@ def choose(
         for recommendation, code, run in _ways(phase_switched, by_phase, multisecant)
         if run.steps_to_plain is not None and _gradients_to_plain(run, steps) < steps
     ]
-    limit, saving, losing = steps * plain.seconds_per_step, [], []
+    limit = steps * plain.seconds_per_step
+    saving: list[tuple[Recommendation, str, str]] = []
+    losing: list[tuple[Recommendation, str, str]] = []
     for seconds, recommendation, code, run in sorted(arrived, key=lambda entry: entry[0]):
         words = (
             f"came to plain's loss at the end after {_gradients_to_plain(run, steps)} gradients instead of {steps}, in "
@@ -146,8 +152,9 @@ def choose(
                 f"; in the time of its {steps} gradients plain takes {plain_as_long.gradients} and comes to "
                 f"{plain_as_long.loss:.3g} instead of {run.loss:.3g}"
             )
-            slack = LOSS_TOLERANCE * abs(plain_as_long.loss)
-            saves = run.loss <= plain_as_long.loss + (slack if saves else -slack)
+            slack = max(LOSS_TOLERANCE * abs(plain_as_long.loss), _ROUNDING * abs(first_loss))
+            ahead = plain_as_long.loss - run.loss
+            saves = ahead >= -slack if saves else ahead > slack
         (saving if saves else losing).append((recommendation, words, code))
     if saving:
         recommendation, words, code = saving[0]
@@ -218,14 +225,12 @@ def _share_in_words(report: ProbeReport) -> str:
 
 
 def _leaps_in_words(report: ProbeReport) -> str:
-    run, plain = report.multisecant, report.plain_as_long
-    if run is None or plain is None:
+    run = report.multisecant
+    if run is None:
         return ""
-    arrival = "never" if run.steps_to_plain is None else f"after {run.steps_to_plain} gradients"
     return (
-        f"multisecant came to plain's loss at the end {arrival}. After equally many gradients, {run.gradients}, its "
-        f"loss is {run.loss:.3g}, and plain's {report.plain.loss:.3g}; after equal time, which is {plain.gradients} "
-        f"gradients of plain's, plain's is {plain.loss:.3g}."
+        f"Leaps: after equally many gradients, {run.gradients}, the loss of multisecant is {run.loss:.3g}, and plain's "
+        f"{report.plain.loss:.3g}."
     )
 
 
@@ -257,6 +262,10 @@ def _in_units(size: int | None) -> str:
 
 def _advice(report: ProbeReport) -> str:
     if report.recommendation == "none":
-        return f"Keep the optimizer as it is: {report.reason}"
+        return _folded(f"Keep the optimizer as it is: {report.reason}")
     indented = "\n".join(f"    {line}" for line in report.code.splitlines())
-    return f"Take {report.recommendation}: {report.reason}\n\n{indented}"
+    return f"{_folded(f'Take {report.recommendation}: {report.reason}')}\n\n{indented}"
+
+
+def _folded(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
