@@ -784,7 +784,7 @@ MUTANTS = [
     Mutant("probe_runs._distance", "(x_norm + y_norm) / 2", "(x_norm + y_norm)", f"{PROBE} -k neighbours"),
     Mutant("probe_runs.fastest", "min(seconds[name])", "sum(seconds[name])", f"{PROBE} -k rounds"),
     Mutant(
-        "probe_runs.run", "_own_copy((task.params, trial.state))", "(task.params, trial.state)", f"{PROBE} -k left_as"
+        "probe_runs.run", "_own_copy((task.params, trial.init()))", "(task.params, trial.init())", f"{PROBE} -k left_as"
     ),
     Mutant("probe_runs.switched_step", "needs_backward(state)", "jnp.array(True)", f"{PROBE} -k guard_skips"),
     Mutant("probe._compared", "int(below[0]) + 1", "int(below[0])", f"{PROBE} -k equal_numbers"),

@@ -233,11 +233,11 @@ def test_a_state_that_holds_the_parameters_is_donated_as_well():
     task = probe_runs.Task(loss, PARAMS, [np.zeros(4, np.float32)] * 2, 1)
     outcome = probe_runs.run(task, probe_runs.compiled(task, opt, probe_runs.plain_step))
     assert outcome.gradients == 2
-    np.testing.assert_array_equal(outcome.state["w"], PARAMS["w"])
+    assert not PARAMS["w"].is_deleted()
 
 
 def outcome(seconds):
-    return probe_runs.Outcome(None, None, np.zeros(1), 1, seconds)
+    return probe_runs.Outcome(None, 0, np.zeros(1), 1, seconds)
 
 
 @pytest.mark.parametrize(("first", "rounds"), [(4.9, 3), (5.1, 1)])
@@ -324,6 +324,23 @@ def test_what_cannot_be_wrapped_is_said(opt, message, monkeypatch):
     assert report.phase_switched is None
     assert any(text.startswith("phase_switched: ") and message in text for text in report.not_measured)
     assert report.plain.gradients == 2
+
+
+@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes", "INTERNAL: broken"])
+def test_too_little_memory_is_said(message, monkeypatch):
+    """Any other failure of the device is the user's to see."""
+
+    def failing(opt):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(probe_module, "phase_switched", failing)
+    if message.startswith("INTERNAL"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
+            vsa_optax.probe(loss, PARAMS, BATCHES, optax.sgd(0.01), steps=20)
+    else:
+        report = vsa_optax.probe(loss, PARAMS, BATCHES, optax.sgd(0.01), steps=20)
+        assert report.not_measured[0] == "phase_switched: the device has too little memory for it"
+        assert (report.recommendation, report.phase_switched) == ("none", None)
 
 
 @pytest.mark.parametrize(

@@ -199,14 +199,13 @@ def _compared(
     """The runs, and when they came to plain's loss."""
     steps, plain_loss = len(task.batches), evaluation.loss(outcomes[_PLAIN].params)
     runs = {}
-    for name, (params, state, losses, gradients, seconds) in outcomes.items():
-        loss = evaluation.loss(state.params if name == _MULTISECANT else params)
+    for name, (params, state_bytes, losses, gradients, seconds) in outcomes.items():
+        loss = evaluation.loss(params)
         reached: int | None = steps if loss <= plain_loss + LOSS_TOLERANCE * abs(plain_loss) else None
         if name == _MULTISECANT:
             (below,) = np.nonzero(losses <= plain_loss)
             reached = int(below[0]) + 1 if below.size else None
-        trial, size = trials[name], probe_runs.num_bytes(state)
-        sizes = size, trial.argument_bytes, trial.temporary_bytes
+        sizes = state_bytes, trials[name].argument_bytes, trials[name].temporary_bytes
         runs[name] = ProbeRun(gradients, loss, reached, seconds / steps, *sizes)
     return runs
 

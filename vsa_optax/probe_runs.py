@@ -13,6 +13,7 @@ import optax
 
 from vsa_optax.core.types import Tree
 from vsa_optax.prediction.jit_by_phase import jit_by_phase
+from vsa_optax.prediction.leap import MultisecantState
 from vsa_optax.prediction.stats import needs_backward
 from vsa_optax.prediction.value_and_grad import value_and_grad_by_phase
 
@@ -50,13 +51,14 @@ class Trial(NamedTuple):
 
     Attributes:
         step: that donates parameters and state.
-        state: the optimizer's before the first step; never donated.
+        init: makes the optimizer's state before the first step. It is made for each run, so that no more than that of
+            one takes memory.
         argument_bytes: see `ProbeRun`.
         temporary_bytes: see `ProbeRun`.
     """
 
     step: Step
-    state: Tree
+    init: Callable[[], Tree]
     argument_bytes: int | None
     temporary_bytes: int | None
 
@@ -65,15 +67,15 @@ class Outcome(NamedTuple):
     """What a run did; its losses are those known after each step.
 
     Attributes:
-        params: behind the last step.
-        state: the optimizer's, there.
+        params: behind the last step; of `multisecant` the accepted ones.
+        state_bytes: of the optimizer's state, there.
         losses: ``[steps] float``.
         gradients: how many were taken.
         seconds: for all steps.
     """
 
     params: Tree
-    state: Tree
+    state_bytes: int
     losses: np.ndarray
     gradients: int
     seconds: float
@@ -119,29 +121,27 @@ def multisecant_step(loss: Callable[[Tree, Tree], jax.Array], opt: optax.Gradien
 
 def compiled(task: Task, opt: optax.GradientTransformationExtraArgs, make_step: Callable[..., Step]) -> Trial:
     """The optimizer's start and its step as one program."""
-    state = opt.init(task.params)
     jitted = jax.jit(make_step(task.loss, opt), donate_argnums=(0, 1))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable", UserWarning)
-        program = jitted.lower(task.params, state, task.batches[0]).compile()
+        program = jitted.lower(task.params, opt.init(task.params), task.batches[0]).compile()
     # What is sharded may leave in other shardings than it came in, which a compiled program refuses.
     devices = {device for leaf in jax.tree.leaves(task.params) for device in leaf.devices()}
     step: Any = program if len(devices) == 1 else jitted
     memory = program.memory_analysis()
-    if memory is None:
-        return Trial(step, state, None, None)
-    return Trial(step, state, memory.argument_size_in_bytes, memory.temp_size_in_bytes)
+    sizes = (None, None) if memory is None else (memory.argument_size_in_bytes, memory.temp_size_in_bytes)
+    return Trial(step, lambda: opt.init(task.params), *sizes)
 
 
 def compiled_by_phase(task: Task, opt: optax.GradientTransformationExtraArgs) -> Trial:
     """The step of `phase_switched` as one program for each kind of step, which the first run compiles."""
     step: Any = jit_by_phase(switched_step(task.loss, opt), donate_argnums=(0, 1))
-    return Trial(step, opt.init(task.params), None, None)
+    return Trial(step, lambda: opt.init(task.params), None, None)
 
 
 def run(task: Task, trial: Trial) -> Outcome:
     """All steps, which are waited for at their end."""
-    params, state = jax.block_until_ready(_own_copy((task.params, trial.state)))
+    params, state = jax.block_until_ready(_own_copy((task.params, trial.init())))
     records = []
     began = time.perf_counter()
     for batch in task.batches:
@@ -150,7 +150,8 @@ def run(task: Task, trial: Trial) -> Outcome:
     jax.block_until_ready((params, state))
     seconds = time.perf_counter() - began
     losses, needs = zip(*jax.device_get(records), strict=True)
-    return Outcome(params, state, np.asarray(losses, np.float64), int(np.sum(needs)), seconds)
+    accepted = state.params if isinstance(state, MultisecantState) else params
+    return Outcome(accepted, _num_bytes(state), np.asarray(losses, np.float64), int(np.sum(needs)), seconds)
 
 
 def fastest(task: Task, trials: Mapping[str, Trial], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
@@ -166,11 +167,6 @@ def fastest(task: Task, trials: Mapping[str, Trial], outcomes: Mapping[str, Outc
         for name, trial in trials.items():
             seconds[name].append(run(task, trial).seconds)
     return {name: outcome._replace(seconds=min(seconds[name])) for name, outcome in outcomes.items()}
-
-
-def num_bytes(tree: Tree) -> int:
-    """Of all leaves."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 class Evaluation:
@@ -195,6 +191,10 @@ class Evaluation:
             return None
         gradients = (self._evaluate(params, batch)[1] for batch in self._batches)
         return float(np.mean([_distance(*pair) for pair in itertools.pairwise(gradients)]))
+
+
+def _num_bytes(tree: Tree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _own_copy(tree: Tree) -> Tree:
