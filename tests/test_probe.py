@@ -280,7 +280,7 @@ PLAIN, AS_LONG = made(), made(gradients=200, loss=0.01)
         (made(gradients=40, milliseconds=3.0), None, leapt(0.005, 20), "phase_switched", "after 40 gradients"),
         (made(gradients=40, milliseconds=5.0), None, leapt(0.02, 20), "phase_switched", "after 40 gradients"),
         (None, None, leapt(0.02, 20), "none", "does not save enough time"),
-        (None, None, leapt(0.0102, 20), "multisecant", "comes to 0.01 instead of 0.0102"),
+        (None, None, leapt(0.0102, 20), "multisecant", "comes to 0.01, and multisecant to 0.0102"),
         (None, None, leapt(0.0102, 80), "none", "does not save enough time"),
         (None, None, leapt(0.005, 80), "multisecant", "in 1.6 s instead of 1 s; in the time of its 100 gradients"),
         (None, None, leapt(0.005, None), "none", "multisecant did not come"),

@@ -150,7 +150,7 @@ def choose(
         if recommendation == "multisecant" and plain_as_long is not None:
             words += (
                 f"; in the time of its {steps} gradients plain takes {plain_as_long.gradients} and comes to "
-                f"{plain_as_long.loss:.3g} instead of {run.loss:.3g}"
+                f"{plain_as_long.loss:.3g}, and multisecant to {run.loss:.3g}"
             )
             slack = max(LOSS_TOLERANCE * abs(plain_as_long.loss), _ROUNDING * abs(first_loss))
             ahead = plain_as_long.loss - run.loss
