@@ -90,6 +90,7 @@ SECANT = (
 LEAP = "prediction/test_multisecant.py -k twin"
 LEAP_FIT = "prediction/fits/test_multisecant_fit.py"
 LEAPS = "prediction/test_multisecant.py"
+PROBE = "test_probe.py"
 SECANT_FLOAT16 = "prediction/predictors/test_secant.py -k float16 or twin"
 BY_KIND = "prediction/test_jit_by_phase.py"
 FORECAST = "prediction/test_forecast.py"
@@ -838,6 +839,23 @@ MUTANTS = [
     ),
     Mutant("function_checks.refuse_hidden_arguments", "and name not in filled", "", HIDDEN),
     Mutant("function_checks.refuse_hidden_arguments", "and (name not in bound)", "", HIDDEN),
+    Mutant("probe_report.choose", "MOST_OF_PLAINS_TIME * limit", "limit", f"{PROBE} -k least_time"),
+    Mutant("probe_report.choose", "ahead >= -slack", "ahead > slack", f"{PROBE} -k least_time"),
+    Mutant("probe_report.choose", "_ROUNDING * abs(first_loss)", "0", f"{PROBE} -k by_rounding"),
+    Mutant("probe_report._gradients_to_plain", "run.steps_to_plain == steps", "False", f"{PROBE} -k least_time"),
+    Mutant("probe_runs._distance", "(x_norm + y_norm) / 2", "(x_norm + y_norm)", f"{PROBE} -k neighbours"),
+    Mutant("probe_runs.fastest", "min(seconds[name])", "sum(seconds[name])", f"{PROBE} -k rounds"),
+    Mutant(
+        "probe_runs.run", "_own_copy((task.params, trial.init()))", "(task.params, trial.init())", f"{PROBE} -k left_as"
+    ),
+    Mutant("probe_runs.switched_step", "needs_backward(state)", "jnp.array(True)", f"{PROBE} -k guard_skips"),
+    Mutant("probe._compared", "int(below[0]) + 1", "int(below[0])", f"{PROBE} -k equal_numbers"),
+    Mutant("probe._as_long", "np.min(losses)", "losses[0]", f"{PROBE} -k time_of_multisecant"),
+    Mutant(
+        "probe._are_several", "isinstance(batches, list)", "isinstance(batches, tuple)", f"{PROBE} -k one_or_several"
+    ),
+    Mutant("probe._refuse_ours", "contains_machine(state) or", "", f"{PROBE} -k fit_is_refused"),
+    Mutant("probe.probe", "noise <= LEAST_NOISE", "noise <= 9", f"{PROBE} -k mini_batches_nothing"),
     Mutant("checks.check_real", "number > low if low_open", "number >= low if low_open", OF_ERRORS),
     Mutant("checks.check_integer", "not minimum <= number", "not minimum < number", "prediction/test_api.py -k bounds"),
 ]

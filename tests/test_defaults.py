@@ -46,6 +46,9 @@ Phase(WARMUP=0, FULL=1, PREDICT=2, CORRECT=3)
 PhaseStats(phase, total_steps, warmup_steps, full_steps, predict_steps, correct_steps, cycles, steps_per_backward, \
 nonfinite_count, ignored_gradients, mean_prediction_error, last_prediction_error, quality=None, guard=None)
 PredictionQuality(coefficients, ridge, r_squared, mean_r_squared)
+ProbeReport(recommendation, reason, code, setting, first_loss, evaluation_noise, batch_noise, batch_noise_at_end, \
+predictable_share, plain, plain_as_long, phase_switched, by_phase, multisecant, not_measured)
+ProbeRun(gradients, loss, steps_to_plain, seconds_per_step, state_bytes, argument_bytes, temporary_bytes)
 QualityCycle(*, predict_steps=4, most_error=0.5)
 Recursive(*, decay=0.95, predicts='update', calibrate=True, residual_decay=None, dtype=None)
 Secants(window=16, *, dtype='float16')
@@ -73,6 +76,8 @@ plots.draw_losses(report, path=None)
 plots.shade_phases(axis, phases, *, first_step=0)
 predict_gradients(*, predictor=Secants(window=16, dtype='float16'), \
 phases=Guarded(tolerance=0.14, longest=20, warmup_steps=10))
+probe.main(argv=None)
+probe.probe(loss, params, batches, opt, steps=100)
 state_specs(opt_state, axis_name)
 ternary_accumulator(num_microbatches, *, trits=None, rounding='nearest', block_size=1024, use_grad_mean=True, seed=0)
 ternary_multi_steps(opt, every_k_schedule, use_grad_mean=True, should_skip_update_fn=None, *, trits=None, \

@@ -32,6 +32,8 @@ TESTED_IN = {
     "prediction/function_checks.py": "prediction/test_value_and_grad.py",
     "prediction/step.py": "prediction/test_update.py",
     "prediction/unsuited.py": "test_nesting.py",
+    "probe_report.py": "test_probe.py",
+    "probe_runs.py": "test_probe.py",
 }
 # What each folder imports besides itself.
 MAY_IMPORT = {

@@ -86,7 +86,11 @@ def test_the_type_checker_is_told_the_names_that_are_loaded():
     (block,) = [node for node in ast.parse(inspect.getsource(vsa_optax)).body if is_for_type_checkers(node)]
     imported = {alias.name: statement.module for statement in block.body for alias in statement.names}
     homes = {name: f"vsa_optax.{home}" for name, home in vsa_optax._HOMES.items()}
-    assert imported == {**homes, **dict.fromkeys(("checkpoint", "plots", "trits", "vsa"), "vsa_optax")}
+    assert imported == {
+        **homes,
+        **dict.fromkeys(("checkpoint", "plots", "trits", "vsa"), "vsa_optax"),
+        "probe": "vsa_optax.probe",
+    }
     assert sorted(imported) == vsa_optax.__all__
 
 

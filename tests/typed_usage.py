@@ -24,6 +24,8 @@ from vsa_optax import (
     Phase,
     PhaseStats,
     PredictionQuality,
+    ProbeReport,
+    ProbeRun,
     QualityCycle,
     Recursive,
     Secants,
@@ -46,6 +48,7 @@ from vsa_optax import (
     phase_switched,
     plots,
     predict_gradients,
+    probe,
     state_specs,
     ternary_accumulator,
     ternary_multi_steps,
@@ -240,6 +243,19 @@ def use_programs(params: Params, x: jax.Array) -> Params:
     assert_type(moved, Params)
     assert by_phase.num_waits == 0
     return moved
+
+
+def use_probe(params: Params, x: jax.Array) -> ProbeReport:
+    """What is measured, and what it speaks for; `test_probe` runs the like, which takes long."""
+    report = probe(loss, params, x, optax.sgd(0.1), steps=20)
+    assert_type(report, ProbeReport)
+    runs: list[ProbeRun | None] = [report.plain, report.plain_as_long, report.phase_switched, report.multisecant]
+    assert all(run.gradients >= 0 for run in runs if run is not None)
+    share: float | None = report.predictable_share
+    assert share is not None
+    assert report.recommendation in ("none", "phase_switched", "multisecant")
+    assert report.code in str(report)
+    return report
 
 
 def use_queries(state: optax.OptState) -> PhaseStats:

@@ -26,6 +26,8 @@ if _typing.TYPE_CHECKING:
     from vsa_optax.prediction.presets import aggressive, balanced, conservative
     from vsa_optax.prediction.stats import GuardStats, PhaseStats, needs_backward, phase_stats
     from vsa_optax.prediction.value_and_grad import value_and_grad_by_phase
+    from vsa_optax.probe import probe
+    from vsa_optax.probe_report import ProbeReport, ProbeRun
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,8 @@ __all__ = [
     "Phase",
     "PhaseStats",
     "PredictionQuality",
+    "ProbeReport",
+    "ProbeRun",
     "QualityCycle",
     "Recursive",
     "Secants",
@@ -67,6 +71,7 @@ __all__ = [
     "phase_switched",
     "plots",
     "predict_gradients",
+    "probe",
     "state_specs",
     "ternary_accumulator",
     "ternary_multi_steps",
@@ -93,6 +98,8 @@ _HOMES = {
     "Phase": "prediction.machine",
     "PhaseStats": "prediction.stats",
     "PredictionQuality": "prediction.predictors.base",
+    "ProbeReport": "probe_report",
+    "ProbeRun": "probe_report",
     "QualityCycle": "prediction.phases",
     "Recursive": "prediction.predictors.factory",
     "Secants": "prediction.predictors.factory",
@@ -123,7 +130,7 @@ _HOMES = {
 if not _typing.TYPE_CHECKING:  # A type checker would take every name for one of ours.
 
     def __getattr__(name: str) -> object:
-        if name in ("checkpoint", "plots", "trits", "vsa"):
+        if name in ("checkpoint", "plots", "probe", "trits", "vsa"):
             return _importlib.import_module(f"{__name__}.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
