@@ -515,28 +515,32 @@ MUTANTS = [
         "compression/test_gradients.py -k donation",
     ),
     Mutant("exchange._from_bytes", "start += size * width", "start += size", COLLECTIVE_TWIN),
-    Mutant("exchange._ShardLayout.join", "start += self.sizes[i]", "start += 1", COLLECTIVE_TWIN),
+    Mutant("exchange.row_width", "return block if", "return 2 * block if", "compression/test_pmean.py -k padded"),
     Mutant(
-        "exchange._ShardLayout._groups", "key=lambda i: -self.sizes[i]", "key=lambda i: self.sizes[i]", COLLECTIVE_TWIN
+        "buckets.Buckets.of_size", "-sizes[i] if is_small[i]", "sizes[i] if is_small[i]", "compression/test_buckets.py"
     ),
-    Mutant("exchange._ShardLayout._width", "return self.block if", "return 2 * self.block if", COLLECTIVE_TWIN),
+    Mutant("buckets.Buckets.of_size", "(is_small[i], ", "(", "compression/test_buckets.py"),
+    Mutant("buckets.Buckets.of_size", "limit // unit * unit", "limit", "compression/test_buckets.py"),
+    Mutant("buckets.Buckets.unpack", "begin += stop - start", "begin += stop", "compression/test_buckets.py"),
+    Mutant("averaging.averaged", "num_buckets * step + next(numbers)", "step", COLLECTIVE_TWIN),
+    Mutant("averaging.averaged", "is_finite &= found[-1].is_finite", "is_finite = found[-1].is_finite", COLLECTIVE_NAN),
     Mutant("exchange._mean_of_payloads", "2 * (num * step + own)", "2 * num * step", COLLECTIVE_TWIN),
     Mutant(
         "exchange._mean_of_payloads", "codec.encode(average, first_step + 1)", "codec.encode(average)", COLLECTIVE_TWIN
     ),
-    Mutant("exchange._mean_of_payloads", "of_devices / num", "of_devices", COLLECTIVE_TWIN),
-    Mutant("exchange._mean_of_payloads", "[_put(d, own, _take(x, own)) for", "[d for", COLLECTIVE_TWIN),
-    Mutant("exchange._mean_of_payloads", "[_put(x, own, e) for", "[x for", COLLECTIVE_TWIN),
-    Mutant("exchange._mean_of_payloads", "[num * (a - _take(m, own))", "[a - _take(m, own)", COLLECTIVE_TWIN),
+    Mutant("exchange._mean_of_payloads", "decoded / num", "decoded", COLLECTIVE_TWIN),
+    Mutant("exchange._mean_of_payloads", "_rows(wire, slot_of)", "wire", COLLECTIVE_TWIN),
+    Mutant("exchange._mean_of_payloads", "_rows(lost, slot_of)", "lost", COLLECTIVE_TWIN),
+    Mutant("exchange._mean_of_payloads", "num * (average - _take", "(average - _take", COLLECTIVE_TWIN),
     Mutant("exchange._mean_of_payloads", "jnp.all(flags > 0) & all_finite(mean)", "all_finite(mean)", COLLECTIVE_NAN),
     Mutant("exchange._mean_of_bundles", "payload.bundle / axis_size(axes)", "payload.bundle", COLLECTIVE_BUNDLES),
     Mutant(
         "exchange._mean_of_bundles",
-        "x - d for x, d in zip(vectors",
-        "x + d for x, d in zip(vectors",
+        "vector - codec.decode(payload)",
+        "vector + codec.decode(payload)",
         COLLECTIVE_BUNDLES,
     ),
-    Mutant("exchange._mean_of_bundles", "x + (d - m)", "x", COLLECTIVE_BUNDLES),
+    Mutant("exchange._mean_of_bundles", "+ (decoded - mean)", "", COLLECTIVE_BUNDLES),
     Mutant("pmean.compressed_pmean", "[x + e for", "[x for", COLLECTIVE_TWIN),
     Mutant("pmean.compressed_pmean", "jnp.where(is_finite, leaf, jnp.zeros_like(leaf))", "leaf", COLLECTIVE_NAN),
     Mutant(
@@ -546,8 +550,8 @@ MUTANTS = [
         COLLECTIVE_NAN,
     ),
     Mutant(
-        "pmean._alike",
-        "varying_axes(leaf) - set(axes)",
+        "averaging._alike",
+        "varying_axes(vector) - set(axes)",
         "frozenset()",
         "compression/test_pmean.py -k another_mesh_axis",
     ),
