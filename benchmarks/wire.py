@@ -9,6 +9,7 @@ process. What is done there is in `wire_worker.py`.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import socket
@@ -97,28 +98,36 @@ def measure(name, options):
     """Runs a link's processes; the first one's output goes to ours, line by line."""
     link = LINKS[name]
     # The calculator needs the first two; a profile needs the steps.
-    needed = {"link", "codec", options.task} | ({"step"} if options.task == "overlap" else set())
+    needs = {"exchange": {"link", "codec"}, "step": {"link", "codec"}, "overlap": {"link", "codec", "step"}}
+    needed = needs.get(options.task, set()) | {options.task}
     tasks = [task for task in link.tasks if options.task == "all" or task in needed]
     count, port = 1 if link.is_shared else options.devices, free_port()
-    print(f"\nLINK: {link.description}", *(f"{k}={v}" for k, v in link.settings.items()), flush=True)
-    processes, others = [], []
-    for i in range(count):
-        command = [sys.executable, str(HERE / "wire_worker.py"), str(i), str(count), str(port), ",".join(tasks)]
-        command += ["small"] if options.small else []
-        errors = tempfile.TemporaryFile()
-        others.append(errors)
-        out = None if i == 0 else errors
-        processes.append(subprocess.Popen(command, env=environment(link, options, i), stdout=out, stderr=errors))
-    end = threading.Timer(link.seconds, lambda: [process.kill() for process in processes])
-    end.start()
+    limit = 6 * link.seconds if options.small else link.seconds
+    words = f"devices of a CPU in the place of {link.description}" if options.small else link.description
+    print(f"\nLINK: {words}", *(f"{k}={v}" for k, v in link.settings.items()), flush=True)
+    arguments = [str(count), str(port), ",".join(tasks), *(["small"] if options.small else [])]
     started = time.perf_counter()
-    codes = [process.wait() for process in processes]
-    end.cancel()
-    print(f"LINK: {time.perf_counter() - started:.0f} s in all", flush=True)
-    for code, errors in zip(codes, others, strict=True):
-        if code:
-            errors.seek(0)
-            print(f"FAILED with {code}, after at most {link.seconds} s\n", errors.read().decode()[-2000:], flush=True)
+    with contextlib.ExitStack() as stack:
+        # What the others say is shown if they fail.
+        said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(HERE / "wire_worker.py"), str(i), *arguments],
+                env=environment(link, options, i),
+                stdout=file if i else None,
+                stderr=file,
+            )
+            for i, file in enumerate(said)
+        ]
+        end = threading.Timer(limit, lambda: [process.kill() for process in processes])
+        end.start()
+        codes = [process.wait() for process in processes]
+        end.cancel()
+        print(f"LINK: {time.perf_counter() - started:.0f} s in all", flush=True)
+        for code, file in zip(codes, said, strict=True):
+            if code:
+                file.seek(0)
+                print(f"FAILED with {code}, limit {limit} s\n", file.read().decode()[-2000:], flush=True)
     return max(map(abs, codes))
 
 

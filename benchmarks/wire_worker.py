@@ -28,6 +28,7 @@ from vsa_optax import TritCodec
 
 ROWS, SAME = PartitionSpec("data"), PartitionSpec()
 ROUNDS = 5
+COMPARED = ("range", "of bfloat16", "of float32", "calculator")
 
 
 class Scale(NamedTuple):
@@ -91,12 +92,17 @@ def made(function, spec):
     return jax.jit(function, out_shardings=NamedSharding(mesh(), spec))()
 
 
+def laid_out(shapes, spec):
+    layout = NamedSharding(mesh(), spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), shapes)
+
+
 def normals(size):
     return made(lambda: jax.random.normal(jax.random.key(0), (jax.device_count(), size)), ROWS)
 
 
 def median_seconds(calls, steps, rounds=ROUNDS):
-    """Name -> ``[rounds]`` seconds a step of the functions, each of which starts one step and gives what to wait for."""
+    """Name -> ``[rounds]`` seconds a step of functions, each of which starts a step and gives what to wait for."""
     for call in calls.values():
         jax.block_until_ready(call())
     found = {name: [] for name in calls}
@@ -147,7 +153,7 @@ def codec(scale, known):
     for name in CODECS:
         speeds = [4 * size / np.median(found[name, way]) for way in ("encode", "decode")]
         known["codec", name] = speeds
-        show(name, *(f"{speed / 1e9:.1f}" for speed in speeds))
+        show(name, *(f"{speed / 1e9:.3g}" for speed in speeds))
 
 
 def predicted(known, sent, size, coder):
@@ -161,47 +167,48 @@ def predicted(known, sent, size, coder):
 
 def exchange(scale, known):
     size = scale.leaf[jax.process_count() > 1]
-    gradient, calls = normals(size), {}
+    gradient, calls, memory = normals(size), {}, {}
     for name, (opt, _, _) in methods(scale).items():
         step = on_devices(lambda g, s, opt=opt: opt.update(g[0], s), (ROWS, SAME), SAME)
         state = jax.device_put(opt.init(jnp.zeros(1)), NamedSharding(mesh(), SAME))
-        calls[name] = functools.partial(step, gradient, state)
+        program = step.lower(gradient, state).compile()
+        memory[name] = program.memory_analysis().temp_size_in_bytes / size
+        calls[name] = functools.partial(program, gradient, state)
     means = {name: call()[0] for name, call in calls.items()}
     lost = jax.jit(lambda a, b, g: jnp.sum((a - b) ** 2) / jnp.mean(jnp.sum(g**2, axis=1)))
     errors = {name: float(lost(mean, means["float32 pmean"], gradient)) for name, mean in means.items()}
     del means
     found = median_seconds(calls, 4)
-    show(
-        f"exchange, 2^{size.bit_length() - 1} coordinates",
-        "ms",
-        "range",
-        "of bfloat16",
-        "of float32",
-        "calculator",
-        "NMSE",
-    )
+    show(f"exchange, 2^{size.bit_length() - 1} coordinates", "ms", *COMPARED, "NMSE", "temporary, B")
     shape = jax.ShapeDtypeStruct((size,), jnp.float32)
     for name, (_, sent, coder) in methods(scale).items():
         shares = [
             f"{np.median(np.divide(found[name], found[other])):.3f}" for other in ("bfloat16 pmean", "float32 pmean")
         ]
         guess = predicted(known, sent(shape, jax.device_count()), size, coder)
-        show(name, *milliseconds(found[name]), *shares, f"{1e3 * guess:.2f}", f"{errors[name]:.2e}")
+        show(
+            name,
+            *milliseconds(found[name]),
+            *shares,
+            f"{1e3 * guess:.2f}",
+            f"{errors[name]:.2e}",
+            f"{memory[name]:.1f}",
+        )
 
 
 # ---- compiling 148 leaves
 
 
 def compiling(scale, known):
-    """Of the exchange alone, nothing else being compiled."""
+    """Of the exchange alone, for as many leaves as GPT-2 has; nothing else is compiled beside it."""
     del known
-    shapes = jax.eval_shape(lambda: gpt2.init(jax.random.key(0), scale.model))
+    shapes = jax.eval_shape(lambda: gpt2.init(jax.random.key(0), scale.model._replace(layers=12)))
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((jax.device_count(), *x.shape), x.dtype), shapes)
     show(f"exchange of {len(jax.tree.leaves(shapes))} leaves", "trace, s", "compile, s")
     for name, (opt, _, _) in methods(scale).items():
         step = on_devices(lambda g, s, opt=opt: opt.update(jax.tree.map(lambda x: x[0], g), s), (ROWS, SAME), SAME)
         start = time.perf_counter()
-        lowered = step.lower(stacked, jax.eval_shape(opt.init, shapes))
+        lowered = step.lower(laid_out(stacked, ROWS), laid_out(jax.eval_shape(opt.init, shapes), SAME))
         middle = time.perf_counter()
         lowered.compile()
         show(name, f"{middle - start:.1f}", f"{time.perf_counter() - middle:.1f}")
@@ -226,7 +233,9 @@ def steps(scale):
 
         carry = jax.eval_shape(lambda: (lambda p: (p, opt.init(p)))(gpt2.init(key, size)))
         shape = jax.ShapeDtypeStruct((jax.device_count() * scale.batch, size.context + 1), jnp.int32)
-        program = on_devices(step, (SAME, ROWS), (SAME, ROWS), is_checked, donate=0).lower(carry, shape)
+        program = on_devices(step, (SAME, ROWS), (SAME, ROWS), is_checked, donate=0).lower(
+            laid_out(carry, SAME), laid_out(shape, ROWS)
+        )
         return name, opt, program
 
     jobs = [prepared("none", optax.identity(), False)]
@@ -269,8 +278,7 @@ def step(scale, known):
     found = median_seconds(trainings, 4, rounds=ROUNDS if jax.process_count() == 1 else 3)
     shapes = jax.eval_shape(lambda: gpt2.init(jax.random.key(0), scale.model))
     num = rivals.size_of(shapes)
-    show(f"step, {num:,} parameters, {tokens} tokens a device", "ms", "range", "of bfloat16", "of float32", "calculator",
-         "compile, s", "first loss")  # fmt: skip
+    show(f"step, {num / 1e6:.3g}M, {tokens} tokens a device", "ms", *COMPARED, "compile, s", "first loss")
     for name, times in found.items():
         shares = [f"{np.median(np.divide(times, found[other])):.3f}" for other in ("bfloat16 pmean", "float32 pmean")]
         guess = np.median(found["none"])
