@@ -268,9 +268,9 @@ def measured_speeds():
 def seconds_a_gigabyte(link, share, num=NUM, encode=math.inf, decode=math.inf):
     """To average a gigabyte of f32 gradients: sending a ``share`` of it, and the codec's time, one after the other.
 
-    A device encodes the others' rows and the mean of its own, decodes the others' parts of its own, and all means.
+    A device encodes as much as its gradient, and decodes twice as much.
     """
-    return exchange_seconds(rivals.all_reduced(share, num), link, 1, num, encode, decode)
+    return exchange_seconds(rivals.all_reduced(share, num), link, 1, encode, decode)
 
 
 def break_even(share, against, num, encode, decode):
@@ -285,7 +285,7 @@ def links(options):
     tasks.print_header(
         f"WHEN IT PAYS: milliseconds to average a gigabyte of f32 gradients over {NUM} devices",
         "link: what a device sends a second, nominal; nothing overlaps with the backward pass",
-        "codec: one encoding and 2 - 1/n decodings, at the speeds of codec_speed_gpu.log and codec_times.log",
+        "codec: one encoding and two decodings, at the speeds of codec_speed_gpu.log and codec_times.log",
     )
     for machine, speeds in measured_speeds().items():
         print(machine)

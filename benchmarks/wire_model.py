@@ -19,10 +19,10 @@ def sent_by_codec(codec, shapes, num):
     return 2 * rivals.gathered(num * (row + 4 + 1), num)  # The step, and whether the vector is finite.
 
 
-def exchange_seconds(sent, link, size=0, num=2, encode=math.inf, decode=math.inf):
+def exchange_seconds(sent, link, size=0, encode=math.inf, decode=math.inf):
     """Of sending ``sent`` bytes at ``link`` bytes a second, and then of coding, nothing beside anything else.
 
-    A device encodes the others' rows and the mean of its own, decodes the others' parts of its own row, and all means.
-    ``encode`` and ``decode`` are bytes of f32 a second, ``size`` those of the gradient.
+    A device encodes the others' rows and the mean of its own; it decodes the others' parts of its own row, that mean to
+    look at it, and all means. ``encode`` and ``decode`` are bytes of f32 a second, ``size`` those of the gradient.
     """
-    return sent / link + size / encode + (2 - 1 / num) * size / decode
+    return sent / link + size / encode + 2 * size / decode

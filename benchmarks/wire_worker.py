@@ -159,7 +159,7 @@ def codec(scale, known):
 def predicted(known, sent, size, coder):
     """The calculator's seconds for one exchange."""
     encode, decode = known["codec", coder] if coder else (np.inf, np.inf)
-    return exchange_seconds(sent, known["link"], 4 * size, jax.device_count(), encode, decode)
+    return exchange_seconds(sent, known["link"], 4 * size, encode, decode)
 
 
 # ---- exchange of one leaf

@@ -532,7 +532,10 @@ MUTANTS = [
     Mutant("exchange._mean_of_payloads", "_rows(wire, slot_of)", "wire", COLLECTIVE_TWIN),
     Mutant("exchange._mean_of_payloads", "_rows(lost, slot_of)", "lost", COLLECTIVE_TWIN),
     Mutant("exchange._mean_of_payloads", "num * (average - _take", "(average - _take", COLLECTIVE_TWIN),
-    Mutant("exchange._mean_of_payloads", "jnp.all(flags > 0) & all_finite(mean)", "all_finite(mean)", COLLECTIVE_NAN),
+    Mutant("exchange._mean_of_payloads", "jnp.all(flags > 0) & all_finite", "all_finite", COLLECTIVE_NAN),
+    Mutant("exchange._mean_of_payloads", "jnp.where(is_finite, array, jnp.zeros_like(array))", "array", COLLECTIVE_NAN),
+    Mutant("exchange._exchanged", "jnp.where(is_finite, mean, jnp.zeros_like(mean))", "mean", COLLECTIVE_NAN),
+    Mutant("pmean.compressed_pmean", "num_buckets > 1", "num_buckets > 9", COLLECTIVE_NAN),
     Mutant("exchange._mean_of_bundles", "payload.bundle / axis_size(axes)", "payload.bundle", COLLECTIVE_BUNDLES),
     Mutant(
         "exchange._mean_of_bundles",
@@ -542,7 +545,6 @@ MUTANTS = [
     ),
     Mutant("exchange._mean_of_bundles", "+ (decoded - mean)", "", COLLECTIVE_BUNDLES),
     Mutant("pmean.compressed_pmean", "[x + e for", "[x for", COLLECTIVE_TWIN),
-    Mutant("pmean.compressed_pmean", "jnp.where(is_finite, leaf, jnp.zeros_like(leaf))", "leaf", COLLECTIVE_NAN),
     Mutant(
         "pmean.compressed_pmean",
         "tree_where(is_finite, jax.tree.unflatten(treedef, lost), residual)",

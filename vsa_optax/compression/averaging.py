@@ -18,14 +18,16 @@ class Averaged(NamedTuple):
     """What a device has of all leaves after the exchange.
 
     Attributes:
-        means: vectors, the same on all devices.
+        means: vectors, the same on all devices; those in a bucket with something that is not finite are zeros.
         unsent: vectors, whose mean over devices is what the means lack; empty if they are not kept.
         is_finite: ``[] bool``, the same on all devices along the axes: whether all that was sent is finite.
+        num_buckets: how many there are.
     """
 
     means: Vectors
     unsent: Vectors
     is_finite: jax.Array
+    num_buckets: int
 
 
 def averaged(
@@ -67,7 +69,7 @@ def averaged(
         _put(means, group, buckets.unpack([part.mean for part in found]))
         if keeps_unsent:
             _put(unsent, group, buckets.unpack([part.unsent for part in found if part.unsent is not None]))
-    return Averaged(means, unsent if keeps_unsent else [], is_finite)
+    return Averaged(means, unsent if keeps_unsent else [], is_finite, num_buckets)
 
 
 def _alike(vectors: Vectors, axes: tuple[str, ...]) -> list[list[int]]:

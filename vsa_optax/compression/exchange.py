@@ -32,7 +32,8 @@ class Exchanged(NamedTuple):
     """What a device has after an exchange.
 
     Attributes:
-        mean: ``[size] f32``, as all devices decode it and its leaves' dtypes hold it: the same everywhere.
+        mean: ``[size] f32``, as all devices decode it and its leaves' dtypes hold it: the same everywhere; zeros if
+            something is not finite.
         unsent: ``[size] f32``, whose mean over devices is what the mean lacks; None if it is not kept.
         is_finite: ``[] bool``, the same everywhere: whether all that was sent, and the mean, is finite.
     """
@@ -65,7 +66,7 @@ def averaged(
     """
     if axis_size(axes) == 1:
         mean = rounded(lax.psum(vector, axes))
-        return Exchanged(mean, vector - mean if keeps_unsent else None, all_finite(mean))
+        return _exchanged(mean, vector - mean if keeps_unsent else None)
     if isinstance(codec, HypervectorCodec) and not codec.use_ternary:
         return _mean_of_bundles(axes, codec, vector, step, rounded, keeps_unsent)
     return _mean_of_payloads(axes, codec, vector, step, rounded, keeps_unsent)
@@ -104,11 +105,16 @@ def _mean_of_payloads(
     decoded = decode_all(jax.tree.unflatten(treedef, arrays))
     average = mine / num + jnp.sum(decoded / num, axis=0)
 
-    arrays, treedef = jax.tree.flatten(jax.tree.map(lambda x: x[None], codec.encode(average, first_step + 1)))
-    # A device's own flag comes back with the others' averages.
-    flags = jnp.all(flags > 0).astype(jnp.uint8).reshape(1, 1)
+    coded = codec.encode(average, first_step + 1)
+    # Each device looks at what becomes of its own average, so that all know of all before they decode: a mean that is
+    # not finite is zeros by then, and need not be gone through again. A device's own flag comes back with the others'.
+    is_finite = jnp.all(flags > 0) & all_finite(codec.decode(coded))
+    arrays, treedef = jax.tree.flatten(jax.tree.map(lambda x: x[None], coded))
+    flags = is_finite.astype(jnp.uint8).reshape(1, 1)
     wire = _all_gather(_to_bytes([*arrays, flags])[0], axes)
     *arrays, flags = _from_bytes(wire, [*arrays, flags])
+    is_finite = jnp.all(flags > 0)
+    arrays = [jnp.where(is_finite, array, jnp.zeros_like(array)) for array in arrays]  # They decode to zeros.
     mean = rounded(decode_all(jax.tree.unflatten(treedef, arrays)).reshape(-1)[: vector.size])
 
     unsent = None
@@ -117,7 +123,7 @@ def _mean_of_payloads(
         of_average = num * (average - _take(_cut(mean, num, width), own))
         lost = jnp.concatenate([others - decode_all(payload), of_average[None]])
         unsent = _rows(lost, slot_of).reshape(-1)[: vector.size]
-    return Exchanged(mean, unsent, jnp.all(flags > 0) & all_finite(mean))
+    return Exchanged(mean, unsent, is_finite)
 
 
 def _mean_of_bundles(
@@ -133,7 +139,12 @@ def _mean_of_bundles(
     decoded = codec.decode(payload._replace(bundle=lax.psum(payload.bundle / axis_size(axes), axes)))
     mean = rounded(decoded)
     unsent = (vector - codec.decode(payload)) + (decoded - mean) if keeps_unsent else None
-    return Exchanged(mean, unsent, all_finite(mean))
+    return _exchanged(mean, unsent)
+
+
+def _exchanged(mean: jax.Array, unsent: jax.Array | None) -> Exchanged:
+    is_finite = all_finite(mean)
+    return Exchanged(jnp.where(is_finite, mean, jnp.zeros_like(mean)), unsent, is_finite)
 
 
 def row_width(codec: Codec, size: int, num: int) -> int:

@@ -215,18 +215,20 @@ def compressed_pmean(
             kept = [codecs.as_reals(e) for e in jax.tree.leaves(of_this_device("residual", state.residual))]
             pending = [x + e for x, e in zip(pending, kept, strict=True)]
 
-        means, unsent, is_finite = averaging.averaged(
+        means, unsent, is_finite, num_buckets = averaging.averaged(
             axes, codec, pending, specs, state.step, bucket_bytes, keeps_unsent=error_feedback
         )
         # What varies over other axes, too, may be finite on some devices along them only.
-        is_finite = all_devices_agree(is_finite, varying_axes(is_finite) - varying_axes(state.step))
+        more_axes = varying_axes(is_finite) - varying_axes(state.step)
+        is_finite = all_devices_agree(is_finite, more_axes)
         sent = [codecs.as_decoded(codecs.from_reals(x, spec), spec) for x, spec in zip(means, specs, strict=True)]
-        emitted = [jnp.where(is_finite, leaf, jnp.zeros_like(leaf)) for leaf in sent]
+        if num_buckets > 1 or more_axes:  # One bucket is zeros already.
+            sent = [jnp.where(is_finite, leaf, jnp.zeros_like(leaf)) for leaf in sent]
         residual = state.residual
         if error_feedback:
             lost = [codecs.from_reals(x, spec)[None] for x, spec in zip(unsent, specs, strict=True)]
             residual = tree_where(is_finite, jax.tree.unflatten(treedef, lost), residual)
-        return jax.tree.unflatten(treedef, emitted), CompressedPmeanState(
+        return jax.tree.unflatten(treedef, sent), CompressedPmeanState(
             optax.safe_increment(state.step),
             jnp.where(is_finite, state.nonfinite_count, optax.safe_increment(state.nonfinite_count)),
             residual,
