@@ -103,9 +103,10 @@ def measure(name, options):
     tasks = [task for task in link.tasks if options.task == "all" or task in needed]
     count, port = 1 if link.is_shared else options.devices, free_port()
     limit = 6 * link.seconds if options.small else link.seconds
+    limit = max(1, min(limit, options.ends_at - time.monotonic()))
     words = f"devices of a CPU in the place of {link.description}" if options.small else link.description
     print(f"\nLINK: {words}", *(f"{k}={v}" for k, v in link.settings.items()), flush=True)
-    arguments = [str(count), str(port), ",".join(tasks), *(["small"] if options.small else [])]
+    arguments = [str(count), str(port), options.cache, ",".join(tasks), *(["small"] if options.small else [])]
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # What the others say is shown if they fail.
@@ -127,7 +128,7 @@ def measure(name, options):
         for code, file in zip(codes, said, strict=True):
             if code:
                 file.seek(0)
-                print(f"FAILED with {code}, limit {limit} s\n", file.read().decode()[-2000:], flush=True)
+                print(f"FAILED with {code}, limit {limit:.0f} s\n", file.read().decode()[-2000:], flush=True)
     return max(map(abs, codes))
 
 
@@ -137,7 +138,9 @@ def main():
     parser.add_argument("--task", choices=[*ALL, "all"], default="all", help="with what it needs")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="in miniature, on devices of a CPU")
+    parser.add_argument("--seconds", type=float, default=3600, help="after which all ends")
     options = parser.parse_args()
+    options.ends_at = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as options.cache:
         names = list(LINKS) if options.link == "all" else [options.link]
         sys.exit(max([measure(name, options) for name in names]))

@@ -1,17 +1,21 @@
 """One process of `wire.py`: measures what it is told to, and prints tables if it is the first.
 
-Arguments: which of how many processes, the coordinator's port, tasks by commas, and `small` for a miniature. Times are
-medians of rounds; in a round each method has a block of steps in flight, one block after the other.
+Arguments: which of how many processes, the coordinator's port, a folder that all links share, tasks by commas, and
+`small` for a miniature. Times are medians of rounds; in a round each method has a block of steps in flight, one block
+after the other.
 """
 
 import concurrent.futures
 import functools
 import glob
 import importlib.metadata
+import json
+import pathlib
 import platform
 import sys
 import tempfile
 import time
+import traceback
 from typing import NamedTuple
 
 import collective_rivals as rivals
@@ -139,7 +143,12 @@ def link(scale, known):
 
 
 def codec(scale, known):
-    """Bytes of float32 a second, of a row on each device."""
+    """Bytes of float32 a second, of a row on each device; once for all links, whose devices are the same."""
+    noted = pathlib.Path(known["folder"]) / "codec.json"
+    if noted.exists():
+        known["codec"] = json.loads(noted.read_text())
+        return
+    known["codec"] = {}
     size = scale.leaf[jax.process_count() > 1] // jax.device_count()
     x, calls = normals(size), {}
     for name, coder in CODECS.items():
@@ -152,13 +161,15 @@ def codec(scale, known):
     show(f"{size:,} coordinates", "encode, GB/s", "decode, GB/s")
     for name in CODECS:
         speeds = [4 * size / np.median(found[name, way]) for way in ("encode", "decode")]
-        known["codec", name] = speeds
+        known["codec"][name] = speeds
         show(name, *(f"{speed / 1e9:.3g}" for speed in speeds))
+    if jax.process_index() == 0:
+        noted.write_text(json.dumps(known["codec"]))
 
 
 def predicted(known, sent, size, coder):
     """The calculator's seconds for one exchange."""
-    encode, decode = known["codec", coder] if coder else (np.inf, np.inf)
+    encode, decode = known["codec"][coder] if coder else (np.inf, np.inf)
     return exchange_seconds(sent, known["link"], 4 * size, encode, decode)
 
 
@@ -205,7 +216,8 @@ def compiling(scale, known):
     shapes = jax.eval_shape(lambda: gpt2.init(jax.random.key(0), scale.model._replace(layers=12)))
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((jax.device_count(), *x.shape), x.dtype), shapes)
     show(f"exchange of {len(jax.tree.leaves(shapes))} leaves", "trace, s", "compile, s")
-    for name, (opt, _, _) in methods(scale).items():
+    for name in ("float32 pmean", "two trits", "two trits, buckets"):
+        opt = methods(scale)[name][0]
         step = on_devices(lambda g, s, opt=opt: opt.update(jax.tree.map(lambda x: x[0], g), s), (ROWS, SAME), SAME)
         start = time.perf_counter()
         lowered = step.lower(laid_out(stacked, ROWS), laid_out(jax.eval_shape(opt.init, shapes), SAME))
@@ -344,7 +356,7 @@ def _length(intervals):
 TASKS = {"link": link, "codec": codec, "exchange": exchange, "compile": compiling, "step": step, "overlap": overlap}
 
 
-def main(process, count, port, tasks, *size):
+def main(process, count, port, folder, tasks, *size):
     scale = MINIATURE if size else LARGE
     if int(count) > 1:
         if size:
@@ -357,14 +369,19 @@ def main(process, count, port, tasks, *size):
     device = jax.devices()[0]
     if jax.process_index() == 0:
         print(f"machine: {platform.machine()}, {jax.device_count()} x {device.device_kind}", *versions, sep=", ")
-    known = {}
+    known, failed = {"folder": folder}, []
     started = time.perf_counter()
     for task in tasks.split(","):
-        TASKS[task](scale, known)
+        try:
+            TASKS[task](scale, known)
+        except Exception:  # The other tasks may still be measured.
+            traceback.print_exc()
+            failed.append(task)
         if jax.process_index() == 0:
             print(f"  ({task}: at {time.perf_counter() - started:.0f} s)", flush=True)
     if int(count) > 1:
         jax.distributed.shutdown()
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":
