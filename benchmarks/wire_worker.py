@@ -215,15 +215,16 @@ def compiling(scale, known):
     del known
     shapes = jax.eval_shape(lambda: gpt2.init(jax.random.key(0), scale.model._replace(layers=12)))
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((jax.device_count(), *x.shape), x.dtype), shapes)
-    show(f"exchange of {len(jax.tree.leaves(shapes))} leaves", "trace, s", "compile, s")
+    show(f"exchange of {len(jax.tree.leaves(shapes))} leaves", "trace, s", "compile, s", "of all cores, s")
     for name in ("float32 pmean", "two trits", "two trits, buckets"):
         opt = methods(scale)[name][0]
         step = on_devices(lambda g, s, opt=opt: opt.update(jax.tree.map(lambda x: x[0], g), s), (ROWS, SAME), SAME)
         start = time.perf_counter()
         lowered = step.lower(laid_out(stacked, ROWS), laid_out(jax.eval_shape(opt.init, shapes), SAME))
-        middle = time.perf_counter()
+        middle, before = time.perf_counter(), time.process_time()
         lowered.compile()
-        show(name, f"{middle - start:.1f}", f"{time.perf_counter() - middle:.1f}")
+        seconds, busy = time.perf_counter() - middle, time.process_time() - before
+        show(name, f"{middle - start:.1f}", f"{seconds:.1f}", f"{busy:.1f}")
 
 
 # ---- training steps
