@@ -1,7 +1,8 @@
 """Averaging gradients of two GPUs over links that are really there: exchange alone, and a training step of GPT-2.
 
 Run `python benchmarks/wire.py | tee benchmarks/wire_gpu.log` on a machine with two GPUs; `--small` is the same on two
-devices of a CPU in miniature, to test the script. `--link` and `--task` run a part. On four GPUs: `--devices 4`.
+devices of a CPU in miniature, to test the script. `--link`, `--task` and `--methods` run a part; all of it takes some
+twelve minutes, most of them to compile six steps of GPT-2 on each kind of link. On four GPUs: `--devices 4`.
 
 NVLink is what one process has. A slow link are processes with one GPU each, whose NCCL may use TCP sockets of the
 loopback interface only; how many sockets and channels decides its speed. What each link carries is measured in the same
@@ -52,13 +53,13 @@ class Link(NamedTuple):
 
 ALL = ("link", "codec", "exchange", "compile", "step", "overlap")
 LINKS = {
-    "nvlink": Link("NVLink, one process", True, {}, 150, ALL),
-    "sockets": Link("loopback sockets, NCCL's defaults", False, SOCKETS, 120, ("link", "codec", "exchange", "step")),
+    "nvlink": Link("NVLink, one process", True, {}, 300, ALL),
+    "sockets": Link("loopback sockets, NCCL's defaults", False, SOCKETS, 240, ("link", "codec", "exchange", "step")),
     "socket": Link(
         "loopback sockets, one channel and one socket",
         False,
         SOCKETS | {"NCCL_MAX_NCHANNELS": "1", "NCCL_NSOCKS_PERTHREAD": "1", "NCCL_SOCKET_NTHREADS": "1"},
-        100,
+        150,
         ("link", "codec", "exchange", "step"),
     ),
     "many": Link(
@@ -106,7 +107,14 @@ def measure(name, options):
     limit = max(1, min(limit, options.ends_at - time.monotonic()))
     words = f"devices of a CPU in the place of {link.description}" if options.small else link.description
     print(f"\nLINK: {words}", *(f"{k}={v}" for k, v in link.settings.items()), flush=True)
-    arguments = [str(count), str(port), options.cache, ",".join(tasks), *(["small"] if options.small else [])]
+    arguments = [
+        str(count),
+        str(port),
+        options.cache,
+        ",".join(tasks),
+        ",".join(options.methods),
+        *(["small"] if options.small else []),
+    ]
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # What the others say is shown if they fail.
@@ -138,6 +146,7 @@ def main():
     parser.add_argument("--task", choices=[*ALL, "all"], default="all", help="with what it needs")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="in miniature, on devices of a CPU")
+    parser.add_argument("--methods", nargs="+", default=[], help='only these, such as "two trits"')
     parser.add_argument("--seconds", type=float, default=3600, help="after which all ends")
     options = parser.parse_args()
     options.ends_at = time.monotonic() + options.seconds

@@ -1,8 +1,8 @@
 """One process of `wire.py`: measures what it is told to, and prints tables if it is the first.
 
-Arguments: which of how many processes, the coordinator's port, a folder that all links share, tasks by commas, and
-`small` for a miniature. Times are medians of rounds; in a round each method has a block of steps in flight, one block
-after the other.
+Arguments: which of how many processes, the coordinator's port, a folder that all links share, tasks by commas, methods by
+commas, none for all, and `small` for a miniature. Times are medians of rounds; in a round each method has a block of
+steps in flight, one block after the other.
 """
 
 import concurrent.futures
@@ -53,6 +53,7 @@ class Scale(NamedTuple):
 
 LARGE = Scale((2**27, 2**26), gpt2.SMALL, 8, 64 << 20)
 MINIATURE = Scale((2**17, 2**16), gpt2.TINY, 2, 256 << 10)
+CHOSEN = set()  # Of the methods; none for all.
 CODECS = {"two trits": TritCodec(2), "one trit": TritCodec(1)}
 
 
@@ -68,13 +69,14 @@ def methods(scale):
         opt = vsa_optax.compressed_pmean("data", codec, **settings)
         return opt, functools.partial(sent_by_codec, codec), name
 
-    return {
+    known = {
         "float32 pmean": plain(None),
         "bfloat16 pmean": plain(jnp.bfloat16),
         "two trits": ours("two trits"),
         "one trit": ours("one trit"),
         "two trits, buckets": ours("two trits", bucket_bytes=scale.bucket_bytes),
     }
+    return {name: method for name, method in known.items() if not CHOSEN or name in CHOSEN}
 
 
 def show(*cells):
@@ -124,22 +126,31 @@ def milliseconds(times):
     return f"{1e3 * np.median(times):.2f}", f"{1e3 * min(times):.2f}-{1e3 * max(times):.2f}"
 
 
+def shares_of(found, name):
+    """Of the plain methods' times, round by round."""
+    plain = ("bfloat16 pmean", "float32 pmean")
+    return [f"{np.median(np.divide(found[name], found[other])):.3f}" if other in found else "" for other in plain]
+
+
 # ---- what the link carries, and what coding takes
 
 
 def link(scale, known):
-    """Bytes a second that a device sends, both ways at once: bytes gathered, and float32 added up."""
+    """Bytes a second that a device sends, both ways at once, by kind of collective."""
     size = scale.leaf[jax.process_count() > 1] // 4
     x = normals(size)
     octets = made(lambda: jnp.ones((jax.device_count(), size), jnp.uint8), ROWS)
     num = jax.device_count()
     swap = on_devices(lambda x: jax.lax.all_to_all(x.reshape(num, -1), "data", 0, 0, tiled=True), ROWS, ROWS)
     add = on_devices(lambda x: jax.lax.psum(x, "data"), ROWS, SAME)
-    found = median_seconds({"swap": lambda: swap(octets), "add": lambda: add(x)}, 4)
-    known["link"] = rivals.gathered(size, num) / np.median(found["swap"])
-    added = rivals.all_reduced(4 * size, num) / np.median(found["add"])
-    show("", "all-to-all, GB/s", "psum, GB/s")
-    show(f"a device sends, {size:,} bytes; x 4", f"{known['link'] / 1e9:.2f}", f"{added / 1e9:.2f}")
+    gather = on_devices(lambda x: jax.lax.all_gather(x[0], "data"), ROWS, ROWS)
+    calls = {"all-to-all": lambda: swap(octets), "all-gather": lambda: gather(octets), "psum": lambda: add(x)}
+    found = median_seconds(calls, 4)
+    # The all-to-all and the sum have results of one such array, the gathering of one from each device.
+    sent = rivals.gathered(size, num), rivals.gathered(num * size, num), rivals.all_reduced(4 * size, num)
+    known["link"] = {kind: amount / np.median(found[kind]) for kind, amount in zip(calls, sent, strict=True)}
+    show(f"{size:,} bytes a device, psum x 4", *(f"{kind}, GB/s" for kind in calls))
+    show("what a device sends", *(f"{rate / 1e9:.2f}" for rate in known["link"].values()))
 
 
 def codec(scale, known):
@@ -169,8 +180,12 @@ def codec(scale, known):
 
 def predicted(known, sent, size, coder):
     """The calculator's seconds for one exchange."""
-    encode, decode = known["codec"][coder] if coder else (np.inf, np.inf)
-    return exchange_seconds(sent, known["link"], 4 * size, encode, decode)
+    rates = known["link"]
+    if not coder:
+        return exchange_seconds(sent, rates["psum"])
+    first = "all-gather" if jax.device_count() == 2 else "all-to-all"
+    mean_rate = 2 / (1 / rates[first] + 1 / rates["all-gather"])
+    return exchange_seconds(sent, mean_rate, 4 * size, *known["codec"][coder])
 
 
 # ---- exchange of one leaf
@@ -187,15 +202,14 @@ def exchange(scale, known):
         calls[name] = functools.partial(program, gradient, state)
     means = {name: call()[0] for name, call in calls.items()}
     lost = jax.jit(lambda a, b, g: jnp.sum((a - b) ** 2) / jnp.mean(jnp.sum(g**2, axis=1)))
-    errors = {name: float(lost(mean, means["float32 pmean"], gradient)) for name, mean in means.items()}
-    del means
+    exact = jax.jit(lambda g: g.mean(axis=0), out_shardings=NamedSharding(mesh(), SAME))(gradient)
+    errors = {name: float(lost(mean, exact, gradient)) for name, mean in means.items()}
+    del means, exact
     found = median_seconds(calls, 4)
     show(f"exchange, 2^{size.bit_length() - 1} coordinates", "ms", *COMPARED, "NMSE", "temporary, B")
     shape = jax.ShapeDtypeStruct((size,), jnp.float32)
     for name, (_, sent, coder) in methods(scale).items():
-        shares = [
-            f"{np.median(np.divide(found[name], found[other])):.3f}" for other in ("bfloat16 pmean", "float32 pmean")
-        ]
+        shares = shares_of(found, name)
         guess = predicted(known, sent(shape, jax.device_count()), size, coder)
         show(
             name,
@@ -216,8 +230,7 @@ def compiling(scale, known):
     shapes = jax.eval_shape(lambda: gpt2.init(jax.random.key(0), scale.model._replace(layers=12)))
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((jax.device_count(), *x.shape), x.dtype), shapes)
     show(f"exchange of {len(jax.tree.leaves(shapes))} leaves", "trace, s", "compile, s", "of all cores, s")
-    for name in ("float32 pmean", "two trits", "two trits, buckets"):
-        opt = methods(scale)[name][0]
+    for name, (opt, _, _) in methods(scale).items():
         step = on_devices(lambda g, s, opt=opt: opt.update(jax.tree.map(lambda x: x[0], g), s), (ROWS, SAME), SAME)
         start = time.perf_counter()
         lowered = step.lower(laid_out(stacked, ROWS), laid_out(jax.eval_shape(opt.init, shapes), SAME))
@@ -293,7 +306,7 @@ def step(scale, known):
     num = rivals.size_of(shapes)
     show(f"step, {num / 1e6:.3g}M, {tokens} tokens a device", "ms", *COMPARED, "compile, s", "first loss")
     for name, times in found.items():
-        shares = [f"{np.median(np.divide(times, found[other])):.3f}" for other in ("bfloat16 pmean", "float32 pmean")]
+        shares = shares_of(found, name)
         guess = np.median(found["none"])
         if name != "none":
             _, sent, coder = methods(scale)[name]
@@ -357,7 +370,8 @@ def _length(intervals):
 TASKS = {"link": link, "codec": codec, "exchange": exchange, "compile": compiling, "step": step, "overlap": overlap}
 
 
-def main(process, count, port, folder, tasks, *size):
+def main(process, count, port, folder, tasks, only, *size):
+    CHOSEN.update(only.split(",") if only else [])
     scale = MINIATURE if size else LARGE
     if int(count) > 1:
         if size:

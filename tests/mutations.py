@@ -529,8 +529,13 @@ MUTANTS = [
         "exchange._mean_of_payloads", "codec.encode(average, first_step + 1)", "codec.encode(average)", COLLECTIVE_TWIN
     ),
     Mutant("exchange._mean_of_payloads", "decoded / num", "decoded", COLLECTIVE_TWIN),
-    Mutant("exchange._mean_of_payloads", "_rows(wire, slot_of)", "wire", COLLECTIVE_TWIN),
-    Mutant("exchange._mean_of_payloads", "_rows(lost, slot_of)", "lost", COLLECTIVE_TWIN),
+    Mutant(
+        "exchange._mean_of_payloads",
+        "_rows(jnp.pad(wire, ((0, 1), (0, 0))), place_of)",
+        "jnp.pad(wire, ((0, 1), (0, 0)))",
+        COLLECTIVE_TWIN,
+    ),
+    Mutant("exchange._mean_of_payloads", "_rows(lost, place_of)", "lost", COLLECTIVE_TWIN),
     Mutant("exchange._mean_of_payloads", "num * (average - _take", "(average - _take", COLLECTIVE_TWIN),
     Mutant("exchange._mean_of_payloads", "jnp.all(flags > 0) & all_finite", "all_finite", COLLECTIVE_NAN),
     Mutant("exchange._mean_of_payloads", "jnp.where(is_finite, array, jnp.zeros_like(array))", "array", COLLECTIVE_NAN),

@@ -510,16 +510,16 @@ def test_a_row_that_is_worth_it_is_padded_to_a_block():
 
 
 @functools.cache
-def program_of_leaves(num_leaves, bucket_bytes=None, codec=TWO):
-    """What XLA is given for a step on two devices with leaves of other sizes each, 14,400 coordinates in all."""
+def program_of_leaves(num_leaves, bucket_bytes=None, codec=TWO, num=3):
+    """What XLA is given for a step with leaves of other sizes each, 14,400 coordinates in all."""
     shares = np.arange(1, num_leaves + 1)
     sizes = 14_400 * shares // shares.sum()
     sizes[-1] += 14_400 - sizes.sum()
     opt = compressed_pmean("data", codec, bucket_bytes=bucket_bytes)
     # Before JAX 0.10.0 the gathering is another with the check on: see core/versions.py.
     is_checked = jax.__version_info__ >= (0, 10)
-    step = mapped(lambda g, s: opt.update(of_device(g), s), mesh_of(2), (P("data"), P()), P(), is_checked)
-    grads = [jax.ShapeDtypeStruct((2, size), jnp.float32) for size in sizes]
+    step = mapped(lambda g, s: opt.update(of_device(g), s), mesh_of(num), (P("data"), P()), P(), is_checked)
+    grads = [jax.ShapeDtypeStruct((num, size), jnp.float32) for size in sizes]
     return step.lower(grads, jax.eval_shape(opt.init, grads)).as_text()
 
 
@@ -531,12 +531,14 @@ def test_two_collectives_a_bucket_and_code_for_one_vector():
     assert counts[0] == counts[1]
     assert (counts[0]["all_to_all"], counts[0]["all_gather"]) == (1, 1)
     assert min(counts[0]["dot_general"], counts[0]["xor"]) > 0
-    # A row has 7200 coordinates and takes what one leaf's would.
-    row = TWO.nbytes(np.zeros(7200, np.float32)) + 1
-    assert f"tensor<2x{row}xui8>" in one
-    assert f"tensor<2x{row}xui8>" in many
+    # A row has 4800 coordinates and takes what one leaf's would.
+    row = TWO.nbytes(np.zeros(4800, np.float32)) + 1
+    assert f"tensor<3x{row}xui8>" in one
+    assert f"tensor<3x{row}xui8>" in many
     in_three = program_of_leaves(40, 4 * 5_000)
     assert [in_three.count(f'"stablehlo.{kind}"') for kind in ("all_to_all", "all_gather")] == [3, 3]
+    between_two = program_of_leaves(40, num=2)
+    assert [between_two.count(f'"stablehlo.{kind}"') for kind in ("all_to_all", "all_gather")] == [0, 2]
     summed = program_of_leaves(40, 4 * 5_000, DENSE)
     assert (summed.count('"stablehlo.all_reduce"'), summed.count("all_to_all")) == (3, 0)
 
@@ -545,9 +547,9 @@ def test_buckets_too_small_are_refused():
     for bad in (0, -1, 2.5, "1MB", True):
         with pytest.raises(ValueError, match="bucket_bytes must be an integer >= 4"):
             compressed_pmean("data", ONE, bucket_bytes=bad)
-    words = r"bucket_bytes must be at least 256 with blocks of 32 coordinates on 2 devices.*, got 255: choose some MiB"
+    words = r"bucket_bytes must be at least 384 with blocks of 32 coordinates on 3 devices.*, got 383: choose some MiB"
     with pytest.raises(ValueError, match=words):
-        program_of_leaves(3, 255, ONE)
+        program_of_leaves(3, 383, ONE)
 
 
 def test_a_nan_in_one_bucket_skips_all_buckets():

@@ -3,7 +3,7 @@
 A codec whose payloads do not add makes a reduce-scatter and an all-gather of them:
 
     cut      each device cuts its vector into n rows; row r is device r's to average
-    scatter  it encodes the others' rows, and ``all_to_all`` brings each to its owner
+    scatter  it encodes the others' rows, and ``all_to_all`` brings each to its owner; between two, ``all_gather``
     average  the owner decodes n - 1 rows and averages them with its own
     gather   it encodes the average, ``all_gather`` brings it to all devices, and they decode
 
@@ -91,17 +91,19 @@ def _mean_of_payloads(
     width = row_width(codec, vector.size, num)
     rows = _cut(vector, num, width)
     # What a device has for itself need be neither coded nor sent: its own row is the last of those in its order.
-    of_slot = (own + 1 + jnp.arange(num)) % num
-    slot_of = (jnp.arange(num) - own - 1) % num
-    mine, others = _take(rows, own), _rows(rows, of_slot[:-1])
+    others_of, place_of = (own + 1 + jnp.arange(num - 1)) % num, (jnp.arange(num) - own - 1) % num
+    mine, others = _take(rows, own), _rows(rows, others_of)
     first_step = 2 * (num * step + own)
 
     payload = encode_all(others, first_step)
     arrays, treedef = jax.tree.flatten(payload)
     flags = jnp.broadcast_to(all_finite(vector).astype(jnp.uint8), (num - 1, 1))
-    wire = jnp.pad(_to_bytes([*arrays, flags]), ((0, 1), (0, 0)))
-    wire = lax.all_to_all(_rows(wire, slot_of), axes, 0, 0, tiled=True)
-    *arrays, flags = _from_bytes(_rows(wire, of_slot[:-1]), [*arrays, flags])
+    wire = _to_bytes([*arrays, flags])
+    if num == 2:  # Gathering brings the same bytes, and an all-to-all of NCCL carries fewer a second.
+        wire = lax.all_gather(wire[0], axes)
+    else:
+        wire = lax.all_to_all(_rows(jnp.pad(wire, ((0, 1), (0, 0))), place_of), axes, 0, 0, tiled=True)
+    *arrays, flags = _from_bytes(_rows(wire, others_of), [*arrays, flags])
     decoded = decode_all(jax.tree.unflatten(treedef, arrays))
     average = mine / num + jnp.sum(decoded / num, axis=0)
 
@@ -122,7 +124,7 @@ def _mean_of_payloads(
         # What the code of the average lost stays with its owner, n times, since the next average divides it by n.
         of_average = num * (average - _take(_cut(mean, num, width), own))
         lost = jnp.concatenate([others - decode_all(payload), of_average[None]])
-        unsent = _rows(lost, slot_of).reshape(-1)[: vector.size]
+        unsent = _rows(lost, place_of).reshape(-1)[: vector.size]
     return Exchanged(mean, unsent, is_finite)
 
 

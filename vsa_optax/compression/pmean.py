@@ -70,10 +70,10 @@ def compressed_pmean(
         what leaves:        decode(encode(m_r)), r = 0 ... n - 1
 
     where ``g_{i,r}`` is the r-th of n parts of device i's gradient; device r averages it. Leaves are put into one flat
-    vector first, the bucket. It is coded as a whole, and payloads go by two collectives, one ``all_to_all`` and one
-    ``all_gather`` of bytes, whatever the number of leaves. Each device and each stage has random keys of its own, so
-    that errors average out: with vNMSE for the squared relative error of an unbiased codec (see `TritCodec`) the mean's
-    is
+    vector first, the bucket. It is coded as a whole, and payloads go by two collectives of bytes, an ``all_to_all`` and
+    an ``all_gather`` (two of these on two devices), whatever the number of leaves. Each device and each stage has keys
+    of its own, so that errors average out: with vNMSE for the squared relative error of an unbiased codec (see
+    `TritCodec`) the mean's is
 
         E ||m - mean||^2 = (n - 1) / n^2 * vNMSE * mean ||g_i||^2
         E ||sent - mean||^2 = E ||m - mean||^2 + vNMSE * E ||m||^2
