@@ -1,8 +1,8 @@
 """One process of `wire.py`: measures what it is told to, and prints tables if it is the first.
 
-Arguments: which of how many processes, the coordinator's port, a folder that all links share, tasks by commas, methods by
-commas, none for all, and `small` for a miniature. Times are medians of rounds; in a round each method has a block of
-steps in flight, one block after the other.
+Arguments: which of how many processes, the coordinator's port, a folder that all links share, tasks by commas, methods
+by commas (none for all), and `small` for a miniature. Times are medians of rounds. In a round
+each method has a block of steps in flight; one block follows the other.
 """
 
 import concurrent.futures
@@ -225,19 +225,27 @@ def exchange(scale, known):
 
 
 def compiling(scale, known):
-    """Of the exchange alone, for as many leaves as GPT-2 has; nothing else is compiled beside it."""
-    del known
-    shapes = jax.eval_shape(lambda: gpt2.init(jax.random.key(0), scale.model._replace(layers=12)))
+    """Of the exchange of GPT-2's gradient alone, of the full size on any machine: nothing runs."""
+    del scale, known
+    shapes = jax.eval_shape(lambda: gpt2.init(jax.random.key(0), LARGE.model))
     stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((jax.device_count(), *x.shape), x.dtype), shapes)
-    show(f"exchange of {len(jax.tree.leaves(shapes))} leaves", "trace, s", "compile, s", "of all cores, s")
-    for name, (opt, _, _) in methods(scale).items():
+    num = rivals.size_of(shapes)
+    show(
+        f"exchange of {len(jax.tree.leaves(shapes))} leaves",
+        "trace, s",
+        "compile, s",
+        "of all cores, s",
+        "temporary, B",
+    )
+    for name, (opt, _, _) in methods(LARGE).items():
         step = on_devices(lambda g, s, opt=opt: opt.update(jax.tree.map(lambda x: x[0], g), s), (ROWS, SAME), SAME)
         start = time.perf_counter()
         lowered = step.lower(laid_out(stacked, ROWS), laid_out(jax.eval_shape(opt.init, shapes), SAME))
         middle, before = time.perf_counter(), time.process_time()
-        lowered.compile()
+        program = lowered.compile()
         seconds, busy = time.perf_counter() - middle, time.process_time() - before
-        show(name, f"{middle - start:.1f}", f"{seconds:.1f}", f"{busy:.1f}")
+        temporary = program.memory_analysis().temp_size_in_bytes / num
+        show(name, f"{middle - start:.1f}", f"{seconds:.1f}", f"{busy:.1f}", f"{temporary:.1f}")
 
 
 # ---- training steps
