@@ -95,8 +95,8 @@ def compressed_pmean(
     **Buckets.** With ``bucket_bytes`` there are several buckets of at most that size, each with two collectives and
     random keys of its own. A bucket's exchange can then begin as soon as the gradients in it are known, beside the rest
     of the backward pass and the coding of other buckets, if XLA schedules it so. A bucket is a copy of the gradient, 4
-    bytes a parameter while it lives, and so are its rows and its decoded mean. Only one bucket's need to live at once, but
-    XLA decides that. Each bucket takes time to compile and to launch: choose tens of MiB.
+    bytes a parameter while it lives, and so are its rows and its decoded mean. Only those of one bucket need
+    to live at once, but XLA decides that. Each bucket takes time to compile and to launch: choose tens of MiB.
 
     **Error feedback.** With ``error_feedback=True`` what a device's code lost is added to its next gradient; what the
     second code of an average lost, to the next one of the device that averages. At any time, up to rounding,
