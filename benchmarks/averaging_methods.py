@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from wire_model import sent_by_codec
 
 import vsa_optax
 from vsa_optax import HypervectorCodec, TritCodec
@@ -67,20 +68,3 @@ def averaging(name):
 
 def is_checked(name):
     return not name.startswith("top")
-
-
-def sent_by_codec(codec, shapes, num):
-    """The rows of all leaves in bytes, with a flag each, cross in the all-to-all, and again in the all-gather."""
-    if isinstance(codec, HypervectorCodec):
-        return rivals.all_reduced(codec.nbytes(shapes) - 4, num)  # The step is known to all.
-    sizes = [leaf.size for leaf in jax.tree.leaves(shapes)]
-    alone = [size for size in sizes if size >= num * codec.block_size]
-    together = sum(sizes) - sum(alone)
-    widths = [-(-size // num) for size in (*alone, together) if size]
-
-    def row_bytes(width):
-        coded = codec.nbytes(jax.ShapeDtypeStruct((max(width, codec.block_size),), jnp.float32)) - 4
-        return coded if width >= codec.block_size else min(coded, 4 * width)
-
-    row = sum(row_bytes(width) for width in widths) + 4 + 1  # The step, and whether the row is finite.
-    return 2 * rivals.gathered(num * row, num)

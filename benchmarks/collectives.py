@@ -23,6 +23,7 @@ import optax
 from averaging_methods import BATCH, METHODS, NUM, ROWS, averaging, is_checked, on_devices
 from codec_tasks import print_row, spread, verdict
 from jax.sharding import PartitionSpec
+from wire_model import exchange_seconds
 
 import vsa_optax
 from vsa_optax import TritCodec
@@ -267,9 +268,9 @@ def measured_speeds():
 def seconds_a_gigabyte(link, share, num=NUM, encode=math.inf, decode=math.inf):
     """To average a gigabyte of f32 gradients: sending a ``share`` of it, and the codec's time, one after the other.
 
-    A device encodes all rows, decodes as many rows of its own part, encodes their mean, and decodes all.
+    A device encodes as much as its gradient, and decodes twice as much.
     """
-    return rivals.all_reduced(share, num) / link + (1 + 1 / num) / encode + 2 / decode
+    return exchange_seconds(rivals.all_reduced(share, num), link, 1, encode, decode)
 
 
 def break_even(share, against, num, encode, decode):
@@ -284,7 +285,7 @@ def links(options):
     tasks.print_header(
         f"WHEN IT PAYS: milliseconds to average a gigabyte of f32 gradients over {NUM} devices",
         "link: what a device sends a second, nominal; nothing overlaps with the backward pass",
-        "codec: (1 + 1/n) encodings and two decodings, at the speeds of codec_speed_gpu.log and codec_times.log",
+        "codec: one encoding and two decodings, at the speeds of codec_speed_gpu.log and codec_times.log",
     )
     for machine, speeds in measured_speeds().items():
         print(machine)

@@ -314,61 +314,69 @@ class Multisecant:
 
 
 class CompressedMean:
-    """The mean of n devices' gradients, lists of flat arrays, row by row; ``code`` is what a receiver decodes.
+    """The mean of n devices' gradients, lists of flat arrays, bucket by bucket and row by row.
 
-    ``code(rows, step)`` takes and returns a list of rows; one of fewer than ``block`` coordinates, but at least
-    ``worth_padding``, is filled up. ``rounded`` is what the leaves' dtypes hold of a list of flat arrays.
+    ``code(row, step)`` is what a receiver decodes of a row; one of fewer than ``block`` coordinates, but at least
+    ``worth_padding``, is filled up. ``rounded`` is what the leaves' dtypes hold of a list of flat arrays. ``most`` is
+    how many coordinates are in a bucket; None for all of them.
     """
 
-    def __init__(self, code, num, block, worth_padding, rounded):
+    def __init__(self, code, num, block, worth_padding, rounded, most=None):
         self.code, self.num, self.block, self.worth_padding, self.rounded = code, num, block, worth_padding, rounded
-        self.step = 0
+        self.most, self.step = most, 0
 
-    def cut(self, leaves):
-        """A list for each device of its rows, and for each row which leaves are in it."""
-        order = sorted((i for i in range(len(leaves)) if len(leaves[i])), key=lambda i: -len(leaves[i]))
-        groups = [[i] for i in order if len(leaves[i]) >= self.num * self.block]
-        if small := [i for i in order if len(leaves[i]) < self.num * self.block]:
-            groups.append(small)
-        rows = [[] for _ in range(self.num)]
-        for group in groups:
-            flat = np.concatenate([leaves[i] for i in group])
-            width = -(-len(flat) // self.num)
-            if self.worth_padding <= width < self.block:
-                width = self.block
-            flat = np.concatenate([flat, np.zeros(self.num * width - len(flat), np.float32)])
-            for r in range(self.num):
-                rows[r].append(flat[r * width : (r + 1) * width])
-        return rows, groups
+    def order(self, leaves):
+        """Large leaves as they come, then the small ones, largest first."""
+        large = [i for i in range(len(leaves)) if len(leaves[i]) >= 16 * self.block]
+        small = [i for i in range(len(leaves)) if len(leaves[i]) < 16 * self.block]
+        return large + sorted(small, key=lambda i: -len(leaves[i]))
 
-    def join(self, rows, groups, like):
-        leaves = [np.zeros(0, np.float32) for _ in like]
-        for j, group in enumerate(groups):
-            flat, start = np.concatenate([row[j] for row in rows]), 0
-            for i in group:
-                leaves[i] = flat[start : start + len(like[i])]
-                start += len(like[i])
+    def flat(self, leaves):
+        return np.concatenate([leaves[i] for i in self.order(leaves)])
+
+    def leaves_of(self, flat, like):
+        leaves, start = [None] * len(like), 0
+        for i in self.order(like):
+            leaves[i] = flat[start : start + len(like[i])]
+            start += len(like[i])
         return leaves
+
+    def rows(self, bucket):
+        width = -(-len(bucket) // self.num)
+        if self.worth_padding <= width < self.block:
+            width = self.block
+        return np.pad(bucket, (0, self.num * width - len(bucket))).reshape(self.num, width)
 
     def mean(self, gradients):
         """What leaves, and for each device what is not sent yet."""
-        num = self.num
+        num, like = self.num, gradients[0]
         if num == 1:
-            return self.rounded(gradients[0]), [[np.zeros_like(x) for x in gradients[0]]]
-        cut = [self.cut(leaves)[0] for leaves in gradients]
-        groups = self.cut(gradients[0])[1]
-        first = [2 * num * self.step + 2 * i for i in range(num)]
-        seen = [[cut[i][r] if i == r else self.code(cut[i][r], first[i]) for r in range(num)] for i in range(num)]
-        average = [[sum(of) / num for of in zip(*(seen[i][r] for i in range(num)), strict=True)] for r in range(num)]
-        decoded = [self.code(average[r], first[r] + 1) for r in range(num)]
-        sent = self.rounded(self.join(decoded, groups, gradients[0]))
-        left = []
-        for i in range(num):
-            lost = [[x - d for x, d in zip(cut[i][r], seen[i][r], strict=True)] for r in range(num)]
-            lost[i] = [num * (a - s) for a, s in zip(average[i], self.cut(sent)[0][i], strict=True)]
-            left.append(self.join(lost, groups, gradients[0]))
+            return self.rounded(like), [[np.zeros_like(x) for x in like]]
+        flats = np.stack([self.flat(leaves) for leaves in gradients])
+        most = flats.shape[1] if self.most is None else self.most
+        starts = range(0, flats.shape[1], most)
+        averages, seen, sent = [], [], []
+        for b, start in enumerate(starts):
+            rows = np.stack([self.rows(flat[start : start + most]) for flat in flats])
+            first = [2 * (num * (len(starts) * self.step + b) + i) for i in range(num)]
+            seen.append(rows.copy())
+            for i in range(num):
+                for r in range(num):
+                    if r != i:
+                        seen[-1][i, r] = self.code(rows[i, r], first[i])
+            averages.append(np.sum(seen[-1] / num, axis=0))
+            decoded = np.concatenate([self.code(averages[-1][r], first[r] + 1) for r in range(num)])
+            sent.append(decoded[: len(flats[0, start : start + most])])
+        sent = self.rounded(self.leaves_of(np.concatenate(sent), like))
+        left = [[] for _ in range(num)]
+        for b, start in enumerate(starts):
+            of_mean = self.rows(self.flat(sent)[start : start + most])
+            for i in range(num):
+                lost = self.rows(flats[i, start : start + most]) - seen[b][i]
+                lost[i] = num * (averages[b][i] - of_mean[i])
+                left[i].append(lost.reshape(-1)[: len(flats[i, start : start + most])])
         self.step += 1
-        return sent, left
+        return sent, [self.leaves_of(np.concatenate(of_device), like) for of_device in left]
 
 
 class MomentumPredictor:

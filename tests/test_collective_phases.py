@@ -23,6 +23,8 @@ from vsa_optax import (
     TritCodec,
     Window,
     compressed_pmean,
+    multisecant,
+    multisecant_stats,
     needs_backward,
     phase_stats,
     phase_switched,
@@ -267,3 +269,64 @@ def test_what_follows_the_loss_gets_measured_ones_of_all_devices_in_predict():
 
     losses = jnp.arange(4.0)
     assert mapped(step, (P("data"), P()), P())(losses, state) == jnp.mean(losses)
+
+
+@functools.cache
+def made_for_two(wrapped):
+    """A state on two devices, and a step: ``(params, state, batch)`` to both and each device's own copy of both."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    average = compressed_pmean("data", TritCodec(3, block_size=32), error_feedback=True)
+    opt = wrapped(average)
+    specs = state_specs(jax.eval_shape(opt.init, jnp.zeros(40)), "data")
+
+    def step(params, state, batch):
+        own = as_varying(params, DATA)
+        if wrapped is switching:
+            value, grads = value_and_grad_by_phase(loss)(own, batch, state=state)
+        else:
+            value, grads = jax.value_and_grad(loss)(own, batch)
+        updates, state = opt.update(grads, state, params, value=lax.pmean(value, "data"))
+        return optax.apply_updates(params, updates), state
+
+    def on_two(function, in_specs, out_specs):
+        return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs), **CHEAP)
+
+    state = on_two(opt.init, P(), specs)(jnp.zeros(40))
+    return state, on_two(step, (P(), specs, P("data")), (P(), specs))
+
+
+def leaping(average):
+    return optax.chain(average, multisecant(optax.adam(0.05), history_window=2, history_dtype=None))
+
+
+def switching(average):
+    return phase_switched(optax.chain(average, optax.adamw(1.0)), learning_rate=0.03, **FIXED)
+
+
+@pytest.mark.parametrize("wrapped", [switching, leaping])
+def test_two_devices_decide_alike_and_go_on_from_a_checkpoint(wrapped, tmp_path):
+    """The same bits on both but for residuals; a true step sends a gradient, and a predicted one does not."""
+    checkpoint = pytest.importorskip("vsa_optax.checkpoint")
+    state, step = made_for_two(wrapped)
+    params, data = jnp.zeros(40), batches(16)[:, :2]
+    for t, batch in enumerate(data):
+        params, state = step(params, state, batch)
+        if t == 8:  # In PREDICT.
+            checkpoint.save(tmp_path, t, (params, state))
+    for leaf in jax.tree.leaves((params, state)):
+        if leaf.is_fully_replicated:
+            assert len({np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards}) == 1
+    if wrapped is switching:
+        exchanges, predicted = state.inner_state[0].step, phase_stats(state).predict_steps
+        assert exchanges == 16 - predicted
+        assert predicted == reference.walk_phases(16, **LENGTHS).count("P") > 4
+    else:
+        exchanges, stats = state[0].step, multisecant_stats(state)
+        assert exchanges == stats.evaluations == 16
+        assert stats.accepted > 8
+    at, restored = checkpoint.restore(tmp_path, (jnp.zeros_like(params), made_for_two(wrapped)[0]))
+    assert at == 8
+    for batch in data[9:]:
+        restored = step(*restored, batch)
+    for a, b in zip(jax.tree.leaves((params, state)), jax.tree.leaves(restored), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -24,6 +24,7 @@ TESTED_IN = {
     "checkpoint_files.py": "test_checkpoint.py",
     "checkpoint_leaves.py": "test_checkpoint.py",
     "checkpoint_manifest.py": "test_checkpoint.py",
+    "compression/averaging.py": "compression/test_pmean.py",
     "compression/exchange.py": "compression/test_pmean.py",
     "core/types.py": "test_typing.py",
     "core/versions.py": "core/test_mesh.py",

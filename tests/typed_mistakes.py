@@ -71,6 +71,7 @@ def codecs() -> None:
     compress_gradients(TritCodec)  # type: ignore[arg-type]
     compress_gradients("trits")  # type: ignore[arg-type]
     compressed_pmean("data", 2)  # type: ignore[arg-type]
+    compressed_pmean("data", HypervectorCodec(), bucket_bytes="25MB")  # type: ignore[arg-type]
     compressed_pmean(["data"], HypervectorCodec())  # type: ignore[arg-type]
     Window(codec=2)  # type: ignore[arg-type]
     Recursive(codec=TritCodec())  # type: ignore[call-arg]

@@ -89,7 +89,7 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
         predict_gradients(predictor=Window(predicts="gradient", codec=HypervectorCodec())),
         compress_gradients(TritCodec()),
         compress_gradients(HypervectorCodec(), error_feedback=True),
-        compressed_pmean("data", TritCodec()),
+        compressed_pmean("data", TritCodec(), bucket_bytes=25 << 20),
         compressed_pmean(("data", "replica"), HypervectorCodec(), error_feedback=True),
         accumulate_ternary(4),
         accumulate_ternary(

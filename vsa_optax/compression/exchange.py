@@ -1,19 +1,18 @@
-"""The mean of vectors over devices, sent in a codec's bits.
+"""The mean of one vector over devices, sent in a codec's bits.
 
 A codec whose payloads do not add makes a reduce-scatter and an all-gather of them:
 
-    cut      each device cuts its vectors into n shards; shard r is device r's to average
-    scatter  it encodes its shards, and ``all_to_all`` brings each to its owner
-    average  the owner decodes n shards and averages them
+    cut      each device cuts its vector into n rows; row r is device r's to average
+    scatter  it encodes the others' rows, and ``all_to_all`` brings each to its owner; between two, ``all_gather``
+    average  the owner decodes n - 1 rows and averages them with its own
     gather   it encodes the average, ``all_gather`` brings it to all devices, and they decode
 
-Payloads cross as bytes, so that there are two collectives whatever the number of leaves. Each device and each stage has
-a step of its own, hence random keys of its own: the errors of n devices average out. A hypervector is simply summed.
+Payloads cross as bytes, so that there are two collectives. Each device and each stage has a step of its own, hence
+random keys of its own: the errors of n devices average out. A hypervector is simply summed.
 
-Axes: n shards, one a device; w coordinates; m bytes.
+Axes: n rows, one a device; w coordinates; m bytes.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,120 +21,144 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vsa_optax.codecs.codec import Codec, LeafSpec, as_decoded, as_reals, from_reals
+from vsa_optax.codecs.codec import Codec
 from vsa_optax.codecs.hypervector import HypervectorCodec
 from vsa_optax.core import versions
 from vsa_optax.core.mesh import axis_size, varying_axes
 from vsa_optax.core.trees import all_finite
-
-Vectors = list[jax.Array]
 
 
 class Exchanged(NamedTuple):
     """What a device has after an exchange.
 
     Attributes:
-        mean: vectors, as all devices decode them and their leaves' dtypes hold them: the same everywhere.
-        unsent: vectors, whose mean over devices is what the mean lacks; empty if they are not kept.
+        mean: ``[size] f32``, as all devices decode it and its leaves' dtypes hold it: the same everywhere; zeros if
+            something is not finite.
+        unsent: ``[size] f32``, whose mean over devices is what the mean lacks; None if it is not kept.
         is_finite: ``[] bool``, the same everywhere: whether all that was sent, and the mean, is finite.
     """
 
-    mean: Vectors
-    unsent: Vectors
+    mean: jax.Array
+    unsent: jax.Array | None
     is_finite: jax.Array
 
 
 def averaged(
     axes: tuple[str, ...],
     codec: Codec,
-    vectors: Vectors,
-    specs: Sequence[LeafSpec],
+    vector: jax.Array,
     step: jax.Array,
+    rounded: Callable[[jax.Array], jax.Array],
     *,
     keeps_unsent: bool,
 ) -> Exchanged:
-    """The mean of ``vectors`` over the devices along ``axes``.
+    """The mean of ``vector`` over the devices along ``axes``.
 
     With one device nothing is sent, so nothing is encoded.
 
     Args:
         axes: of the mesh.
         codec: of the payloads.
-        vectors: ``[size] f32``.
-        specs: of the leaves that they will be again.
-        step: ``[] int32``, the same on all devices.
+        vector: ``[size] f32``, size at least 1.
+        step: ``[] int32``, the same on all devices, another one for each vector and step.
+        rounded: a vector to what its leaves' dtypes hold of it.
         keeps_unsent: whether to find out what was lost.
     """
-
-    def rounded(mean: Vectors) -> Vectors:
-        return [as_reals(as_decoded(from_reals(x, spec), spec)) for x, spec in zip(mean, specs, strict=True)]
-
     if axis_size(axes) == 1:
-        mean = rounded([lax.psum(x, axes) for x in vectors])
-        unsent = [x - m for x, m in zip(vectors, mean, strict=True)] if keeps_unsent else []
-        return Exchanged(mean, unsent, all_finite(mean))
+        mean = rounded(lax.psum(vector, axes))
+        return _exchanged(mean, vector - mean if keeps_unsent else None)
     if isinstance(codec, HypervectorCodec) and not codec.use_ternary:
-        return _mean_of_bundles(axes, codec, vectors, step, rounded, keeps_unsent)
-    return _mean_of_payloads(axes, codec, vectors, step, rounded, keeps_unsent)
+        return _mean_of_bundles(axes, codec, vector, step, rounded, keeps_unsent)
+    return _mean_of_payloads(axes, codec, vector, step, rounded, keeps_unsent)
+
+
+def block_of(codec: Codec) -> int:
+    """Coordinates from which on the codec codes an array: one that leaves small arrays as they are has a block size."""
+    return int(getattr(codec, "block_size", 1))
 
 
 def _mean_of_payloads(
     axes: tuple[str, ...],
     codec: Codec,
-    vectors: Vectors,
+    vector: jax.Array,
     step: jax.Array,
-    rounded: Callable[[Vectors], Vectors],
+    rounded: Callable[[jax.Array], jax.Array],
     keeps_unsent: bool,
 ) -> Exchanged:
     """By payloads that are decoded before they are averaged."""
     num, own = axis_size(axes), lax.axis_index(axes)
     encode_all, decode_all = jax.vmap(codec.encode, in_axes=(0, None)), jax.vmap(codec.decode)
-    layout = _ShardLayout.for_codec(codec, [x.size for x in vectors], num)
-    shards = layout.cut(vectors)
+    width = row_width(codec, vector.size, num)
+    rows = _cut(vector, num, width)
+    # What a device has for itself need be neither coded nor sent: its own row is the last of those in its order.
+    others_of, place_of = (own + 1 + jnp.arange(num - 1)) % num, (jnp.arange(num) - own - 1) % num
+    mine, others = _take(rows, own), _rows(rows, others_of)
     first_step = 2 * (num * step + own)
 
-    payload = encode_all(shards, first_step)
+    payload = encode_all(others, first_step)
     arrays, treedef = jax.tree.flatten(payload)
-    flags = jnp.broadcast_to(all_finite(vectors).astype(jnp.uint8), (num, 1))
-    wire = lax.all_to_all(_to_bytes([*arrays, flags]), axes, 0, 0, tiled=True)
-    *arrays, flags = _from_bytes(wire, [*arrays, flags])
-    # What a device has for itself need be neither sent nor coded.
+    flags = jnp.broadcast_to(all_finite(vector).astype(jnp.uint8), (num - 1, 1))
+    wire = _to_bytes([*arrays, flags])
+    if num == 2:  # Gathering brings the same bytes, and an all-to-all of NCCL carries fewer a second.
+        wire = lax.all_gather(wire[0], axes)
+    else:
+        wire = lax.all_to_all(_rows(jnp.pad(wire, ((0, 1), (0, 0))), place_of), axes, 0, 0, tiled=True)
+    *arrays, flags = _from_bytes(_rows(wire, others_of), [*arrays, flags])
     decoded = decode_all(jax.tree.unflatten(treedef, arrays))
-    from_all = [_put(d, own, _take(x, own)) for d, x in zip(decoded, shards, strict=True)]
-    average = [jnp.sum(of_devices / num, axis=0) for of_devices in from_all]
+    average = mine / num + jnp.sum(decoded / num, axis=0)
 
-    arrays, treedef = jax.tree.flatten(jax.tree.map(lambda x: x[None], codec.encode(average, first_step + 1)))
-    flags = jnp.all(flags > 0).astype(jnp.uint8).reshape(1, 1)
+    coded = codec.encode(average, first_step + 1)
+    # Each device looks at what becomes of its own average, so that all know of all before they decode: a mean that is
+    # not finite is zeros by then, and need not be gone through again. A device's own flag comes back with the others'.
+    is_finite = jnp.all(flags > 0) & all_finite(codec.decode(coded))
+    arrays, treedef = jax.tree.flatten(jax.tree.map(lambda x: x[None], coded))
+    flags = is_finite.astype(jnp.uint8).reshape(1, 1)
     wire = _all_gather(_to_bytes([*arrays, flags])[0], axes)
     *arrays, flags = _from_bytes(wire, [*arrays, flags])
-    mean = rounded(layout.join(decode_all(jax.tree.unflatten(treedef, arrays))))
+    is_finite = jnp.all(flags > 0)
+    arrays = [jnp.where(is_finite, array, jnp.zeros_like(array)) for array in arrays]  # They decode to zeros.
+    mean = rounded(decode_all(jax.tree.unflatten(treedef, arrays)).reshape(-1)[: vector.size])
 
-    unsent = []
+    unsent = None
     if keeps_unsent:
         # What the code of the average lost stays with its owner, n times, since the next average divides it by n.
-        lost = [x - d for x, d in zip(shards, decode_all(payload), strict=True)]
-        of_average = [num * (a - _take(m, own)) for a, m in zip(average, layout.cut(mean), strict=True)]
-        unsent = layout.join([_put(x, own, e) for x, e in zip(lost, of_average, strict=True)])
-    return Exchanged(mean, unsent, jnp.all(flags > 0) & all_finite(mean))
+        of_average = num * (average - _take(_cut(mean, num, width), own))
+        lost = jnp.concatenate([others - decode_all(payload), of_average[None]])
+        unsent = _rows(lost, place_of).reshape(-1)[: vector.size]
+    return Exchanged(mean, unsent, is_finite)
 
 
 def _mean_of_bundles(
     axes: tuple[str, ...],
     codec: HypervectorCodec,
-    vectors: Vectors,
+    vector: jax.Array,
     step: jax.Array,
-    rounded: Callable[[Vectors], Vectors],
+    rounded: Callable[[jax.Array], jax.Array],
     keeps_unsent: bool,
 ) -> Exchanged:
     """By hypervectors, which are summed as they are; all devices take the same keys."""
-    payload = codec.encode(vectors, step)
+    payload = codec.encode(vector, step)
     decoded = codec.decode(payload._replace(bundle=lax.psum(payload.bundle / axis_size(axes), axes)))
     mean = rounded(decoded)
-    unsent = []
-    if keeps_unsent:
-        lost = [x - d for x, d in zip(vectors, codec.decode(payload), strict=True)]
-        unsent = [x + (d - m) for x, d, m in zip(lost, decoded, mean, strict=True)]
-    return Exchanged(mean, unsent, all_finite(mean))
+    unsent = (vector - codec.decode(payload)) + (decoded - mean) if keeps_unsent else None
+    return _exchanged(mean, unsent)
+
+
+def _exchanged(mean: jax.Array, unsent: jax.Array | None) -> Exchanged:
+    is_finite = all_finite(mean)
+    return Exchanged(jnp.where(is_finite, mean, jnp.zeros_like(mean)), unsent, is_finite)
+
+
+def row_width(codec: Codec, size: int, num: int) -> int:
+    """Coordinates in each of ``num`` rows of a vector: padded to a block where that is then coded, and takes less."""
+    width, block = -(-size // num), block_of(codec)
+    worth_padding = -(-codec.nbytes(jax.ShapeDtypeStruct((block,), jnp.float32)) // 4)
+    return block if worth_padding <= width < block else width
+
+
+def _cut(vector: jax.Array, num: int, width: int) -> jax.Array:
+    """``[n, w]``, zeros behind the coordinates."""
+    return jnp.pad(vector, (0, num * width - vector.size)).reshape(num, width)
 
 
 def _all_gather(own: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -147,67 +170,8 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(x, index, keepdims=False)
 
 
-def _put(x: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(x, new, index, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _ShardLayout:
-    """How vectors are cut into shards.
-
-    A vector of ``num_shards * block`` coordinates or more is cut by itself. The others are put together, the largest
-    first, so that only the smallest of them share their blocks with many: their shards alone would be too short to
-    code.
-
-    Attributes:
-        sizes: coordinates of each vector.
-        num_shards: n.
-        block: coordinates from which on a shard is coded.
-        worth_padding: coordinates from which on a shorter shard costs less if it is padded to a block, and coded.
-    """
-
-    sizes: tuple[int, ...]
-    num_shards: int
-    block: int
-    worth_padding: int
-
-    @classmethod
-    def for_codec(cls, codec: Codec, sizes: Sequence[int], num_shards: int) -> "_ShardLayout":
-        """A codec that leaves small arrays as they are says by its ``block_size`` which are small."""
-        block = getattr(codec, "block_size", 1)
-        coded_bytes = codec.nbytes([jax.ShapeDtypeStruct((block,), jnp.float32)])
-        return cls(tuple(sizes), num_shards, block, worth_padding=-(-coded_bytes // 4))
-
-    def cut(self, vectors: Vectors) -> Vectors:
-        """Arrays ``[n, w]``, zeros behind the coordinates, of the vectors ``[size] f32``; none for empty vectors."""
-        shards = []
-        for group in self._groups():
-            flat = jnp.concatenate([vectors[i] for i in group])
-            width = self._width(flat.size)
-            padded = jnp.pad(flat, (0, self.num_shards * width - flat.size))
-            shards.append(padded.reshape(self.num_shards, width))
-        return shards
-
-    def join(self, shards: Vectors) -> Vectors:
-        """The inverse of `cut`."""
-        vectors = [jnp.zeros([0], jnp.float32)] * len(self.sizes)
-        for group, of_group in zip(self._groups(), shards, strict=True):
-            flat, start = of_group.reshape(-1), 0
-            for i in group:
-                vectors[i] = flat[start : start + self.sizes[i]]
-                start += self.sizes[i]
-        return vectors
-
-    def _groups(self) -> list[list[int]]:
-        """Which vectors are cut together."""
-        by_size = sorted((i for i, size in enumerate(self.sizes) if size), key=lambda i: -self.sizes[i])
-        alone = [[i] for i in by_size if self.sizes[i] >= self.num_shards * self.block]
-        together = by_size[len(alone) :]
-        return [*alone, together] if together else alone
-
-    def _width(self, size: int) -> int:
-        width = -(-size // self.num_shards)
-        return self.block if self.worth_padding <= width < self.block else width
+def _rows(x: jax.Array, indices: jax.Array) -> jax.Array:
+    return x.at[indices].get(mode="promise_in_bounds")
 
 
 def _to_bytes(arrays: Sequence[jax.Array]) -> jax.Array:

@@ -3,8 +3,6 @@
 State cost: 8 bytes; with error feedback 4 bytes a parameter more on each device.
 """
 
-import functools
-from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -15,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from vsa_optax.codecs import codec as codecs
-from vsa_optax.compression import exchange
+from vsa_optax.compression import averaging
 from vsa_optax.compression.gradients import check_feedback
 from vsa_optax.core import checks
 from vsa_optax.core.mesh import (
@@ -57,7 +55,11 @@ class CompressedPmeanState(NamedTuple):
 
 
 def compressed_pmean(
-    axis_name: str | tuple[str, ...], codec: codecs.Codec, *, error_feedback: bool = False
+    axis_name: str | tuple[str, ...],
+    codec: codecs.Codec,
+    *,
+    error_feedback: bool = False,
+    bucket_bytes: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Averages gradients over devices, as ``jax.lax.pmean`` does, but what it sends is a codec's payloads.
 
@@ -67,10 +69,11 @@ def compressed_pmean(
         own mean of row r:  m_r = (g_{r,r} + sum_{i != r} decode(encode(g_{i,r}))) / n
         what leaves:        decode(encode(m_r)), r = 0 ... n - 1
 
-    where ``g_{i,r}`` is the r-th of n parts of device i's gradient; device r averages it. Payloads go by two
-    collectives, one ``all_to_all`` and one ``all_gather`` of bytes, whatever the number of leaves. Each device and each
-    stage has random keys of its own, so that errors average out: with vNMSE for the squared relative error of an
-    unbiased codec (see `TritCodec`) the mean's is
+    where ``g_{i,r}`` is the r-th of n parts of device i's gradient; device r averages it. Leaves are put into one flat
+    vector first, the bucket. It is coded as a whole, and payloads go by two collectives of bytes, an ``all_to_all`` and
+    an ``all_gather`` (two of these on two devices), whatever the number of leaves. Each device and each stage has keys
+    of its own, so that errors average out: with vNMSE for the squared relative error of an unbiased codec (see
+    `TritCodec`) the mean's is
 
         E ||m - mean||^2 = (n - 1) / n^2 * vNMSE * mean ||g_i||^2
         E ||sent - mean||^2 = E ||m - mean||^2 + vNMSE * E ||m||^2
@@ -81,8 +84,19 @@ def compressed_pmean(
     With `HypervectorCodec` the hypervector itself is summed, by one ``psum``, and errors do not average out.
 
     **Bytes.** Each device sends ``2 * (n - 1) / n`` payloads of its gradient: of what ``pmean`` sends in float32, 5.1 %
-    with one trit and 10.1 % with two. Leaves of fewer than n blocks are coded together, the largest first. There a
-    small leaf whose gradient is small beside that of its neighbours drowns in their noise.
+    with one trit and 10.1 % with two. All leaves are coded, those of fewer than a block included. To leave some out,
+    average them by ``jax.lax.pmean`` and keep them from this with ``optax.masked``. Only a whole tree so small that its
+    rows would take more bytes in trits is sent as it is.
+
+    **Neighbours.** Coordinates of one block share a scale. Leaves of 16 blocks or more come first, in the order of the
+    tree; of their coordinates at most an eighth is in blocks that they share. Smaller leaves follow, the largest first.
+    Among them a leaf whose gradient is small beside that of its neighbours drowns in their noise.
+
+    **Buckets.** With ``bucket_bytes`` there are several buckets of at most that size, each with two collectives and
+    random keys of its own. A bucket's exchange can then begin as soon as the gradients in it are known, beside the rest
+    of the backward pass and the coding of other buckets, if XLA schedules it so. A bucket is a copy of the gradient, 4
+    bytes a parameter while it lives, and so are its rows and its decoded mean. Only those of one bucket need
+    to live at once, but XLA decides that. Each bucket takes time to compile and to launch: choose tens of MiB.
 
     **Error feedback.** With ``error_feedback=True`` what a device's code lost is added to its next gradient; what the
     second code of an average lost, to the next one of the device that averages. At any time, up to rounding,
@@ -122,24 +136,30 @@ def compressed_pmean(
 
     Arithmetic is f32. One device sends nothing, so it encodes nothing, and gradients leave as they came, to f32.
 
+    **A tree's order matters.** Random keys belong to places in a bucket: other leaves, or another ``bucket_bytes``, are
+    other keys, hence other errors of the same size. Residuals do not depend on buckets.
+
     Args:
         axis_name: of the mesh axis to average over, or a tuple of names.
         codec: `TritCodec`, `HypervectorCodec`, or an object with their methods; small arrays are those below its
             ``block_size``, if it has one.
         error_feedback: whether to carry over what was lost. It needs a codec that loses less than there was:
             ``HypervectorCodec(shrink=False)`` is refused.
+        bucket_bytes: of a bucket, at most, counted in f32, ``>= 4 * block_size * n``; with `HypervectorCodec`
+            each bucket becomes a hypervector of its own. None puts all leaves into one bucket.
 
     Returns:
         A transformation whose updates have the dtypes that came in. It ignores parameters and extra arguments.
 
     State cost:
-        8 bytes; with error feedback 4 bytes a parameter more on each device (8 if complex).
+        8 bytes; with error feedback 4 bytes a parameter more on each device (8 if complex). During an update a bucket
+        is in memory several times: 20 bytes a parameter of it on eight devices of a CPU, less on a GPU.
 
     Raises:
         ValueError: an argument outside its range; at ``update``, outside ``shard_map`` over ``axis_name``, gradients
             that are already the same on all devices, that come out of a window of micro-batches, or whose structure or
             shapes are not those given to ``init``, if there is a residual to compare them with; a residual of another
-            number of devices.
+            number of devices; buckets without a block for each device.
         TypeError: a leaf that is neither floating point nor complex.
 
     Example:
@@ -168,6 +188,8 @@ def compressed_pmean(
     """
     axes = _check_axis_name(axis_name)
     check_feedback(codec, error_feedback)
+    if bucket_bytes is not None:
+        checks.check_integer("bucket_bytes", bucket_bytes, 4)
 
     def init_fn(params: optax.Params) -> CompressedPmeanState:
         checks.check_inexact_leaves(params)
@@ -193,30 +215,20 @@ def compressed_pmean(
             kept = [codecs.as_reals(e) for e in jax.tree.leaves(of_this_device("residual", state.residual))]
             pending = [x + e for x, e in zip(pending, kept, strict=True)]
 
-        groups = _alike(leaves, axes)
-        found = [
-            exchange.averaged(
-                axes,
-                codec,
-                [pending[i] for i in group],
-                [specs[i] for i in group],
-                state.step,
-                keeps_unsent=error_feedback,
-            )
-            for group in groups
-        ]
-        is_finite = functools.reduce(jnp.logical_and, [part.is_finite for part in found], jnp.array(True))
+        means, unsent, is_finite, num_buckets = averaging.averaged(
+            axes, codec, pending, specs, state.step, bucket_bytes, keeps_unsent=error_feedback
+        )
         # What varies over other axes, too, may be finite on some devices along them only.
-        is_finite = all_devices_agree(is_finite, varying_axes(is_finite) - varying_axes(state.step))
-        means = _in_order(groups, [part.mean for part in found], len(leaves))
+        more_axes = varying_axes(is_finite) - varying_axes(state.step)
+        is_finite = all_devices_agree(is_finite, more_axes)
         sent = [codecs.as_decoded(codecs.from_reals(x, spec), spec) for x, spec in zip(means, specs, strict=True)]
-        emitted = [jnp.where(is_finite, leaf, jnp.zeros_like(leaf)) for leaf in sent]
+        if num_buckets > 1 or more_axes:  # One bucket is zeros already.
+            sent = [jnp.where(is_finite, leaf, jnp.zeros_like(leaf)) for leaf in sent]
         residual = state.residual
         if error_feedback:
-            unsent = _in_order(groups, [part.unsent for part in found], len(leaves))
             lost = [codecs.from_reals(x, spec)[None] for x, spec in zip(unsent, specs, strict=True)]
             residual = tree_where(is_finite, jax.tree.unflatten(treedef, lost), residual)
-        return jax.tree.unflatten(treedef, emitted), CompressedPmeanState(
+        return jax.tree.unflatten(treedef, sent), CompressedPmeanState(
             optax.safe_increment(state.step),
             jnp.where(is_finite, state.nonfinite_count, optax.safe_increment(state.nonfinite_count)),
             residual,
@@ -305,24 +317,6 @@ def _is_laid_out_on_one(leaf: ArrayLike, axes: tuple[str, ...]) -> bool:
 def _no_residual(leaf: ArrayLike) -> jax.Array:
     dtype = jnp.complex64 if jnp.iscomplexobj(leaf) else jnp.float32
     return jnp.zeros_like(leaf, dtype=dtype)[None]
-
-
-def _alike(leaves: Sequence[jax.Array], axes: tuple[str, ...]) -> list[list[int]]:
-    """Places of leaves that vary over the same axes beside ``axes``: joined with others, all would vary like those.
-
-    Empty leaves have no place.
-    """
-    groups: dict[frozenset[str], list[int]] = {}
-    for i, leaf in enumerate(leaves):
-        if leaf.size:  # On a CPU, XLA of JAX 0.11 crashes over empty leaves among others.
-            groups.setdefault(varying_axes(leaf) - set(axes), []).append(i)
-    return list(groups.values())
-
-
-def _in_order(groups: Sequence[Sequence[int]], parts: Sequence[Sequence[jax.Array]], num: int) -> list[jax.Array]:
-    """What was found for the members of each group, in their places among ``num``; empty vectors in the others."""
-    found = {i: x for group, part in zip(groups, parts, strict=True) for i, x in zip(group, part, strict=True)}
-    return [found[i] if i in found else jnp.zeros([0], jnp.float32) for i in range(num)]
 
 
 def _check_axis_name(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:
