@@ -77,8 +77,9 @@ def key():
     return signs.stream(0, 1)
 
 
-def counters(rounds=1):
-    return jnp.stack([signs.counter(jax.random.fold_in(key(), i)) for i in range(rounds)])
+@functools.cache
+def words(size):
+    return signs.random_bits(key(), (trit_kernels.num_rows(size) * levels.BLOCKS * BLOCK // 32,))
 
 
 def repeated(call):
@@ -89,12 +90,12 @@ def repeated(call):
 @functools.cache
 def coded(trits, size):
     run = jax.jit(lambda x, c: trit_kernels.encode(x, c, trits=trits, unbiased=False))
-    return jax.block_until_ready(run(vector(size), counters()))
+    return jax.block_until_ready(run(vector(size), words(size)[None]))
 
 
 def kernels_of(trits, size, tunings):
     """The calls of our kernels alone, without random words or scalars that are made for them."""
-    x, one = vector(size), counters()
+    x, one = vector(size), words(size)[None]
     codes, scales = coded(trits, size)
     factors = scales.astype(jnp.float32)
     shares = jnp.ones_like(factors)[None]
@@ -121,29 +122,143 @@ def kernels_of(trits, size, tunings):
     return out
 
 
-def tune(size, operations, trits):
+def tune(size, operations, trits, warps):
     print(f"tuning, {size} coordinates, {CALLS} calls in flight, best of 3 rounds; share of the rate of x + 1")
     add_one, x = jax.jit(lambda x: x + 1), vector(size)
     _, copy, _ = medians({"copy": (repeated(lambda: add_one(x)), None)})["copy"]
     copied = bytes_moved("copy", size, 0) / copy
     print(f"x + 1: {1e3 * copy:.3f} ms, {copied / 1e9:.0f} GB/s moved", flush=True)
-    choices = [Tuning(warps) for warps in (1, 2, 4, 8)] + [Tuning(2, rows=4)]
-    looped = [Tuning(warps, False, 1, stages) for warps, stages in itertools.product((1, 2, 4), (1, 2))]
-    for num, operation in itertools.product(trits, operations):
-        for tuning in choices + (looped if operation in ("encode", "add") else []):
-            try:
-                ((name, (call, first)),) = kernels_of(num, size, [(operation, tuning)]).items()
-                start = time.perf_counter()
-                state = jax.block_until_ready(call(first))
-                compiling = time.perf_counter() - start
-                best = math.inf
-                for _ in range(3):
-                    seconds, state = seconds_of(call, state)
-                    best = min(best, seconds)
-                share = bytes_moved(operation, size, bits_of(num)) / best / copied
-                print(f"  {name:55s} {1e3 * best:7.3f} ms  {share:5.1%}  compiled in {compiling:.2f} s", flush=True)
-            except Exception as error:  # noqa: BLE001 # The others still tell something.
-                print(f"  {operation} {num} {tuning}: {type(error).__name__} {str(error)[:200]}", flush=True)
+    choices = [Tuning(num, is_unrolled=False) for num in warps]
+    choices += [Tuning(1, is_unrolled=False, num_stages=2), Tuning(1, is_unrolled=False, rows=4), Tuning(2)]
+    for num, operation, tuning in itertools.product(trits, operations, choices):
+        try:
+            ((name, (call, first)),) = kernels_of(num, size, [(operation, tuning)]).items()
+            start = time.perf_counter()
+            state = jax.block_until_ready(call(first))
+            compiling = time.perf_counter() - start
+            best = math.inf
+            for _ in range(3):
+                seconds, state = seconds_of(call, state)
+                best = min(best, seconds)
+            share = bytes_moved(operation, size, bits_of(num)) / best / copied
+            print(f"  {name:55s} {1e3 * best:7.3f} ms  {share:5.1%}  compiled in {compiling:.2f} s", flush=True)
+        except jax.errors.JaxRuntimeError as error:
+            print(f"  {operation} {num} {tuning}: {str(error)[:200]}", flush=True)
+
+
+def nmse(decoded, x):
+    return float(jax.jit(lambda a, b: jnp.sum((a - b) ** 2) / jnp.sum(b**2))(decoded, x))
+
+
+def trits_of(num, size, by_xla):
+    """Calls of the codec's and the accumulator's own functions, random words and all, and the codec's error."""
+    suits, trit_blocks.suits_gpu = trit_blocks.suits_gpu, (lambda *_: False) if by_xla else trit_blocks.suits_gpu
+    x, settings = vector(size), {"block_size": BLOCK, "unbiased": False}
+    encode = jax.jit(lambda x: trit_blocks.encode.__wrapped__(x, key(), trits=num, **settings))
+    one = jnp.ones(1)
+    decode = jax.jit(lambda c, s: trit_blocks.decode_sum.__wrapped__(c[None], s[None], one, key(), size=size, **settings))
+    add = jax.jit(
+        lambda total, x, w: packed_rows.add.__wrapped__(total, x, w, None, block_size=BLOCK), donate_argnums=0
+    )
+    finish = jax.jit(
+        lambda total, x, w: packed_rows.finish.__wrapped__(
+            total, x, w, jnp.float32(8), block_size=BLOCK, nearest=True
+        )
+    )
+    codes, scales = encode(x)
+    error = nmse(decode(codes, scales), x)
+    total, signs_of = packed_rows.Coded(codes, scales), words(size)
+    calls = {
+        "encode": (repeated(lambda: encode(x)), None),
+        "decode": (repeated(lambda: decode(codes, scales)), None),
+        "add": (lambda sum_so_far: add(sum_so_far, x, signs_of), jax.tree.map(jnp.array, total)),
+        "finish": (repeated(lambda: finish(total, x, signs_of)), None),
+    }
+    for call, first in calls.values():
+        jax.block_until_ready(call(jax.tree.map(jnp.array, first)))  # Compiled while the choice stands.
+    trit_blocks.suits_gpu = suits
+    return calls, error
+
+
+def eden(bits):
+    """EDEN in plain JAX: a rotation, the 2 or 4 Lloyd-Max levels of a Gaussian, 8 or 4 of them a byte, a scale."""
+    table = jnp.array([[-0.7978846, 0.7978846], [-1.5104176, -0.4527800, 0.4527800, 1.5104176]][bits - 1])
+    cuts = (table[1:] + table[:-1]) / 2
+    per_byte = 8 // bits
+
+    def encode(x):
+        rows = x.reshape(-1, BLOCK)
+        y = rotation.rotate(rows, [signs.random_words(key(), rows.shape)])
+        unit = y * jax.lax.rsqrt(jnp.mean(y**2, axis=1, keepdims=True))
+        numbers = sum((unit > cut).astype(jnp.uint8) for cut in cuts)
+        level = sum(jnp.where(numbers == i, value, 0.0) for i, value in enumerate(table))
+        scales = jnp.sum(y * level, axis=1) / jnp.sum(level**2, axis=1)
+        shifts = (bits * jnp.arange(per_byte, dtype=jnp.uint8)).reshape(1, per_byte, 1)
+        packed = jnp.sum(numbers.reshape(len(rows), per_byte, -1) << shifts, axis=1, dtype=jnp.uint8)
+        return packed, scales.astype(jnp.bfloat16)
+
+    def decode(packed, scales):
+        shifts = (bits * jnp.arange(per_byte, dtype=jnp.uint8)).reshape(1, per_byte, 1)
+        numbers = ((packed[:, None] >> shifts) & (2**bits - 1)).reshape(len(packed), BLOCK)
+        level = sum(jnp.where(numbers == i, value, 0.0) for i, value in enumerate(table))
+        y = scales.astype(jnp.float32)[:, None] * level
+        return rotation.rotate_back(y, [signs.random_words(key(), y.shape)]).reshape(-1)
+
+    return encode, decode, bits + 16 / BLOCK
+
+
+def peers():
+    def to_int8(x):
+        rows = x.reshape(-1, BLOCK)
+        scales = (jnp.max(jnp.abs(rows), axis=1) / 127).astype(jnp.bfloat16)
+        return jnp.round(rows / scales.astype(jnp.float32)[:, None]).astype(jnp.int8), scales
+
+    def from_int8(numbers, scales):
+        return (numbers * scales.astype(jnp.float32)[:, None]).reshape(-1)
+
+    return {
+        "EDEN, 1 bit": eden(1),
+        "EDEN, 2 bits": eden(2),
+        "int8, scale a block": (to_int8, from_int8, 8 + 16 / BLOCK),
+        "bfloat16": (lambda x: (x.astype(jnp.bfloat16),), lambda x: x.astype(jnp.float32), 16),
+    }
+
+
+def peers_of(name, size):
+    encode, decode, bits = peers()[name]
+    encode, decode, x = jax.jit(encode), jax.jit(decode), vector(size)
+    code = jax.block_until_ready(encode(x))
+    calls = {"encode": (repeated(lambda: encode(x)), None), "decode": (repeated(lambda: decode(*code)), None)}
+    return calls, nmse(decode(*code), x), bits
+
+
+def compare(size, trits):
+    add_one, x = jax.jit(lambda x: x + 1), vector(size)
+    calls, of = {"copy (x + 1)": (repeated(lambda: add_one(x)), None)}, {"copy (x + 1)": ("copy", 0, None)}
+    for num in trits:
+        for way, by_xla in (("", False), (", XLA", True)):
+            made, error = trits_of(num, size, by_xla)
+            for operation, call in made.items():
+                name = f"{num} trit{'s' * (num > 1)} {operation}{way}"
+                calls[name], of[name] = call, (operation, bits_of(num), error if operation == "encode" else None)
+    for peer in peers():
+        made, error, bits = peers_of(peer, size)
+        for operation, call in made.items():
+            name = f"{peer} {operation}"
+            calls[name], of[name] = call, (operation, bits, error if operation == "encode" else None)
+    taken = medians(calls)
+    copied = bytes_moved("copy", size, 0) / taken["copy (x + 1)"][1]
+    print(f"{size} coordinates; {ROUNDS} rounds of {CALLS} calls in flight, interleaved; median [quartiles]")
+    print("name                              ms                        GB/s moved  of x + 1's  bits    NMSE")
+    for name, (low, middle, high) in taken.items():
+        operation, bits, error = of[name]
+        rate = bytes_moved(operation, size, bits) / middle
+        times = f"{1e3 * middle:7.3f} [{1e3 * low:.3f}, {1e3 * high:.3f}]"
+        print(
+            f"{name:32s}  {times:26s} {rate / 1e9:7.0f}     {rate / copied:6.1%}   {bits:6.3f}"
+            f"  {'' if error is None else f'{error:.6f}'}",
+            flush=True,
+        )
 
 
 def versions():
@@ -157,10 +272,13 @@ def main():
     parser.add_argument("--size", type=int, default=SIZE, help="coordinates")
     parser.add_argument("--operations", nargs="*", default=OPERATIONS, choices=OPERATIONS)
     parser.add_argument("--trits", nargs="*", type=int, default=(1, 2, 3))
+    parser.add_argument("--warps", nargs="*", type=int, default=(1, 2, 4), help="to tune")
     options = parser.parse_args()
     versions()
     if options.tune:
-        tune(options.size, options.operations, options.trits)
+        tune(options.size, options.operations, options.trits, options.warps)
+    else:
+        compare(options.size, options.trits)
 
 
 if __name__ == "__main__":

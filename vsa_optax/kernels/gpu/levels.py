@@ -17,19 +17,30 @@ from vsa_optax.kernels.gpu.tiles import Ref
 
 BLOCKS = 5  # In a row, whose digits share bytes.
 _MIDDLE = (3**BLOCKS - 1) // 2  # Of a byte.
-# Added to a small number and taken away again, it leaves the nearest integer.
+# Added to a small number, it leaves the nearest integer in the last bits.
 _ROUNDING = float(3 << 22)
+_ROUNDING_BITS = int(np.float32(_ROUNDING).view(np.int32))
 _ORDINARY = 1e-30, 1e30  # Mean squares of blocks whose sums need no scaling.
 _LARGEST_EXPONENT = 253  # 2^-126 is the smallest normal number: beyond this one the inverse is none.
 _MANTISSA = 1 << 23
 _SIGN = np.int32(-(1 << 31))
-_TABLE = 32  # A power of two, as Triton wants.
+_TABLE = 32  # Entries of a part of a table; a power of two, as Triton wants.
+_EIGHTHS = 8
 
 
 def table(trits: int) -> jax.Array:
-    """``[32] f32``: the levels of `lloyd_max`, from the lowest."""
+    """``[64] f32``: the levels of `lloyd_max`, from the lowest, and, from 32 on, how to find them.
+
+    Around each multiple of an eighth of the rms there is at most one of the cuts between levels. For each multiple
+    there is its cut, or an infinity, in eighths, and in the last four bits how many cuts are below.
+    """
     levels = lloyd_max.levels(trits)
-    return jnp.asarray(np.pad(levels, (0, _TABLE - len(levels))))
+    cuts = _EIGHTHS * _cuts(trits)
+    num_below = np.searchsorted(cuts, np.arange(_TABLE) - 0.5)
+    padded = np.append(cuts, np.inf)
+    own = np.where(padded[num_below] < np.arange(_TABLE) + 0.5, padded[num_below], np.inf).astype(np.float32)
+    bits = (own.view(np.uint32) & ~np.uint32(15)) | num_below.astype(np.uint32)
+    return jnp.asarray(np.concatenate([np.pad(levels, (0, _TABLE - len(levels))), bits.view(np.float32)]))
 
 
 def unit(trits: int, *, nearest: bool) -> float:
@@ -49,14 +60,11 @@ def values_of(numbers: jax.Array, table: Ref, trits: int, *, nearest: bool) -> j
         for coefficient in _POLYNOMIAL[-2::-1]:
             value = value * square + coefficient
         return value * numbers
-    return table[lax.bitcast_convert_type(numbers + (_ROUNDING + _highest(trits)), jnp.int32) & (_TABLE - 1)]
+    return table[_integers(numbers + _highest(trits))]
 
 
-def nearest_levels(y: jax.Array, trits: int, *, unbiased: bool) -> tuple[jax.Array, jax.Array]:
+def nearest_levels(y: jax.Array, trits: int, table: Ref, *, unbiased: bool) -> tuple[jax.Array, jax.Array]:
     """`lloyd_max.quantize` of a block: ``[32, 32] f32`` sums of digits, and ``[] f32``."""
-    levels = lloyd_max.levels(trits)
-    middle = len(levels) // 2
-    cuts = (levels[1:] + levels[:-1])[middle:] / 2
     mean_square = tiles.total(y * y) * (1 / tiles.WIDTH)
     is_ordinary = (mean_square > _ORDINARY[0]) & (mean_square < _ORDINARY[1])
     # The branch of a kernel cannot give back a constant.
@@ -64,20 +72,51 @@ def nearest_levels(y: jax.Array, trits: int, *, unbiased: bool) -> tuple[jax.Arr
     power = jnp.where(is_ordinary, 1.0, power)
     is_usable = (mean_square > 0) & (mean_square < jnp.inf)  # Not finite if y is not.
     rms, magnitude = jnp.sqrt(mean_square), jnp.abs(y)
-    digits = chosen = jnp.zeros_like(y)
-    for i, cut in enumerate(cuts):
-        is_beyond = magnitude > float(cut) * rms
-        digits = jnp.where(is_beyond, float(_digits_of(i + 1, trits)), digits)
-        if trits > 1:
-            chosen = jnp.where(is_beyond, float(levels[middle + i + 1]), chosen)
-    if trits == 1:
-        highest = float(levels[-1])
+    if trits == 3:
+        digits, chosen = _by_table(magnitude * jnp.where(is_usable, _EIGHTHS / rms, 0.0), table)
+    else:
+        digits, chosen = _by_comparisons(magnitude, rms, trits)
+    if trits == 1:  # What is chosen is the digit, in units of the only positive level.
+        highest = float(lloyd_max.levels(1)[-1])
         alignment, length = highest * tiles.total(magnitude * digits), highest * highest * tiles.total(digits)
     else:
         alignment, length = tiles.total(magnitude * chosen), tiles.total(chosen * chosen)
     gain = tiles.WIDTH * mean_square / alignment if unbiased else alignment / length
     scale = jnp.where(is_usable, gain * power, jnp.nan)
     return _with_sign_of(y, digits), jnp.where(mean_square == 0, 0.0, scale)
+
+
+def _by_comparisons(magnitude: jax.Array, rms: jax.Array, trits: int) -> tuple[jax.Array, jax.Array]:
+    """Sums of digits of the positive levels nearest to magnitudes, and the levels."""
+    digits = chosen = jnp.zeros_like(magnitude)
+    for i, (cut, level) in enumerate(zip(_cuts(trits), lloyd_max.levels(trits)[_highest(trits) + 1 :], strict=True)):
+        is_beyond = magnitude > float(cut) * rms
+        digits = jnp.where(is_beyond, float(_digits_of(i + 1, trits)), digits)
+        chosen = jnp.where(is_beyond, float(level), chosen)
+    return digits, chosen
+
+
+def _by_table(eighths: jax.Array, table: Ref) -> tuple[jax.Array, jax.Array]:
+    """As `_by_comparisons` for 27 levels, where those take twice as long; of magnitudes in eighths of an rms."""
+    eighths = jnp.minimum(eighths, float(_TABLE - 1))
+    cut = table[_TABLE + _integers(eighths)]
+    num_below = lax.bitcast_convert_type(lax.bitcast_convert_type(cut, jnp.int32) & 15 | _ROUNDING_BITS, jnp.float32)
+    number = jnp.where(eighths > cut, 1.0, 0.0) + (num_below - _ROUNDING)
+    # The balanced digits are number - 3 thirds, thirds - 3 ninths, and ninths.
+    thirds, ninths = (jnp.floor(number * float(np.float32(1 / n)) + 0.5) for n in (3, 9))
+    digits = number + 253 * thirds + (65536 - 3 * 256) * ninths
+    return digits, table[_integers(number + _highest(3))]
+
+
+def _integers(x: jax.Array) -> jax.Array:
+    """``[32, 32] int32``, the nearest integers of numbers from -0.5 to 31."""
+    return lax.bitcast_convert_type(x + _ROUNDING, jnp.int32) & (_TABLE - 1)
+
+
+def _cuts(trits: int) -> np.ndarray:
+    """Where positive levels meet, in units of the rms."""
+    levels = lloyd_max.levels(trits)
+    return ((levels[1:] + levels[:-1]) / 2)[len(levels) // 2 :]
 
 
 def _shrunk(y: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

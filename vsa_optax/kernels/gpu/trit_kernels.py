@@ -89,18 +89,29 @@ def encode(
     scales = (BLOCKS * rows,), jnp.float32 if unbiased else jnp.bfloat16
     kernel = functools.partial(_encode_kernel, trits=trits, unbiased=unbiased, is_unrolled=tuning.is_unrolled)
     outputs = [((trits, rows * WIDTH), jnp.uint8), scales]
-    codes, scales = _call("trit_encode", kernel, [x, words, tiles.hadamard()], outputs, rows, tuning, interpret)
+    operands = [x, words, tiles.hadamard(), levels.table(trits)]
+    codes, scales = _call("trit_encode", kernel, operands, outputs, rows, tuning, interpret)
     return codes, scales
 
 
 def _encode_kernel(
-    row: jax.Array, x: Ref, words: Ref, matrices: Ref, codes: Ref, scales: Ref, *, trits: int, unbiased: bool, is_unrolled: bool
+    row: jax.Array,
+    x: Ref,
+    words: Ref,
+    matrices: Ref,
+    table: Ref,
+    codes: Ref,
+    scales: Ref,
+    *,
+    trits: int,
+    unbiased: bool,
+    is_unrolled: bool,
 ) -> None:
     def encode_block(i: int | jax.Array, carry: Sums) -> Sums:
         sums, power = carry
         block = row * BLOCKS + i
         y = _rotated(_coordinates(x, block), words, matrices, block)
-        digits, scale = levels.nearest_levels(y, trits, unbiased=unbiased)
+        digits, scale = levels.nearest_levels(y, trits, table, unbiased=unbiased)
         scales[block] = scale.astype(scales.dtype)
         return sums + digits * power, 3 * power
 
@@ -240,7 +251,7 @@ def _add_kernel(
         grown = old * (old_scales[block].astype(jnp.float32) * unit)
         grown += _rotated(_coordinates(x, block), words, matrices, block)
         if is_nearest:
-            digits, scale = levels.nearest_levels(grown, trits, unbiased=False)
+            digits, scale = levels.nearest_levels(grown, trits, table, unbiased=False)
         else:
             digits, scale = levels.random_levels(grown, trits, rounding, block)
         scales[block] = scale.astype(scales.dtype)
