@@ -10,7 +10,7 @@ share their bytes, so that nothing but the vector, its trits, and a scale a bloc
 vector's end in the last row counts as zeros.
 
 Levels are those of `lloyd_max` and `uniform` but where a coordinate is close to a tie; the rotation rounds to bfloat16
-(`tiles`), which costs 3e-6 of a block's energy.
+(`tiles`), which costs 5e-6 of a block's energy.
 
 Axes: n coordinates, r rows, t trits, b = 5 r blocks, k vectors.
 """
