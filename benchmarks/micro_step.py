@@ -140,7 +140,11 @@ def programs(layers, parts, names, batch):
     chosen = {name: opt for name, opt in accumulators().items() if name in names}
     for part, made, given in (("optimizer", optimizer_part, gradients), ("whole", whole, tokens)):
         for name, opt in chosen.items() if part in parts else ():
-            out[f"{part}, {name}"] = made(opt), functools.partial(lambda opt: (params(), opt.init(params())), opt), given
+            out[f"{part}, {name}"] = (
+                made(opt),
+                functools.partial(lambda opt: (params(), opt.init(params())), opt),
+                given,
+            )
     if "whole" in parts and "AdamW" in names:
         adamw = optax.adamw(1e-3)
         out["whole, AdamW"] = whole(adamw), lambda: (params(), adamw.init(params())), tokens
@@ -182,7 +186,8 @@ def main():
     print(f"machine: {platform.machine()}, {jax.devices()[0].device_kind}; {versions}")
     model = shapes(options.layers)
     print(f"{optax.tree.size(model):,} parameters in {len(jax.tree.leaves(model))} leaves; {options.batch} x {CONTEXT}")
-    print(f"{ROUNDS} rounds of {STEPS} steps in flight; median [quartiles]; compiled {'together' if options.together else 'one by one'}")
+    how = "together" if options.together else "one by one"
+    print(f"{ROUNDS} rounds of {STEPS} steps in flight; median [quartiles]; compiled {how}")
     steps = programs(options.layers, options.parts, options.names, options.batch)
     with concurrent.futures.ThreadPoolExecutor(len(steps) if options.together else 1) as pool:
         ready = {name: pool.submit(compiled, *step) for name, step in steps.items()}

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vsa_optax.accumulation import packed_rows
-from vsa_optax.kernels import lloyd_max, rotation, signs, trit_blocks
+from vsa_optax.kernels import rotation, signs, trit_blocks
 from vsa_optax.kernels.gpu import levels, trit_kernels
 from vsa_optax.kernels.gpu.trit_kernels import Tuning
 
@@ -33,6 +33,7 @@ def bytes_moved(operation, size, bits):
     code = size * bits / 8
     return {
         "copy": 8 * size,
+        "words": size / 8,
         "encode": 4 * size + code,
         "decode": 4 * size + code,
         "add": 4 * size + 2 * code,
@@ -57,9 +58,7 @@ def medians(calls, rounds=ROUNDS, number=CALLS):
     """For each name the quartiles of seconds a call; ``calls`` are pairs of a function and what it is first given."""
     states, taken = {}, {name: [] for name in calls}
     for name, (call, first) in calls.items():
-        start = time.perf_counter()
         states[name] = jax.block_until_ready(call(first))
-        print(f"# {name}: first call after {time.perf_counter() - start:.1f} s", flush=True)
         _, states[name] = seconds_of(call, states[name], number)
     for _ in range(rounds):
         for name, (call, _) in calls.items():
@@ -101,16 +100,14 @@ def kernels_of(trits, size, tunings):
     shares = jnp.ones_like(factors)[None]
     out = {}
     for operation, tuning in tunings:
-        name = f"{operation}, {trits} trits, {tuning.num_warps} warps, " + (
-            "unrolled" if tuning.is_unrolled else f"loop, {tuning.num_stages} stages"
-        )
-        name += f", {tuning.rows} rows"
+        loop = "unrolled" if tuning.is_unrolled else f"loop, {tuning.num_stages} stages"
+        name = f"{operation}, {trits} trits, {tuning.num_warps} warps, {loop}, {tuning.rows} rows"
         if operation == "encode":
             run = jax.jit(lambda x, c, t=tuning: trit_kernels.encode(x, c, trits=trits, unbiased=False, tuning=t))
             out[name] = repeated(lambda run=run: run(x, one)), None
         elif operation == "decode":
-            run = jax.jit(lambda *a, t=tuning: trit_kernels.decode_sum(*a, size=size, tuning=t))
-            out[name] = repeated(lambda run=run: run(codes[None], shares, factors, one)), None
+            run = jax.jit(lambda c, *a, t=tuning: trit_kernels.decode_sum(c[None], *a, size=size, tuning=t))
+            out[name] = repeated(lambda run=run: run(codes, shares, factors, one)), None
         elif operation == "add":
             run = jax.jit(
                 lambda total, x, c, t=tuning: trit_kernels.add(x, c, None, *total, tuning=t), donate_argnums=0
@@ -122,14 +119,15 @@ def kernels_of(trits, size, tunings):
     return out
 
 
-def tune(size, operations, trits, warps):
+def tune(size, operations, trits, warps, thorough):
     print(f"tuning, {size} coordinates, {CALLS} calls in flight, best of 3 rounds; share of the rate of x + 1")
     add_one, x = jax.jit(lambda x: x + 1), vector(size)
     _, copy, _ = medians({"copy": (repeated(lambda: add_one(x)), None)})["copy"]
     copied = bytes_moved("copy", size, 0) / copy
     print(f"x + 1: {1e3 * copy:.3f} ms, {copied / 1e9:.0f} GB/s moved", flush=True)
-    choices = [Tuning(num, is_unrolled=False) for num in warps]
-    choices += [Tuning(1, is_unrolled=False, num_stages=2), Tuning(1, is_unrolled=False, rows=4), Tuning(2)]
+    choices = [Tuning(num) for num in warps]
+    if thorough:
+        choices += [Tuning(1, num_stages=2), Tuning(1, rows=4), Tuning(2, is_unrolled=True)]
     for num, operation, tuning in itertools.product(trits, operations, choices):
         try:
             ((name, (call, first)),) = kernels_of(num, size, [(operation, tuning)]).items()
@@ -156,14 +154,14 @@ def trits_of(num, size, by_xla):
     x, settings = vector(size), {"block_size": BLOCK, "unbiased": False}
     encode = jax.jit(lambda x: trit_blocks.encode.__wrapped__(x, key(), trits=num, **settings))
     one = jnp.ones(1)
-    decode = jax.jit(lambda c, s: trit_blocks.decode_sum.__wrapped__(c[None], s[None], one, key(), size=size, **settings))
+    decode = jax.jit(
+        lambda c, s: trit_blocks.decode_sum.__wrapped__(c[None], s[None], one, key(), size=size, **settings)
+    )
     add = jax.jit(
         lambda total, x, w: packed_rows.add.__wrapped__(total, x, w, None, block_size=BLOCK), donate_argnums=0
     )
     finish = jax.jit(
-        lambda total, x, w: packed_rows.finish.__wrapped__(
-            total, x, w, jnp.float32(8), block_size=BLOCK, nearest=True
-        )
+        lambda total, x, w: packed_rows.finish.__wrapped__(total, x, w, jnp.float32(8), block_size=BLOCK, nearest=True)
     )
     codes, scales = encode(x)
     error = nmse(decode(codes, scales), x)
@@ -234,7 +232,9 @@ def peers_of(name, size):
 
 def compare(size, trits):
     add_one, x = jax.jit(lambda x: x + 1), vector(size)
-    calls, of = {"copy (x + 1)": (repeated(lambda: add_one(x)), None)}, {"copy (x + 1)": ("copy", 0, None)}
+    draw = jax.jit(lambda seed: signs.random_bits(signs.stream(seed), (size // 32,)))
+    calls = {"copy (x + 1)": (repeated(lambda: add_one(x)), None), "random words": (repeated(lambda: draw(0)), None)}
+    of = {"copy (x + 1)": ("copy", 0, None), "random words": ("words", 0, None)}
     for num in trits:
         for way, by_xla in (("", False), (", XLA", True)):
             made, error = trits_of(num, size, by_xla)
@@ -273,10 +273,11 @@ def main():
     parser.add_argument("--operations", nargs="*", default=OPERATIONS, choices=OPERATIONS)
     parser.add_argument("--trits", nargs="*", type=int, default=(1, 2, 3))
     parser.add_argument("--warps", nargs="*", type=int, default=(1, 2, 4), help="to tune")
+    parser.add_argument("--thorough", action="store_true", help="to tune stages, rows and unrolling, too")
     options = parser.parse_args()
     versions()
     if options.tune:
-        tune(options.size, options.operations, options.trits, options.warps)
+        tune(options.size, options.operations, options.trits, options.warps, options.thorough)
     else:
         compare(options.size, options.trits)
 

@@ -12,7 +12,9 @@ def test_the_transform_is_that_of_numpy_but_for_rounding_to_bfloat16():
     found = np.asarray(tiles.transformed(jnp.asarray(x), tiles.hadamard()), np.float64)
     expected = reference.sylvester(1024) @ x.reshape(-1) / 32
     assert 2e-6 < np.sum((found.reshape(-1) - expected) ** 2) / np.sum(expected**2) < 7e-6
-    np.testing.assert_allclose(tiles.transformed(jnp.asarray(np.sign(x)), tiles.hadamard())[0, 0], np.sign(x).sum() / 32)
+    np.testing.assert_allclose(
+        tiles.transformed(jnp.asarray(np.sign(x)), tiles.hadamard())[0, 0], np.sign(x).sum() / 32
+    )
 
 
 def test_signs_are_those_of_the_words():

@@ -50,12 +50,16 @@ class Tuning(NamedTuple):
     """
 
     num_warps: int
-    is_unrolled: bool = True
+    is_unrolled: bool = False
     rows: int = 1
     num_stages: int = 1
 
 
-ENCODE, DECODE, ADD, FINISH = (Tuning(1, is_unrolled=False),) * 4
+# By the number of trits; the table of what was tried is in `benchmarks/trit_kernels_tuning.log`.
+ENCODE = {1: Tuning(1), 2: Tuning(1), 3: Tuning(2)}
+DECODE = {1: Tuning(1), 2: Tuning(1), 3: Tuning(1)}
+ADD = {1: Tuning(2), 2: Tuning(1), 3: Tuning(2)}
+FINISH = {1: Tuning(1), 2: Tuning(2), 3: Tuning(1)}
 
 
 def num_rows(size: int) -> int:
@@ -69,7 +73,7 @@ def encode(
     *,
     trits: int,
     unbiased: bool,
-    tuning: Tuning = ENCODE,
+    tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Rotates, quantises and packs.
@@ -79,17 +83,16 @@ def encode(
         words: ``[rounds, 32 b] uint32``, random, of which each bit is a sign.
         trits: 1, 2 or 3.
         unbiased: which scale.
-        tuning: how it is compiled.
+        tuning: how it is compiled, if otherwise than was measured to be best.
         interpret: to run without a GPU, for tests.
 
     Returns:
         ``[t, 1024 r] uint8`` and ``[b]``, in float32 if unbiased, to be rounded, and else in bfloat16.
     """
-    rows = num_rows(x.size)
-    scales = (BLOCKS * rows,), jnp.float32 if unbiased else jnp.bfloat16
+    rows, tuning = num_rows(x.size), tuning or ENCODE[trits]
     kernel = functools.partial(_encode_kernel, trits=trits, unbiased=unbiased, is_unrolled=tuning.is_unrolled)
-    outputs = [((trits, rows * WIDTH), jnp.uint8), scales]
     operands = [x, words, tiles.hadamard(), levels.table(trits)]
+    outputs = [((trits, rows * WIDTH), jnp.uint8), ((BLOCKS * rows,), jnp.float32 if unbiased else jnp.bfloat16)]
     codes, scales = _call("trit_encode", kernel, operands, outputs, rows, tuning, interpret)
     return codes, scales
 
@@ -125,7 +128,7 @@ def decode_sum(
     words: jax.Array,
     *,
     size: int,
-    tuning: Tuning = DECODE,
+    tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """The weighted sum of k vectors that were encoded with one rotation.
@@ -136,13 +139,14 @@ def decode_sum(
         factors: ``[b] f32``, of the sum.
         words: as in `encode`.
         size: n.
-        tuning: how it is compiled.
+        tuning: how it is compiled, if otherwise than was measured to be best.
         interpret: to run without a GPU, for tests.
 
     Returns:
         ``[n] f32``.
     """
     num, trits, _ = codes.shape
+    tuning = tuning or DECODE[trits]
     kernel = functools.partial(_decode_sum_kernel, num=num, trits=trits, is_unrolled=tuning.is_unrolled)
     factors = factors * levels.unit(trits, nearest=True)
     operands = [codes, shares, factors, words, tiles.hadamard(), levels.table(trits)]
@@ -197,7 +201,7 @@ def add(
     codes: jax.Array,
     scales: jax.Array,
     *,
-    tuning: Tuning = ADD,
+    tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """A coded sum with one more vector, in the sum's place.
@@ -209,13 +213,14 @@ def add(
             the nearest one of `lloyd_max`.
         codes: ``[t, 1024 r] uint8``.
         scales: ``[b] bfloat16``.
-        tuning: how it is compiled.
+        tuning: how it is compiled, if otherwise than was measured to be best.
         interpret: to run without a GPU, for tests.
 
     Returns:
         New codes and scales.
     """
     trits, is_nearest = codes.shape[0], rounding is None
+    tuning = tuning or ADD[trits]
     kernel = functools.partial(_add_kernel, trits=trits, is_nearest=is_nearest, is_unrolled=tuning.is_unrolled)
     operands = [x, words, words if rounding is None else rounding, tiles.hadamard()]
     operands = [*operands, levels.table(trits), codes, scales]
@@ -269,7 +274,7 @@ def finish(
     divisor: jax.Array,
     *,
     nearest: bool,
-    tuning: Tuning = FINISH,
+    tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """``[n] f32``: the sum, turned back, plus ``x``, over ``divisor``.
@@ -281,11 +286,11 @@ def finish(
         words: as in `add`.
         divisor: ``[] f32``.
         nearest: as it was rounded.
-        tuning: how it is compiled.
+        tuning: how it is compiled, if otherwise than was measured to be best.
         interpret: to run without a GPU, for tests.
     """
-    settings = {"trits": codes.shape[0], "nearest": nearest, "is_unrolled": tuning.is_unrolled}
-    kernel = functools.partial(_finish_kernel, **settings)
+    tuning = tuning or FINISH[len(codes)]
+    kernel = functools.partial(_finish_kernel, trits=codes.shape[0], nearest=nearest, is_unrolled=tuning.is_unrolled)
     share = (1 / divisor).reshape(1)
     operands = [codes, scales, x, words, share, tiles.hadamard(), levels.table(codes.shape[0])]
     outputs = [(x.shape, jnp.float32)]
@@ -363,9 +368,7 @@ def _rotated_back(y: jax.Array, words: Ref, matrices: Ref, block: jax.Array) -> 
     return y
 
 
-def _over_blocks(
-    fun: Callable[[int | jax.Array, Carry], Carry], carry: Carry, *, is_unrolled: bool
-) -> Carry:
+def _over_blocks(fun: Callable[[int | jax.Array, Carry], Carry], carry: Carry, *, is_unrolled: bool) -> Carry:
     """``fun(i, carry)`` for one block of a row after the other."""
     if not is_unrolled:
         return lax.fori_loop(0, BLOCKS, fun, carry)
