@@ -312,7 +312,7 @@ MUTANTS = [
         "platforms.on_each_gpu_or_anywhere", "is_of_one_device()", "is_on_one_device()", "kernels/test_platforms.py"
     ),
     Mutant("blocks.fills_rows", "25 * BLOCKS_IN_ROW", "24 * BLOCKS_IN_ROW", WHOLE_ROWS),
-    Mutant("trit_blocks._size_of_rows", "size - size %", "0 * size %", WHOLE_ROWS),
+    Mutant("trit_blocks._row", "blocks.fills_rows(size, block_size)", "False", WHOLE_ROWS),
     Mutant("trit_blocks.suits_gpu", "block_size == _BLOCK_ON_GPU", "True", "test_lowering.py -k codec_has"),
     Mutant(
         "packed_rows.rows_of",

@@ -38,20 +38,3 @@ def test_a_large_vector_lies_in_whole_rows():
         codes[None], scales[None], np.ones(1, np.float32), key, size=size, block_size=block_size, unbiased=False
     )
     assert np.sum((decoded - x) ** 2) < 0.029 * np.sum(x**2)
-
-
-@pytest.mark.parametrize("size", [5 * 32, 3 * 5 * 32 + 77])
-def test_whole_rows_come_before_what_is_left(size):
-    x, key = draw(1, size), signs.stream(0, 1, 2)
-    codes, scales = trit_blocks.encode(x, key, trits=1, block_size=32, unbiased=False)
-    of_rows = size // 160 * 160
-    numbers = np.asarray(codes, np.int64)[0, : of_rows // 5].reshape(-1, 1, 32) // 3 ** np.arange(5).reshape(-1, 1) % 3
-    runs = blocks.split_into_blocks(size, 32)
-    words = np.asarray(trit_blocks.random_words(key, runs, rounds=1)[0][0])
-    for number, block, of_block in zip(numbers.reshape(-1, 32), x[:of_rows].reshape(-1, 32), words, strict=False):
-        expected, _ = reference.quantize(reference.rotate(block, [of_block]), np.float64(lloyd_max.levels(1)), False)
-        np.testing.assert_array_equal(number, expected)
-    decoded = trit_blocks.decode_sum(
-        codes[None], scales[None], np.ones(1, np.float32), key, size=size, block_size=32, unbiased=False
-    )
-    assert np.sum((decoded - x) ** 2) < 0.25 * np.sum(x**2)

@@ -10,8 +10,8 @@ blocks of a vector, which share its bytes: digit ``j`` of byte ``i`` belongs to 
 left of a vector behind whole rows becomes one more row, of narrower blocks. Done a few rows at a time, nothing needs
 memory of the vector's size beside the vector and its trits.
 
-Whole rows lie as those of `kernels.trit_blocks`, and for vectors of at least 2^17 coordinates and 25 rows there are no
-others. What is behind the rows of a smaller one is cut otherwise there: what one packed, the other cannot read.
+For vectors of at least 2^17 coordinates and 25 rows it is the order of `kernels.trit_blocks`, too. A smaller one lies
+otherwise there: what one packed, the other cannot read.
 
 On a GPU of NVIDIA's, vectors in whole rows of blocks of 1024 are added and finished by `kernels.gpu.trit_kernels`.
 

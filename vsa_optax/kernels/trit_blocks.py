@@ -1,8 +1,8 @@
 """A vector as packed trits and a scale a block, and weighted sums of such vectors back.
 
-The trits lie in rows. A row is five blocks, which share its bytes: digit ``j`` of byte ``i`` belongs to coordinate
-``i`` of block ``j``. Behind whole rows, blocks of several widths share bytes as one vector (`packing`). A vector of at
-least 2^17 coordinates and 25 rows is padded to whole rows.
+The trits of a vector of at least 2^17 coordinates and 25 rows lie in rows, to which it is padded. A row is five
+blocks, which share its bytes: digit ``j`` of byte ``i`` belongs to coordinate ``i`` of block ``j``. Those of a smaller
+one share bytes all together (`packing`).
 
 On a GPU of NVIDIA's, vectors that are so padded, in blocks of 1024, are coded by `kernels.gpu.trit_kernels`; everything
 else, and on several devices whatever is outside ``jax.shard_map``, is XLA's.
@@ -37,7 +37,7 @@ def encode(x: jax.Array, key: jax.Array, *, trits: int, block_size: int, unbiase
     Returns:
         ``(codes, scales)``: ``[t, m] uint8``, the digits of the level numbers, lowest first; ``[b] bfloat16``.
     """
-    runs = blocks.split_into_blocks(x.size, block_size)
+    runs, row = blocks.split_into_blocks(x.size, block_size), _row(x.size, block_size)
     words = random_words(key, runs, rounds=2 if unbiased else 1)
 
     def anywhere(x: jax.Array, words: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
@@ -46,7 +46,7 @@ def encode(x: jax.Array, key: jax.Array, *, trits: int, block_size: int, unbiase
 
         operands = list(zip(blocks.cut(x, runs), words, strict=True))
         numbers, scales = blocks.map_runs(encode_block, operands, runs)
-        return _pack(numbers, trits, block_size), scales if unbiased else scales.astype(jnp.bfloat16)
+        return _pack(numbers, trits, row), scales if unbiased else scales.astype(jnp.bfloat16)
 
     def on_gpu(x: jax.Array, words: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
         from vsa_optax.kernels.gpu import trit_kernels  # Pallas with it, which few need.
@@ -88,13 +88,13 @@ def decode_sum(
     Returns:
         ``[n] f32``.
     """
-    runs = blocks.split_into_blocks(size, block_size)
+    runs, row = blocks.split_into_blocks(size, block_size), _row(size, block_size)
     words = random_words(key, runs, rounds=2 if unbiased else 1)
     weights = coefficients[:, None] * scales.astype(jnp.float32)
 
     def anywhere(codes: jax.Array, weights: jax.Array, words: list[list[jax.Array]]) -> jax.Array:
         levels = jnp.asarray(lloyd_max.levels(codes.shape[1]))
-        numbers = _unpack(codes.swapaxes(0, 1), blocks.padded_size(runs), block_size)
+        numbers = _unpack(codes.swapaxes(0, 1), blocks.padded_size(runs), row)
 
         def decode_block(numbers: jax.Array, weights: jax.Array, words: list[jax.Array]) -> jax.Array:
             shares, largest = _shares_of(weights)
@@ -134,30 +134,22 @@ def _rounds(words: list[list[jax.Array]]) -> jax.Array:
     return jnp.stack([of_round.reshape(-1) for of_round in words[0]])
 
 
-def _pack(numbers: jax.Array, trits: int, block_size: int) -> jax.Array:
-    """``[t, m] uint8`` from ``[n] uint8`` level numbers: whole rows one by one, and what is behind them together."""
-    in_rows = _size_of_rows(numbers.size, block_size)
-    if in_rows == 0:
-        return pack_numbers(numbers, trits)
-    rows = numbers[:in_rows].reshape(-1, blocks.BLOCKS_IN_ROW * block_size)
-    packed = pack_numbers(rows, trits).reshape(trits, -1)
-    return jnp.concatenate([packed, pack_numbers(numbers[in_rows:], trits)], axis=-1)
+def _row(size: int, block_size: int) -> int | None:
+    """Coordinates whose trits share bytes; None if all of the vector do."""
+    return blocks.BLOCKS_IN_ROW * block_size if blocks.fills_rows(size, block_size) else None
 
 
-def _unpack(codes: jax.Array, size: int, block_size: int) -> jax.Array:
+def _pack(numbers: jax.Array, trits: int, row: int | None) -> jax.Array:
+    """``[t, m] uint8`` from ``[n] uint8`` level numbers, row by row."""
+    return pack_numbers(numbers if row is None else numbers.reshape(-1, row), trits).reshape(trits, -1)
+
+
+def _unpack(codes: jax.Array, size: int, row: int | None) -> jax.Array:
     """``[..., size] uint8`` from ``[t, ..., m] uint8``, the inverse of `_pack`."""
-    in_rows = _size_of_rows(size, block_size)
-    if in_rows == 0:
+    if row is None:
         return unpack_numbers(codes, size)
-    end = in_rows // blocks.BLOCKS_IN_ROW
-    rows = codes[..., :end].reshape(*codes.shape[:-1], -1, block_size)
-    of_rows = unpack_numbers(rows, blocks.BLOCKS_IN_ROW * block_size).reshape(*codes.shape[1:-1], in_rows)
-    return jnp.concatenate([of_rows, unpack_numbers(codes[..., end:], size - in_rows)], axis=-1)
-
-
-def _size_of_rows(size: int, block_size: int) -> int:
-    """Coordinates in whole rows."""
-    return size - size % (blocks.BLOCKS_IN_ROW * block_size)
+    of_rows = codes.reshape(*codes.shape[:-1], -1, packing.packed_size(row))
+    return unpack_numbers(of_rows, row).reshape(*codes.shape[1:-1], size)
 
 
 def pack_numbers(numbers: jax.Array, trits: int) -> jax.Array:
