@@ -102,9 +102,9 @@ class TritCodec:
     times. To decode, nothing is sent. Inside ``jax.shard_map`` each device codes its own shard, and nothing is sent.
 
     **On a GPU** of NVIDIA's, leaves of at least 131,072 coordinates in blocks of 1024 are coded by kernels of their
-    own: on a machine with one GPU, and inside ``jax.shard_map`` on each of several. Their rotation rounds to bfloat16, which
-    costs 5e-6 of a block's energy each way. A payload decodes to the same levels everywhere; what is coded there may
-    differ from what a CPU codes, by one level, where a coordinate is halfway between two.
+    own: on a machine with one GPU, and inside ``jax.shard_map`` on each of several. Their rotation rounds to
+    bfloat16, which costs 5e-6 of a block's energy each way. A payload decodes to the same levels everywhere; what is
+    coded there may differ by one level from what a CPU codes, where a coordinate is about halfway between two.
 
     **In a file.** ``vsa_optax.checkpoint``, ``pickle`` of ``jax.device_get(payload)``, ``flax.serialization`` and Orbax
     keep a payload whole. ``np.savez`` loses bfloat16, in which scales are: save ``array.view(jnp.uint16)``.

@@ -100,7 +100,7 @@ def test_a_weighted_sum_is_that_of_numpy():
     assert share(found - expected, expected) < OF_ROUNDING
 
 
-@pytest.mark.parametrize("trits", [1, 2, 3])
+@pytest.mark.parametrize("trits", [1, 3])
 def test_a_sum_grows_and_is_finished_as_that_of_numpy(trits):
     first, second, last = vector(0), vector(1), vector(2)
     codes, scales = compiled("encode", trits=trits, unbiased=False)(first, words())
@@ -121,9 +121,8 @@ def test_a_sum_grows_and_is_finished_as_that_of_numpy(trits):
     assert share(finished - (total + last) / 4, finished) < OF_ROUNDING
 
 
-@pytest.mark.parametrize("trits", [1, 3])
-def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average(trits):
-    x = vector(3)
+def test_stochastic_rounding_takes_a_neighbour_and_is_right_on_average():
+    x, trits = vector(3), 2
     empty = jnp.zeros((trits, 2 * 1024), jnp.uint8), jnp.zeros(BLOCKS, jnp.bfloat16)
     add, finish = compiled("add"), compiled("finish", nearest=False)
     means = []
@@ -181,30 +180,31 @@ def test_xla_reads_what_a_kernel_wrote_and_the_reverse(monkeypatch):
     monkeypatch.setattr(trit_blocks, "suits_gpu", lambda *_: False)
     codes, scales = compiled("encode", trits=trits, unbiased=False)(x, own)
     one = jnp.ones(1)
-    by_xla = trit_blocks.decode_sum.__wrapped__(codes[None], scales[None], one, key, **settings)
+    # Traced anew, since what was traced before may have chosen otherwise.
+    decode = jax.jit(lambda codes, scales: trit_blocks.decode_sum.__wrapped__(codes, scales, one, key, **settings))
+    by_xla = decode(codes[None], scales[None])
     by_kernel = compiled("decode_sum", size=SIZE)(codes[None], one[None], np.float32(scales), own)
     assert share(by_kernel - by_xla, by_xla) < OF_ROUNDING
-    added = packed_rows.add.__wrapped__(packed_rows.Coded(codes, scales), x, own[0], None, block_size=1024)
+    add = jax.jit(lambda total: packed_rows.add.__wrapped__(total, x, own[0], None, block_size=1024))
+    added = add(packed_rows.Coded(codes, scales))
     by_kernel = compiled("add")(x, own, None, codes, scales)
     off = np.abs(numbers_of(added.codes) - numbers_of(by_kernel[0]))
     assert off.max() <= 1
     assert np.mean(off > 0) < 0.02
-    finished = packed_rows.finish.__wrapped__(added, x, own[0], jnp.float32(3), block_size=1024, nearest=True)
+    finish = jax.jit(
+        lambda total: packed_rows.finish.__wrapped__(total, x, own[0], jnp.float32(3), block_size=1024, nearest=True)
+    )
     by_kernel = compiled("finish", nearest=True)(*added, x, own, np.float32(3))
-    assert share(by_kernel - finished, finished) < OF_ROUNDING
+    assert share(by_kernel - finish(added), by_kernel) < OF_ROUNDING
 
 
-@pytest.mark.parametrize(
-    "tuning",
-    [trit_kernels.Tuning(1, rows=2), trit_kernels.Tuning(2, is_unrolled=True)],
-    ids=["rows in a loop", "unrolled"],
-)
-def test_however_it_is_compiled_it_is_the_same(tuning):
+def test_rows_one_after_the_other_are_the_same():
     """Also where the last program has fewer rows."""
     x, settings = vector(0, 3 * 5 * 1024), {"trits": 1, "unbiased": False}
     of_rows = words(size=x.size)
     codes, scales = compiled("encode", **settings)(x, of_rows)
-    found_codes, found_scales = compiled("encode", tuning=tuning, **settings)(x, of_rows)
+    in_turns = compiled("encode", tuning=trit_kernels.Tuning(1, rows=2), **settings)
+    found_codes, found_scales = in_turns(x, of_rows)
     np.testing.assert_array_equal(found_codes, codes)
     np.testing.assert_array_equal(found_scales, scales)
 
