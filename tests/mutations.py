@@ -311,6 +311,7 @@ MUTANTS = [
     Mutant(
         "platforms.on_each_gpu_or_anywhere", "is_of_one_device()", "is_on_one_device()", "kernels/test_platforms.py"
     ),
+    Mutant("platforms._has_bfloat16", ">= _AMPERE", "> _AMPERE", "kernels/test_platforms.py -k bfloat16"),
     Mutant("blocks.fills_rows", "25 * BLOCKS_IN_ROW", "24 * BLOCKS_IN_ROW", WHOLE_ROWS),
     Mutant("trit_blocks._row", "blocks.fills_rows(size, block_size)", "False", WHOLE_ROWS),
     Mutant("trit_blocks.suits_gpu", "block_size == _BLOCK_ON_GPU", "True", "test_lowering.py -k codec_has"),

@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -64,6 +66,15 @@ def test_but_not_on_several_devices_outside(monkeypatch):
 def test_without_pallas_it_is_xlas(monkeypatch):
     monkeypatch.setattr(platforms, "has_kernels", lambda: False)
     assert not lowered("cuda", twice_on_each)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_kernels"), [("7.5", False), ("8.0", True), ("10.0", True), ("gfx90a", True), (None, True)]
+)
+def test_gpus_without_bfloat16_have_no_kernels(capability, has_kernels, monkeypatch):
+    device = types.SimpleNamespace() if capability is None else types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert platforms.has_kernels.__wrapped__() == has_kernels
 
 
 @pytest.mark.parametrize("is_checked", [True, False])

@@ -11,13 +11,21 @@ import jax.numpy as jnp
 Operands = TypeVarTuple("Operands")
 Result = TypeVar("Result")
 
+_AMPERE = 8
 MOST = 1 << 31  # Elements of an array that a kernel is given are fewer.
 
 
 @functools.cache
 def has_kernels() -> bool:
-    """Whether Pallas has what they are written for; JAX has announced that it will not."""
-    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+    """Whether they can run: JAX has announced the end of what they are written for, and old GPUs have no bfloat16."""
+    has_pallas = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+    return has_pallas and all(map(_has_bfloat16, jax.local_devices()))
+
+
+def _has_bfloat16(device: jax.Device) -> bool:
+    """Of a GPU of NVIDIA's, which says by a version what it can, from Ampere on; of any other device true."""
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return not major.isdigit() or int(major) >= _AMPERE
 
 
 def is_on_one_device() -> bool:
