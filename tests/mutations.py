@@ -303,9 +303,9 @@ MUTANTS = [
     Mutant("levels.random_levels", "+ odds", "+ 0.5", GPU_TRITS + " -k stochastic"),
     Mutant("trit_kernels._encode_kernel", "3 * power", "power", GPU_TRITS + " -k encode_and_decode"),
     Mutant("trit_kernels._decode_sum_kernel", "of_block + shares", "of_block - shares", GPU_TRITS + " -k weighted"),
-    Mutant("trit_kernels._add_kernel", "grown += _rotated", "grown -= _rotated", GPU_TRITS + " -k grows"),
-    Mutant("trit_kernels._finish_kernel", "+ _coordinates(x", "- _coordinates(x", GPU_TRITS + " -k grows"),
-    Mutant("trit_kernels._rotated_back", "reversed(range(words.shape[0]))", "range(words.shape[0])", GPU_TRITS),
+    Mutant("trit_kernels._add_kernel", "grown += rows.rotated", "grown -= rows.rotated", GPU_TRITS + " -k grows"),
+    Mutant("trit_kernels._finish_kernel", "+ rows.coordinates(x", "- rows.coordinates(x", GPU_TRITS + " -k grows"),
+    Mutant("rows.rotated_back", "reversed(range(words.shape[0]))", "range(words.shape[0])", GPU_TRITS),
     Mutant("random_words._threefry", "keys[(i + 1) % 3]", "keys[i % 3]", "kernels/gpu/test_random_words.py"),
     Mutant("platforms.is_of_one_device", "mesh.are_all_axes_manual", "True", "test_lowering.py -k some_axes"),
     Mutant(

@@ -26,6 +26,7 @@ TESTED_IN = {
     "checkpoint_manifest.py": "test_checkpoint.py",
     "compression/exchange.py": "compression/test_pmean.py",
     "core/types.py": "test_typing.py",
+    "kernels/gpu/rows.py": "kernels/gpu/test_trit_kernels.py",
     "core/versions.py": "core/test_mesh.py",
     "prediction/kinds.py": "prediction/test_jit_by_phase.py",
     "prediction/leap.py": "prediction/test_multisecant.py",

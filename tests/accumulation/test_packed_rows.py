@@ -130,9 +130,9 @@ def test_rows_hold_every_coordinate_and_not_twice_as_many(size, block_size):
 
 def test_a_large_vector_lies_in_whole_rows():
     """As in the codec, so that one kernel reads both."""
-    size = 26 * 5 * 1024 - 100
+    size = 26 * 5 * 1024 + 100
     whole, last = packed_rows.rows_of(size, 1024)
-    assert (whole, last) == (packed_rows.Rows(25, 1024), packed_rows.Rows(1, 1024))
+    assert (whole, last) == (packed_rows.Rows(26, 1024), packed_rows.Rows(1, 1024))
     assert packed_rows.rows_of(26 * 5 * 1024, 1024) == (packed_rows.Rows(26, 1024), packed_rows.Rows(0, 1024))
     runs = blocks.split_into_blocks(size, 1024)
     assert runs == (blocks.BlockRun(whole.num_blocks + last.num_blocks, 1024),)

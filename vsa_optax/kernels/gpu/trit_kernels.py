@@ -16,55 +16,21 @@ Axes: n coordinates, r rows, t trits, b = 5 r blocks, k vectors.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
-from vsa_optax.kernels import platforms
-from vsa_optax.kernels.gpu import levels, tiles
+from vsa_optax.kernels.gpu import levels, rows, tiles
 from vsa_optax.kernels.gpu.levels import BLOCKS
+from vsa_optax.kernels.gpu.rows import Bytes, Sums, Tuning, num_rows
 from vsa_optax.kernels.gpu.tiles import SIDE, WIDTH, Ref
-
-ROW = BLOCKS * WIDTH  # Coordinates.
-
-# Digits of the blocks so far, times powers of three, and the next power.
-Sums: TypeAlias = tuple[jax.Array, jax.Array]
-# A row's bytes, for each trit.
-Bytes: TypeAlias = list[jax.Array]
-Carry = TypeVar("Carry")
-
-
-class Tuning(NamedTuple):
-    """How a kernel is compiled.
-
-    Attributes:
-        num_warps: that share a row.
-        is_unrolled: whether its five blocks are written one behind the other, and not as a loop.
-        rows: of a program, one after the other.
-        num_stages: of a loop's loads that are under way at once.
-    """
-
-    num_warps: int
-    is_unrolled: bool = False
-    rows: int = 1
-    num_stages: int = 1
-
 
 # By the number of trits; the table of what was tried is in `benchmarks/trit_kernels_tuning.log`.
 ENCODE = {1: Tuning(1), 2: Tuning(1), 3: Tuning(2)}
 DECODE = {1: Tuning(1), 2: Tuning(1), 3: Tuning(1)}
 ADD = {1: Tuning(2), 2: Tuning(1), 3: Tuning(2)}
 FINISH = {1: Tuning(1), 2: Tuning(2), 3: Tuning(1)}
-
-
-def num_rows(size: int) -> int:
-    """Rows for ``size`` coordinates."""
-    return -(-size // ROW)
 
 
 def encode(
@@ -89,11 +55,11 @@ def encode(
     Returns:
         ``[t, 1024 r] uint8`` and ``[b]``, in float32 if unbiased, to be rounded, and else in bfloat16.
     """
-    rows, tuning = num_rows(x.size), tuning or ENCODE[trits]
+    tuning, count = tuning or ENCODE[trits], num_rows(x.size)
     kernel = functools.partial(_encode_kernel, trits=trits, unbiased=unbiased, is_unrolled=tuning.is_unrolled)
     operands = [x, words, tiles.hadamard(), levels.table(trits)]
-    outputs = [((trits, rows * WIDTH), jnp.uint8), ((BLOCKS * rows,), jnp.float32 if unbiased else jnp.bfloat16)]
-    codes, scales = _call("trit_encode", kernel, operands, outputs, rows, tuning, interpret)
+    outputs = [((trits, count * WIDTH), jnp.uint8), ((BLOCKS * count,), jnp.float32 if unbiased else jnp.bfloat16)]
+    codes, scales = rows.call("trit_encode", kernel, operands, outputs, count, tuning, interpret)
     return codes, scales
 
 
@@ -113,12 +79,12 @@ def _encode_kernel(
     def encode_block(i: int | jax.Array, carry: Sums) -> Sums:
         sums, power = carry
         block = row * BLOCKS + i
-        y = _rotated(_coordinates(x, block), words, matrices, block)
+        y = rows.rotated(rows.coordinates(x, block), words, matrices, block)
         digits, scale = levels.nearest_levels(y, trits, table, unbiased=unbiased)
         scales[block] = scale.astype(scales.dtype)
         return sums + digits * power, 3 * power
 
-    _put_codes(codes, row, _over_blocks(encode_block, _no_sums(), is_unrolled=is_unrolled)[0])
+    rows.put_codes(codes, row, rows.over_blocks(encode_block, rows.no_sums(), is_unrolled=is_unrolled)[0])
 
 
 def decode_sum(
@@ -150,8 +116,9 @@ def decode_sum(
     kernel = functools.partial(_decode_sum_kernel, num=num, trits=trits, is_unrolled=tuning.is_unrolled)
     factors = factors * levels.unit(trits, nearest=True)
     operands = [codes, shares, factors, words, tiles.hadamard(), levels.table(trits)]
-    rows = num_rows(size)
-    (decoded,) = _call("trit_decode_sum", kernel, operands, [((size,), jnp.float32)], rows, tuning, interpret)
+    (decoded,) = rows.call(
+        "trit_decode_sum", kernel, operands, [((size,), jnp.float32)], num_rows(size), tuning, interpret
+    )
     return decoded
 
 
@@ -171,7 +138,7 @@ def _decode_sum_kernel(
 ) -> None:
     def put(i: int | jax.Array, values: jax.Array) -> None:
         block = row * BLOCKS + i
-        _put_coordinates(decoded, block, factors[block] * _rotated_back(values, words, matrices, block))
+        rows.put_coordinates(decoded, block, factors[block] * rows.rotated_back(values, words, matrices, block))
 
     def decode_block(i: int | jax.Array, rest: Bytes) -> Bytes:
         numbers, rest = levels.first_numbers(rest)
@@ -179,7 +146,7 @@ def _decode_sum_kernel(
         return rest
 
     def with_vector(k: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        rest, more = _codes(codes, row, k), []
+        rest, more = rows.codes(codes, row, k), []
         for i, of_block in enumerate(sums):
             numbers, rest = levels.first_numbers(rest)
             values = levels.values_of(numbers, table, trits, nearest=True)
@@ -187,7 +154,7 @@ def _decode_sum_kernel(
         return tuple(more)
 
     if num == 1:
-        _over_blocks(decode_block, _codes(codes, row, 0), is_unrolled=is_unrolled)
+        rows.over_blocks(decode_block, rows.codes(codes, row, 0), is_unrolled=is_unrolled)
         return
     nothing = (jnp.zeros((SIDE, SIDE), jnp.float32),) * BLOCKS
     for i, of_block in enumerate(lax.fori_loop(0, num, with_vector, nothing)):
@@ -226,7 +193,7 @@ def add(
     operands = [*operands, levels.table(trits), codes, scales]
     outputs = [(codes.shape, codes.dtype), (scales.shape, scales.dtype)]
     in_place = {len(operands) - 2: 0, len(operands) - 1: 1}
-    new = _call("trit_add", kernel, operands, outputs, num_rows(x.size), tuning, interpret, in_place)
+    new = rows.call("trit_add", kernel, operands, outputs, num_rows(x.size), tuning, interpret, in_place)
     return new[0], new[1]
 
 
@@ -254,7 +221,7 @@ def _add_kernel(
         numbers, rest = levels.first_numbers(rest)
         old = levels.values_of(numbers, table, trits, nearest=is_nearest)
         grown = old * (old_scales[block].astype(jnp.float32) * unit)
-        grown += _rotated(_coordinates(x, block), words, matrices, block)
+        grown += rows.rotated(rows.coordinates(x, block), words, matrices, block)
         if is_nearest:
             digits, scale = levels.nearest_levels(grown, trits, table, unbiased=False)
         else:
@@ -262,8 +229,8 @@ def _add_kernel(
         scales[block] = scale.astype(scales.dtype)
         return (sums + digits * power, 3 * power), rest
 
-    (sums, _), _ = _over_blocks(add_block, (_no_sums(), _codes(old_codes, row)), is_unrolled=is_unrolled)
-    _put_codes(codes, row, sums)
+    (sums, _), _ = rows.over_blocks(add_block, (rows.no_sums(), rows.codes(old_codes, row)), is_unrolled=is_unrolled)
+    rows.put_codes(codes, row, sums)
 
 
 def finish(
@@ -294,7 +261,7 @@ def finish(
     share = (1 / divisor).reshape(1)
     operands = [codes, scales, x, words, share, tiles.hadamard(), levels.table(codes.shape[0])]
     outputs = [(x.shape, jnp.float32)]
-    (finished,) = _call("trit_finish", kernel, operands, outputs, num_rows(x.size), tuning, interpret)
+    (finished,) = rows.call("trit_finish", kernel, operands, outputs, num_rows(x.size), tuning, interpret)
     return finished
 
 
@@ -319,94 +286,9 @@ def _finish_kernel(
         block = row * BLOCKS + i
         numbers, rest = levels.first_numbers(rest)
         values = levels.values_of(numbers, table, trits, nearest=nearest)
-        back = _rotated_back(values, words, matrices, block)
-        whole = back * (scales[block].astype(jnp.float32) * unit) + _coordinates(x, block)
-        _put_coordinates(finished, block, whole * share[0])
+        back = rows.rotated_back(values, words, matrices, block)
+        whole = back * (scales[block].astype(jnp.float32) * unit) + rows.coordinates(x, block)
+        rows.put_coordinates(finished, block, whole * share[0])
         return rest
 
-    _over_blocks(finish_block, _codes(codes, row), is_unrolled=is_unrolled)
-
-
-def _call(
-    name: str,
-    kernel: Callable[..., None],
-    operands: Sequence[jax.Array],
-    outputs: Sequence[tuple[tuple[int, ...], jax.typing.DTypeLike]],
-    rows: int,
-    tuning: Tuning,
-    interpret: bool,
-    in_place: dict[int, int] | None = None,
-) -> Sequence[jax.Array]:
-    """The kernel, whose first argument is the row, for each row."""
-
-    def program(*refs: Ref) -> None:
-        first = pl.program_id(0) * tuning.rows
-        if tuning.rows == 1:
-            return kernel(first, *refs)
-        return lax.fori_loop(first, jnp.minimum(first + tuning.rows, rows), lambda row, _: kernel(row, *refs), None)
-
-    return pl.pallas_call(
-        program,
-        grid=(pl.cdiv(rows, tuning.rows),),
-        out_shape=[platforms.shape_like(shape, dtype, operands) for shape, dtype in outputs],
-        input_output_aliases=in_place or {},
-        name=name,
-        compiler_params=triton.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages),
-        interpret=interpret,
-    )(*operands)
-
-
-def _rotated(x: jax.Array, words: Ref, matrices: Ref, block: jax.Array) -> jax.Array:
-    for turn in range(words.shape[0]):
-        x = tiles.transformed(tiles.flip(x, tiles.sign_bits(words, turn, block)), matrices)
-    return x
-
-
-def _rotated_back(y: jax.Array, words: Ref, matrices: Ref, block: jax.Array) -> jax.Array:
-    for turn in reversed(range(words.shape[0])):
-        y = tiles.flip(tiles.transformed(y, matrices), tiles.sign_bits(words, turn, block))
-    return y
-
-
-def _over_blocks(fun: Callable[[int | jax.Array, Carry], Carry], carry: Carry, *, is_unrolled: bool) -> Carry:
-    """``fun(i, carry)`` for one block of a row after the other."""
-    if not is_unrolled:
-        return lax.fori_loop(0, BLOCKS, fun, carry)
-    for i in range(BLOCKS):
-        carry = fun(i, carry)
-    return carry
-
-
-def _within(x: Ref, block: jax.Array) -> tuple[Ref, jax.Array | None]:
-    """A block of a vector, and which of its places are before the vector's end; None if all are."""
-    start = block * WIDTH
-    inside = None if x.size % ROW == 0 else start + lax.iota(jnp.int32, WIDTH) < x.size
-    return x.at[pl.ds(start, WIDTH)], inside
-
-
-def _coordinates(x: Ref, block: jax.Array) -> jax.Array:
-    """``[32, 32] f32``, zeros behind the end."""
-    part, inside = _within(x, block)
-    loaded = triton.load(part, mask=inside, other=None if inside is None else 0.0)
-    return loaded.astype(jnp.float32).reshape(SIDE, SIDE)
-
-
-def _put_coordinates(x: Ref, block: jax.Array, new: jax.Array) -> None:
-    part, inside = _within(x, block)
-    triton.store(part, new.reshape(WIDTH), mask=inside)
-
-
-def _codes(codes: Ref, row: jax.Array, *vector: int | jax.Array) -> Bytes:
-    """For each trit ``[32, 32] f32``, a row's bytes, from -121 to 121."""
-    of_row = pl.ds(row * WIDTH, WIDTH)
-    trits = codes.shape[-2]
-    return [levels.centred(codes[(*vector, i, of_row)].reshape(SIDE, SIDE)) for i in range(trits)]
-
-
-def _no_sums() -> Sums:
-    return jnp.zeros((SIDE, SIDE), jnp.float32), jnp.ones([], jnp.float32)
-
-
-def _put_codes(codes: Ref, row: jax.Array, sums: jax.Array) -> None:
-    for i, of_trit in enumerate(levels.bytes_of(sums, codes.shape[0])):
-        codes[i, pl.ds(row * WIDTH, WIDTH)] = of_trit
+    rows.over_blocks(finish_block, rows.codes(codes, row), is_unrolled=is_unrolled)
