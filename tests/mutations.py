@@ -95,6 +95,10 @@ SECANT_FLOAT16 = "prediction/predictors/test_secant.py -k float16 or twin"
 BY_KIND = "prediction/test_jit_by_phase.py"
 FORECAST = "prediction/test_forecast.py"
 GPU_SECANTS = "kernels/gpu/test_secant_kernels.py"
+GPU_TRITS = "kernels/gpu/test_trit_kernels.py"
+GPU_LEVELS = "kernels/gpu/test_levels.py"
+GPU_TILES = "kernels/gpu/test_tiles.py"
+WHOLE_ROWS = "kernels/test_trit_blocks.py -k rows"
 LEAP_CONSTANT = f"{LEAP_FIT} {LEAPS} -k constants"
 
 MUTANTS = [
@@ -292,6 +296,40 @@ MUTANTS = [
     Mutant("secants._step_in_one_pass", "squared + squared_of_rest", "squared", "kernels/test_secants.py -k one_pass"),
     Mutant(
         "secants._missed_in_one_pass", "found + _missed(rest, change)", "found", "kernels/test_secants.py -k one_pass"
+    ),
+    Mutant(
+        "tiles.transformed",
+        "left.astype(jnp.bfloat16), matrices[1]",
+        "left.astype(jnp.bfloat16), matrices[0]",
+        GPU_TILES,
+    ),
+    Mutant("tiles.sign_bits", "words[turn,", "words[0,", GPU_TILES),
+    Mutant("levels.nearest_levels", "gain * power", "gain", GPU_LEVELS),
+    Mutant("levels.values_of", "square = numbers * numbers", "square = numbers", GPU_LEVELS),
+    Mutant("levels._divided", "+ 0.5", "+ 0.0", GPU_LEVELS),
+    Mutant("levels._by_table", "eighths > cut", "eighths < cut", GPU_LEVELS),
+    Mutant("levels._by_comparisons", "magnitude > float(cut) * rms", "magnitude > float(cut)", GPU_LEVELS),
+    Mutant("levels._with_sign_of", "& _SIGN", "& 0", GPU_LEVELS),
+    Mutant("levels.random_levels", "+ odds", "+ 0.5", GPU_TRITS + " -k stochastic"),
+    Mutant("trit_kernels._encode_kernel", "3 * power", "power", GPU_TRITS + " -k encode_and_decode"),
+    Mutant("trit_kernels._decode_sum_kernel", "of_block + shares", "of_block - shares", GPU_TRITS + " -k weighted"),
+    Mutant("trit_kernels._add_kernel", "grown += rows.rotated", "grown -= rows.rotated", GPU_TRITS + " -k grows"),
+    Mutant("trit_kernels._finish_kernel", "+ rows.coordinates(x", "- rows.coordinates(x", GPU_TRITS + " -k grows"),
+    Mutant("rows.rotated_back", "reversed(range(words.shape[0]))", "range(words.shape[0])", GPU_TRITS),
+    Mutant("random_words._threefry", "keys[(i + 1) % 3]", "keys[i % 3]", "kernels/gpu/test_random_words.py"),
+    Mutant("platforms.is_of_one_device", "mesh.are_all_axes_manual", "True", "test_lowering.py -k some_axes"),
+    Mutant(
+        "platforms.on_each_gpu_or_anywhere", "is_of_one_device()", "is_on_one_device()", "kernels/test_platforms.py"
+    ),
+    Mutant("platforms._has_bfloat16", ">= _AMPERE", "> _AMPERE", "kernels/test_platforms.py -k bfloat16"),
+    Mutant("blocks.fills_rows", "25 * BLOCKS_IN_ROW", "24 * BLOCKS_IN_ROW", WHOLE_ROWS),
+    Mutant("trit_blocks._row", "blocks.fills_rows(size, block_size)", "False", WHOLE_ROWS),
+    Mutant("trit_blocks.suits_gpu", "block_size == _BLOCK_ON_GPU", "True", "test_lowering.py -k codec_has"),
+    Mutant(
+        "packed_rows.rows_of",
+        "blocks.fills_rows(size, block_size)",
+        "False",
+        "accumulation/test_packed_rows.py -k whole_rows",
     ),
     Mutant("secant_kernels._missed_kernel", "error -= change", "error += change", GPU_SECANTS),
     Mutant("secant_kernels._missed_kernel", "error / (rms", "error * (rms", GPU_SECANTS),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from samples import CHEAP
 
 from vsa_optax.accumulation import packed_rows
-from vsa_optax.kernels import lloyd_max
+from vsa_optax.kernels import blocks, lloyd_max
 
 
 def vectors(num, size, seed=0):
@@ -52,7 +52,7 @@ def summed(x, trits, block_size, rounding_key=None, functions=COMPILED):
     return total, finish(total, x[-1], words, jnp.float32(num), block_size=block_size, nearest=nearest)
 
 
-def blocks_of(size, block_size):
+def places_of(size, block_size):
     """For each block its slice of the padded vector and its number in the row."""
     begin, out = 0, []
     for rows in packed_rows.rows_of(size, block_size):
@@ -66,7 +66,7 @@ def twin(x, trits, block_size):
     """What each block sums to, in float64: its rotated coordinates, quantised after each addition."""
     num, size = x.shape
     levels = lloyd_max.levels(trits).astype(np.float64)
-    places, padded = blocks_of(size, block_size)
+    places, padded = places_of(size, block_size)
     whole = np.zeros((num, padded))
     whole[:, :size] = x
     words = np.asarray(words_for(size, block_size))
@@ -93,7 +93,7 @@ def test_sums_are_those_of_the_twin(trits, size, block_size):
     total, mean = summed(x, trits, block_size)
     numbers, expected = twin(np.asarray(x, np.float64), trits, block_size)
     begin = 0
-    for (place, block), number in zip(blocks_of(size, block_size)[0], numbers, strict=True):
+    for (place, block), number in zip(places_of(size, block_size)[0], numbers, strict=True):
         width = place.stop - place.start
         of_row = np.asarray(total.codes[:, begin : begin + width], np.int64)
         begin += width if block == 4 else 0
@@ -126,6 +126,21 @@ def test_rows_hold_every_coordinate_and_not_twice_as_many(size, block_size):
     assert whole.size <= size
     assert last.size < 2 * (size - whole.size) or not last.size or last.width <= 32
     assert last.width <= block_size
+
+
+def test_a_large_vector_lies_in_whole_rows():
+    """As in the codec, so that one kernel reads both."""
+    size = 26 * 5 * 1024 + 100
+    whole, last = packed_rows.rows_of(size, 1024)
+    assert (whole, last) == (packed_rows.Rows(26, 1024), packed_rows.Rows(1, 1024))
+    assert packed_rows.rows_of(26 * 5 * 1024, 1024) == (packed_rows.Rows(26, 1024), packed_rows.Rows(0, 1024))
+    runs = blocks.split_into_blocks(size, 1024)
+    assert runs == (blocks.BlockRun(whole.num_blocks + last.num_blocks, 1024),)
+    x, words = vectors(1, size)[0], words_for(size, 1024)
+    zeros = packed_rows.zeros(size, trits=1, block_size=1024)
+    total = COMPILED[0](zeros, x, words, None, block_size=1024)
+    error = COMPILED[1](total, jnp.zeros(size), words, jnp.float32(1), block_size=1024, nearest=True) - x
+    assert jnp.sum(error**2) < 0.2 * jnp.sum(x**2)
 
 
 @pytest.mark.parametrize("rounding_key", [None, 0], ids=["nearest", "stochastic"])

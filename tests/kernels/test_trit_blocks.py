@@ -1,6 +1,9 @@
 import numpy as np
+import pytest
+import reference
+from samples import draw
 
-from vsa_optax.kernels import blocks, signs, trit_blocks
+from vsa_optax.kernels import blocks, lloyd_max, signs, trit_blocks
 
 
 def test_each_block_and_round_has_words_of_its_own():
@@ -9,3 +12,29 @@ def test_each_block_and_round_has_words_of_its_own():
     assert [[words.shape for words in of_run] for of_run in of_runs] == [[(5, 2)] * 2, [(1, 1)] * 2]
     words = np.concatenate([np.ravel(words) for of_run in of_runs for words in of_run])
     assert len(set(words.tolist())) == 2 * (5 * 2 + 1)
+
+
+def test_a_large_vector_lies_in_whole_rows():
+    """Digit j of byte i of a row belongs to coordinate i of block j; zeros pad the last row."""
+    size, block_size = 27 * 5 * 1024 - 3000, 1024
+    assert blocks.fills_rows(size, block_size)
+    assert not blocks.fills_rows((1 << 17) - 1, 32)
+    assert not blocks.fills_rows(25 * 5 * 4096 - 1, 4096)
+    assert blocks.split_into_blocks(size, block_size) == (blocks.BlockRun(27 * 5, block_size),)
+    x, key = draw(0, size), signs.stream(0, 1, 2)
+    codes, scales = trit_blocks.encode(x, key, trits=2, block_size=block_size, unbiased=False)
+    assert codes.shape == (2, 27 * 1024)
+    assert scales.shape == (27 * 5,)
+    row, block = 7, 3
+    words = trit_blocks.random_words(key, blocks.split_into_blocks(size, block_size), rounds=1)[0][0][5 * row + block]
+    place = slice((5 * row + block) * 1024, (5 * row + block + 1) * 1024)
+    expected, scale = reference.quantize(
+        reference.rotate(x[place], [np.asarray(words)]), lloyd_max.levels(2).astype(np.float64), False
+    )
+    digits = np.asarray(codes, np.int64)[:, row * 1024 : (row + 1) * 1024] // 3**block % 3
+    assert np.mean(digits[0] + 3 * digits[1] != expected) < 0.01
+    assert float(scales[5 * row + block]) == pytest.approx(scale, rel=0.01)
+    decoded = trit_blocks.decode_sum(
+        codes[None], scales[None], np.ones(1, np.float32), key, size=size, block_size=block_size, unbiased=False
+    )
+    assert np.sum((decoded - x) ** 2) < 0.029 * np.sum(x**2)

@@ -10,8 +10,10 @@ blocks of a vector, which share its bytes: digit ``j`` of byte ``i`` belongs to 
 left of a vector behind whole rows becomes one more row, of narrower blocks. Done a few rows at a time, nothing needs
 memory of the vector's size beside the vector and its trits.
 
-This order of coordinates is not that of `kernels.trit_blocks`, whose bytes hold coordinates of the whole vector: what
-one packed, the other cannot read.
+For vectors of at least 2^17 coordinates and 25 rows it is the order of `kernels.trit_blocks`, too. A smaller one lies
+otherwise there: what one packed, the other cannot read.
+
+On a GPU of NVIDIA's, vectors in whole rows of blocks of 1024 are added and finished by `kernels.gpu.trit_kernels`.
 
 Axes: n coordinates, t trits, m bytes, b blocks.
 """
@@ -24,9 +26,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vsa_optax.kernels import lloyd_max, packing, rotation, trit_blocks, uniform
+from vsa_optax.kernels import blocks, lloyd_max, packing, platforms, rotation, trit_blocks, uniform
 
-BLOCKS = packing.DIGITS_PER_BYTE  # In a row.
+BLOCKS = blocks.BLOCKS_IN_ROW
 _NARROWEST = 32
 # Coordinates in work at once: what a core's cache holds; what keeps a GPU busy.
 _AT_ONCE_ON_CPU, _AT_ONCE = 1 << 18, 1 << 23
@@ -109,8 +111,13 @@ PieceFunction: TypeAlias = Callable[[Piece, Stage], tuple[jax.Array | None, Code
 
 
 def rows_of(size: int, block_size: int) -> tuple[Rows, Rows]:
-    """The rows of whole blocks, and what is behind: one row of the narrowest blocks of at least 32 that suffice."""
+    """The rows of whole blocks, and what is behind: one row of the narrowest blocks of at least 32 that suffice.
+
+    Behind 2^17 coordinates and 25 rows it is a row of whole blocks, too.
+    """
     num, rest = divmod(size, BLOCKS * block_size)
+    if blocks.fills_rows(size, block_size):
+        return Rows(num, block_size), Rows(int(rest > 0), block_size)
     narrow = max(1 << (-(-rest // BLOCKS) - 1).bit_length(), min(_NARROWEST, block_size)) if rest else block_size
     return Rows(num, block_size), Rows(int(rest > 0), narrow)
 
@@ -144,19 +151,32 @@ def add(total: Coded, x: jax.Array, words: jax.Array, rounding_key: jax.Array | 
         blocks, of_blocks = x.reshape(rows.num_blocks, -1), words.reshape(rows.num_blocks, -1)
         return rotation.rotate(blocks, [of_blocks]) + _decode(old, rows, nearest=rounding_key is None)
 
-    def quantize(grown: jax.Array, first: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    def quantize(
+        rounding_key: jax.Array | None, grown: jax.Array, first: int | jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         if rounding_key is None:
             numbers, scales = lloyd_max.quantize(grown, trits, unbiased=False)
             return numbers, scales.astype(jnp.bfloat16)
         return uniform.quantize_stochastically(grown, trits, jax.random.fold_in(rounding_key, first))
 
-    def add_piece(piece: Piece, stage: Stage) -> tuple[None, Coded]:
+    def add_piece(rounding_key: jax.Array | None, piece: Piece, stage: Stage) -> tuple[None, Coded]:
         grown = stage(functools.partial(grow, rows=piece.rows), piece.x, piece.words, piece.coded)
-        numbers, scales = stage(quantize, grown, jnp.asarray(piece.first))
+        numbers, scales = stage(functools.partial(quantize, rounding_key), grown, jnp.asarray(piece.first))
         codes = trit_blocks.pack_numbers(numbers.reshape(piece.rows.num, -1), trits)
         return None, Coded(codes.reshape(trits, -1), scales)
 
-    return _by_rows(add_piece, x, words, total, block_size)[1]
+    def anywhere(total: Coded, x: jax.Array, words: jax.Array, rounding_key: jax.Array | None) -> Coded:
+        return _by_rows(functools.partial(add_piece, rounding_key), x, words, total, block_size)[1]
+
+    def on_gpu(total: Coded, x: jax.Array, words: jax.Array, rounding_key: jax.Array | None) -> Coded:
+        from vsa_optax.kernels.gpu import trit_kernels  # Pallas with it, which few need.
+
+        key_data = None if rounding_key is None else jax.random.key_data(rounding_key)
+        return Coded(*trit_kernels.add(x, words[None], key_data, *total))
+
+    if trit_blocks.suits_gpu(x.size, block_size):
+        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, total, x, words, rounding_key)
+    return anywhere(total, x, words, rounding_key)
 
 
 @functools.partial(jax.jit, static_argnames=("block_size", "nearest"))
@@ -165,13 +185,23 @@ def finish(
 ) -> jax.Array:
     """``[n] f32``: the sum, turned back, plus ``x``, over ``divisor``; ``nearest`` as it was rounded."""
 
-    def finish_piece(piece: Piece, stage: Stage) -> tuple[jax.Array, None]:
+    def finish_piece(divisor: jax.Array, piece: Piece, stage: Stage) -> tuple[jax.Array, None]:
         rows = piece.rows
         decoded = stage(functools.partial(_decode, rows=rows, nearest=nearest), piece.coded)
         turned = rotation.rotate_back(decoded, [piece.words.reshape(rows.num_blocks, -1)])
         return (turned.reshape(-1) + piece.x) / divisor, None
 
-    return _by_rows(finish_piece, x, words, total, block_size)[0]
+    def anywhere(total: Coded, x: jax.Array, words: jax.Array, divisor: jax.Array) -> jax.Array:
+        return _by_rows(functools.partial(finish_piece, divisor), x, words, total, block_size)[0]
+
+    def on_gpu(total: Coded, x: jax.Array, words: jax.Array, divisor: jax.Array) -> jax.Array:
+        from vsa_optax.kernels.gpu import trit_kernels  # Pallas with it, which few need.
+
+        return trit_kernels.finish(*total, x, words[None], divisor, nearest=nearest)
+
+    if trit_blocks.suits_gpu(x.size, block_size):
+        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, total, x, words, divisor)
+    return anywhere(total, x, words, divisor)
 
 
 def _decode(total: Coded, rows: Rows, *, nearest: bool) -> jax.Array:

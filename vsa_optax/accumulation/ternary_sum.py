@@ -168,7 +168,7 @@ class TernarySum:
         """
         leaves, treedef = jax.tree.flatten(gradients)
         sizes = [0 if self._is_small(g) else packed_rows.num_words(_num_reals(g), self.block_size) for g in leaves]
-        words = jax.random.bits(signs.stream(self.seed, window, 0), (sum(sizes),), jnp.uint32)
+        words = signs.random_bits(signs.stream(self.seed, window, 0), (sum(sizes),))
         ends = np.cumsum(sizes)
         arrays = iter(jax.tree.leaves(total))
         results = []

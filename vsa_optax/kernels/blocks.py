@@ -8,11 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vsa_optax.kernels import packing
+
 # What is done to a block takes and gives the same kinds of trees as what is done to all blocks.
 Arrays = TypeVarTuple("Arrays")
 Result = TypeVar("Result")
 
 SMALLEST_BLOCK = 32
+# Blocks of a row, whose trits share bytes: digit j of byte i belongs to coordinate i of block j.
+BLOCKS_IN_ROW = packing.DIGITS_PER_BYTE
+# A vector of so many coordinates is padded to whole rows, by at most four in a hundred.
+_LARGE = 1 << 17
 _COORDINATES_AT_ONCE = 1 << 18
 
 
@@ -33,14 +39,21 @@ def split_into_blocks(size: int, block_size: int) -> tuple[BlockRun, ...]:
     """Blocks for ``size`` coordinates: as many of ``block_size`` as fit, then narrower ones for what is left.
 
     Each block costs a scale, and padding costs trits. What is left is cut into powers of two, or padded to the next
-    one, whichever takes fewer bits; the last block is padded to at least 32.
+    one, whichever takes fewer bits; the last block is padded to at least 32. A vector that fills rows gets whole rows.
     """
+    if fills_rows(size, block_size):
+        return (BlockRun(BLOCKS_IN_ROW * -(-size // (BLOCKS_IN_ROW * block_size)), block_size),)
     num, rest = divmod(size, block_size)
     widths = _tail(rest, block_size)[1]
     if widths and widths[0] == block_size:
         num, widths = num + 1, widths[1:]
     runs = [BlockRun(num, block_size)] if num else []
     return (*runs, *(BlockRun(1, width) for width in widths))
+
+
+def fills_rows(size: int, block_size: int) -> bool:
+    """Whether a vector is padded to whole rows of blocks: from 2^17 coordinates and 25 rows on."""
+    return size >= max(_LARGE, 25 * BLOCKS_IN_ROW * block_size)
 
 
 def _tail(rest: int, block_size: int) -> tuple[int, tuple[int, ...]]:

@@ -4,8 +4,6 @@ On one GPU, for records in bfloat16 of a large leaf, each is one pass of `kernel
 Everywhere else XLA makes them, which also divides the work of arrays that are laid out over several devices.
 """
 
-import functools
-import importlib.util
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -119,12 +117,6 @@ def missed(evaluated: Evaluated, change: jax.Array) -> jax.Array:
     return platforms.on_gpu_or_anywhere(_missed_in_one_pass, _missed, evaluated, change)
 
 
-@functools.cache
-def _has_kernels() -> bool:
-    """Whether Pallas has what they are written for; JAX has announced that it will not."""
-    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
-
-
 def _suits_gpu(arrays: Secants | Evaluated) -> bool:
     shape = arrays.rms.shape
     records = [x for x in arrays if x.shape != shape]
@@ -132,7 +124,7 @@ def _suits_gpu(arrays: Secants | Evaluated) -> bool:
         arrays.rms.size >= _LEAST_SIZE
         and all(x.dtype == jnp.bfloat16 for x in records)
         and all(x.dtype in (jnp.float32, jnp.float16, jnp.bfloat16) for x in arrays)
-        and _has_kernels()
+        and platforms.has_kernels()
     )
 
 

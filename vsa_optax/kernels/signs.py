@@ -4,17 +4,23 @@ A counter-based generator (threefry, whatever generator JAX is set to) makes one
 bit becomes the sign bit of one. The words are 1/32 of the data, and the rest fuses into the loop that uses the signs.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from vsa_optax.kernels import platforms
+
 _SIGN = np.uint32(1 << 31)
+_THREEFRY = "threefry2x32"
+_WORTH_A_KERNEL = 1 << 12
 
 
 def stream(seed: int, *counters: int | jax.Array) -> jax.Array:
     """The generator's key for a seed and a place in it: a step, the index of a leaf."""
-    key = jax.random.key(seed, impl="threefry2x32")
+    key = jax.random.key(seed, impl=_THREEFRY)
     for counter in counters:
         key = jax.random.fold_in(key, counter)
     return key
@@ -23,7 +29,26 @@ def stream(seed: int, *counters: int | jax.Array) -> jax.Array:
 def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """``[..., ceil(d / 32)] uint32``: random bits for arrays ``[..., d]`` of the given shape."""
     *batch, size = shape
-    return jax.random.bits(key, (*batch, -(-size // 32)), jnp.uint32)
+    return random_bits(key, (*batch, -(-size // 32)))
+
+
+def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """``[*shape] uint32``, those of ``jax.random.bits``; many of a threefry key on a GPU by a kernel of its own."""
+
+    def anywhere(key: jax.Array) -> jax.Array:
+        return jax.random.bits(key, shape, jnp.uint32)
+
+    def on_gpu(key: jax.Array) -> jax.Array:
+        from vsa_optax.kernels.gpu import random_words  # Pallas with it, which few need.
+
+        return random_words.draw(jax.random.key_data(key), math.prod(shape)).reshape(shape)
+
+    is_large = _WORTH_A_KERNEL <= math.prod(shape) < platforms.MOST
+    is_threefry = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and str(jax.random.key_impl(key)) == _THREEFRY
+    # The flag says which numbers belong to a key.
+    if is_large and is_threefry and jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined]
+        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, key)
+    return anywhere(key)
 
 
 def sign_bits(words: jax.Array, size: int) -> jax.Array:

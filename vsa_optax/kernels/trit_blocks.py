@@ -1,5 +1,12 @@
 """A vector as packed trits and a scale a block, and weighted sums of such vectors back.
 
+The trits of a vector of at least 2^17 coordinates and 25 rows lie in rows, to which it is padded. A row is five
+blocks, which share its bytes: digit ``j`` of byte ``i`` belongs to coordinate ``i`` of block ``j``. Those of a smaller
+one share bytes all together (`packing`).
+
+On a GPU of NVIDIA's, vectors that are so padded, in blocks of 1024, are coded by `kernels.gpu.trit_kernels`; everything
+else, and on several devices whatever is outside ``jax.shard_map``, is XLA's.
+
 Axes: n coordinates, t trits, m bytes, b blocks, k vectors.
 """
 
@@ -10,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vsa_optax.kernels import blocks, lloyd_max, packing, rotation, signs
+from vsa_optax.kernels import blocks, lloyd_max, packing, platforms, rotation, signs
 from vsa_optax.kernels.blocks import BlockRun
+
+_BLOCK_ON_GPU = 1024
 
 
 @functools.partial(jax.jit, static_argnames=("trits", "block_size", "unbiased"))
@@ -28,19 +37,30 @@ def encode(x: jax.Array, key: jax.Array, *, trits: int, block_size: int, unbiase
     Returns:
         ``(codes, scales)``: ``[t, m] uint8``, the digits of the level numbers, lowest first; ``[b] bfloat16``.
     """
-    runs = blocks.split_into_blocks(x.size, block_size)
+    runs, row = blocks.split_into_blocks(x.size, block_size), _row(x.size, block_size)
     words = random_words(key, runs, rounds=2 if unbiased else 1)
 
-    def encode_block(block: jax.Array, words: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return lloyd_max.quantize(rotation.rotate(block, words), trits, unbiased=unbiased)
+    def anywhere(x: jax.Array, words: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
+        def encode_block(block: jax.Array, words: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+            return lloyd_max.quantize(rotation.rotate(block, words), trits, unbiased=unbiased)
 
-    operands = list(zip(blocks.cut(x, runs), words, strict=True))
-    numbers, scales = blocks.map_runs(encode_block, operands, runs)
-    codes = pack_numbers(numbers, trits)
+        operands = list(zip(blocks.cut(x, runs), words, strict=True))
+        numbers, scales = blocks.map_runs(encode_block, operands, runs)
+        return _pack(numbers, trits, row), scales if unbiased else scales.astype(jnp.bfloat16)
+
+    def on_gpu(x: jax.Array, words: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
+        from vsa_optax.kernels.gpu import trit_kernels  # Pallas with it, which few need.
+
+        return trit_kernels.encode(x, _rounds(words), trits=trits, unbiased=unbiased)
+
+    if suits_gpu(x.size, block_size):
+        codes, scales = platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, x, words)
+    else:
+        codes, scales = anywhere(x, words)
     if unbiased:
-        random_bits = jax.random.bits(jax.random.fold_in(key, 2 * len(runs)), scales.shape, jnp.uint32)
+        random_bits = signs.random_bits(jax.random.fold_in(key, 2 * len(runs)), scales.shape)
         return codes, lloyd_max.round_stochastically(scales, random_bits)
-    return codes, scales.astype(jnp.bfloat16)
+    return codes, scales
 
 
 @functools.partial(jax.jit, static_argnames=("size", "block_size", "unbiased"))
@@ -68,24 +88,68 @@ def decode_sum(
     Returns:
         ``[n] f32``.
     """
-    runs = blocks.split_into_blocks(size, block_size)
+    runs, row = blocks.split_into_blocks(size, block_size), _row(size, block_size)
     words = random_words(key, runs, rounds=2 if unbiased else 1)
-    levels = jnp.asarray(lloyd_max.levels(codes.shape[1]))
-    numbers = unpack_numbers(codes.swapaxes(0, 1), blocks.padded_size(runs))
-
-    def decode_block(numbers: jax.Array, weights: jax.Array, words: list[jax.Array]) -> jax.Array:
-        # The largest weight is taken out and put back at the end, so that no sum on the way overflows.
-        largest = jnp.max(jnp.abs(weights))
-        shares = weights / jnp.where(largest > 0, largest, 1.0)
-        total = shares[0] * levels[numbers[0]]
-        for i in range(1, weights.size):
-            total = total + shares[i] * levels[numbers[i]]
-        return largest * rotation.rotate_back(total, words)
-
     weights = coefficients[:, None] * scales.astype(jnp.float32)
-    of_runs = zip(blocks.cut(numbers, runs), blocks.cut_scales(weights, runs), words, strict=True)
-    operands = [(in_run.swapaxes(0, 1), of_blocks.T, of_words) for in_run, of_blocks, of_words in of_runs]
-    return blocks.map_runs(decode_block, operands, runs)[:size]
+
+    def anywhere(codes: jax.Array, weights: jax.Array, words: list[list[jax.Array]]) -> jax.Array:
+        levels = jnp.asarray(lloyd_max.levels(codes.shape[1]))
+        numbers = _unpack(codes.swapaxes(0, 1), blocks.padded_size(runs), row)
+
+        def decode_block(numbers: jax.Array, weights: jax.Array, words: list[jax.Array]) -> jax.Array:
+            shares, largest = _shares_of(weights)
+            total = shares[0] * levels[numbers[0]]
+            for i in range(1, weights.size):
+                total = total + shares[i] * levels[numbers[i]]
+            return largest * rotation.rotate_back(total, words)
+
+        of_runs = zip(blocks.cut(numbers, runs), blocks.cut_scales(weights, runs), words, strict=True)
+        operands = [(in_run.swapaxes(0, 1), of_blocks.T, of_words) for in_run, of_blocks, of_words in of_runs]
+        return blocks.map_runs(decode_block, operands, runs)[:size]
+
+    def on_gpu(codes: jax.Array, weights: jax.Array, words: list[list[jax.Array]]) -> jax.Array:
+        from vsa_optax.kernels.gpu import trit_kernels  # Pallas with it, which few need.
+
+        shares, factors = (weights, weights[0]) if len(weights) == 1 else _shares_of(weights)
+        return trit_kernels.decode_sum(codes, shares, factors, _rounds(words), size=size)
+
+    if suits_gpu(size, block_size):
+        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, codes, weights, words)
+    return anywhere(codes, weights, words)
+
+
+def suits_gpu(size: int, block_size: int) -> bool:
+    """Whether vectors of this size lie in whole rows of the blocks that the kernels for GPUs are written for."""
+    return block_size == _BLOCK_ON_GPU and blocks.fills_rows(size, block_size) and size < platforms.MOST // 2
+
+
+def _shares_of(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``[k, ...]`` weights over the largest of them, and that: so that no sum of weighted levels overflows."""
+    largest = jnp.max(jnp.abs(weights), axis=0)
+    return weights / jnp.where(largest > 0, largest, 1.0), largest
+
+
+def _rounds(words: list[list[jax.Array]]) -> jax.Array:
+    """``[rounds, words] uint32``, of a vector that is one run."""
+    return jnp.stack([of_round.reshape(-1) for of_round in words[0]])
+
+
+def _row(size: int, block_size: int) -> int | None:
+    """Coordinates whose trits share bytes; None if all of the vector do."""
+    return blocks.BLOCKS_IN_ROW * block_size if blocks.fills_rows(size, block_size) else None
+
+
+def _pack(numbers: jax.Array, trits: int, row: int | None) -> jax.Array:
+    """``[t, m] uint8`` from ``[n] uint8`` level numbers, row by row."""
+    return pack_numbers(numbers if row is None else numbers.reshape(-1, row), trits).reshape(trits, -1)
+
+
+def _unpack(codes: jax.Array, size: int, row: int | None) -> jax.Array:
+    """``[..., size] uint8`` from ``[t, ..., m] uint8``, the inverse of `_pack`."""
+    if row is None:
+        return unpack_numbers(codes, size)
+    of_rows = codes.reshape(*codes.shape[:-1], -1, packing.packed_size(row))
+    return unpack_numbers(of_rows, row).reshape(*codes.shape[1:-1], size)
 
 
 def pack_numbers(numbers: jax.Array, trits: int) -> jax.Array:

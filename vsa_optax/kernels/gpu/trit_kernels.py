@@ -1,0 +1,294 @@
+"""What `kernels.trit_blocks` and `accumulation.packed_rows` do with large vectors, in one pass over memory; for GPUs.
+
+    encode       Q(R x)
+    decode_sum   R^-1 sum_k c_k deQ(S_k)
+    add          S <- Q(deQ(S) + R x), in place
+    finish       (R^-1 deQ(S) + x) / divisor
+
+for a random rotation R of each block of 1024 and a quantiser Q. A program takes a row: five blocks of the vector, which
+share their bytes, so that nothing but the vector, its trits, and a scale a block crosses memory. What is behind the
+vector's end in the last row counts as zeros.
+
+Levels are those of `lloyd_max` and `uniform` but where a coordinate is close to a tie; the rotation rounds to bfloat16
+(`tiles`), which costs 5e-6 of a block's energy.
+
+Axes: n coordinates, r rows, t trits, b = 5 r blocks, k vectors.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vsa_optax.kernels.gpu import levels, rows, tiles
+from vsa_optax.kernels.gpu.levels import BLOCKS
+from vsa_optax.kernels.gpu.rows import Bytes, Sums, Tuning, num_rows
+from vsa_optax.kernels.gpu.tiles import SIDE, WIDTH, Ref
+
+# By the number of trits; the table of what was tried is in `benchmarks/trit_kernels_tuning.log`.
+ENCODE = {1: Tuning(1), 2: Tuning(1), 3: Tuning(2)}
+DECODE = {1: Tuning(1), 2: Tuning(1), 3: Tuning(1)}
+ADD = {1: Tuning(2), 2: Tuning(1), 3: Tuning(2)}
+FINISH = {1: Tuning(1), 2: Tuning(2), 3: Tuning(1)}
+
+
+def encode(
+    x: jax.Array,
+    words: jax.Array,
+    *,
+    trits: int,
+    unbiased: bool,
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Rotates, quantises and packs.
+
+    Args:
+        x: ``[n]``.
+        words: ``[rounds, 32 b] uint32``, random, of which each bit is a sign.
+        trits: 1, 2 or 3.
+        unbiased: which scale.
+        tuning: how it is compiled, if otherwise than was measured to be best.
+        interpret: to run without a GPU, for tests.
+
+    Returns:
+        ``[t, 1024 r] uint8`` and ``[b]``, in float32 if unbiased, to be rounded, and else in bfloat16.
+    """
+    tuning, count = tuning or ENCODE[trits], num_rows(x.size)
+    kernel = functools.partial(_encode_kernel, trits=trits, unbiased=unbiased, is_unrolled=tuning.is_unrolled)
+    operands = [x, words, tiles.hadamard(), levels.table(trits)]
+    outputs = [((trits, count * WIDTH), jnp.uint8), ((BLOCKS * count,), jnp.float32 if unbiased else jnp.bfloat16)]
+    codes, scales = rows.call("trit_encode", kernel, operands, outputs, count, tuning, interpret)
+    return codes, scales
+
+
+def _encode_kernel(
+    row: jax.Array,
+    x: Ref,
+    words: Ref,
+    matrices: Ref,
+    table: Ref,
+    codes: Ref,
+    scales: Ref,
+    *,
+    trits: int,
+    unbiased: bool,
+    is_unrolled: bool,
+) -> None:
+    def encode_block(i: int | jax.Array, carry: Sums) -> Sums:
+        sums, power = carry
+        block = row * BLOCKS + i
+        y = rows.rotated(rows.coordinates(x, block), words, matrices, block)
+        digits, scale = levels.nearest_levels(y, trits, table, unbiased=unbiased)
+        scales[block] = scale.astype(scales.dtype)
+        return sums + digits * power, 3 * power
+
+    rows.put_codes(codes, row, rows.over_blocks(encode_block, rows.no_sums(), is_unrolled=is_unrolled)[0])
+
+
+def decode_sum(
+    codes: jax.Array,
+    shares: jax.Array,
+    factors: jax.Array,
+    words: jax.Array,
+    *,
+    size: int,
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The weighted sum of k vectors that were encoded with one rotation.
+
+    Args:
+        codes: ``[k, t, 1024 r] uint8``.
+        shares: ``[k, b] f32``, of each block in the sum, at most 1; not read if k is 1.
+        factors: ``[b] f32``, of the sum.
+        words: as in `encode`.
+        size: n.
+        tuning: how it is compiled, if otherwise than was measured to be best.
+        interpret: to run without a GPU, for tests.
+
+    Returns:
+        ``[n] f32``.
+    """
+    num, trits, _ = codes.shape
+    tuning = tuning or DECODE[trits]
+    kernel = functools.partial(_decode_sum_kernel, num=num, trits=trits, is_unrolled=tuning.is_unrolled)
+    factors = factors * levels.unit(trits, nearest=True)
+    operands = [codes, shares, factors, words, tiles.hadamard(), levels.table(trits)]
+    (decoded,) = rows.call(
+        "trit_decode_sum", kernel, operands, [((size,), jnp.float32)], num_rows(size), tuning, interpret
+    )
+    return decoded
+
+
+def _decode_sum_kernel(
+    row: jax.Array,
+    codes: Ref,
+    shares: Ref,
+    factors: Ref,
+    words: Ref,
+    matrices: Ref,
+    table: Ref,
+    decoded: Ref,
+    *,
+    num: int,
+    trits: int,
+    is_unrolled: bool,
+) -> None:
+    def put(i: int | jax.Array, values: jax.Array) -> None:
+        block = row * BLOCKS + i
+        rows.put_coordinates(decoded, block, factors[block] * rows.rotated_back(values, words, matrices, block))
+
+    def decode_block(i: int | jax.Array, rest: Bytes) -> Bytes:
+        numbers, rest = levels.first_numbers(rest)
+        put(i, levels.values_of(numbers, table, trits, nearest=True))
+        return rest
+
+    def with_vector(k: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        rest, more = rows.codes(codes, row, k), []
+        for i, of_block in enumerate(sums):
+            numbers, rest = levels.first_numbers(rest)
+            values = levels.values_of(numbers, table, trits, nearest=True)
+            more.append(of_block + shares[k, row * BLOCKS + i] * values)
+        return tuple(more)
+
+    if num == 1:
+        rows.over_blocks(decode_block, rows.codes(codes, row, 0), is_unrolled=is_unrolled)
+        return
+    nothing = (jnp.zeros((SIDE, SIDE), jnp.float32),) * BLOCKS
+    for i, of_block in enumerate(lax.fori_loop(0, num, with_vector, nothing)):
+        put(i, of_block)
+
+
+def add(
+    x: jax.Array,
+    words: jax.Array,
+    rounding: jax.Array | None,
+    codes: jax.Array,
+    scales: jax.Array,
+    *,
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """A coded sum with one more vector, in the sum's place.
+
+    Args:
+        x: ``[n]``.
+        words: as in `encode`, of one round.
+        rounding: ``[2] uint32``, the key of the random numbers for stochastic rounding to `uniform` levels; with None,
+            the nearest one of `lloyd_max`.
+        codes: ``[t, 1024 r] uint8``.
+        scales: ``[b] bfloat16``.
+        tuning: how it is compiled, if otherwise than was measured to be best.
+        interpret: to run without a GPU, for tests.
+
+    Returns:
+        New codes and scales.
+    """
+    trits, is_nearest = codes.shape[0], rounding is None
+    tuning = tuning or ADD[trits]
+    kernel = functools.partial(_add_kernel, trits=trits, is_nearest=is_nearest, is_unrolled=tuning.is_unrolled)
+    operands = [x, words, words if rounding is None else rounding, tiles.hadamard()]
+    operands = [*operands, levels.table(trits), codes, scales]
+    outputs = [(codes.shape, codes.dtype), (scales.shape, scales.dtype)]
+    in_place = {len(operands) - 2: 0, len(operands) - 1: 1}
+    new = rows.call("trit_add", kernel, operands, outputs, num_rows(x.size), tuning, interpret, in_place)
+    return new[0], new[1]
+
+
+def _add_kernel(
+    row: jax.Array,
+    x: Ref,
+    words: Ref,
+    rounding: Ref,
+    matrices: Ref,
+    table: Ref,
+    old_codes: Ref,
+    old_scales: Ref,
+    codes: Ref,
+    scales: Ref,
+    *,
+    trits: int,
+    is_nearest: bool,
+    is_unrolled: bool,
+) -> None:
+    unit = levels.unit(trits, nearest=is_nearest)
+
+    def add_block(i: int | jax.Array, carry: tuple[Sums, Bytes]) -> tuple[Sums, Bytes]:
+        (sums, power), rest = carry
+        block = row * BLOCKS + i
+        numbers, rest = levels.first_numbers(rest)
+        old = levels.values_of(numbers, table, trits, nearest=is_nearest)
+        grown = old * (old_scales[block].astype(jnp.float32) * unit)
+        grown += rows.rotated(rows.coordinates(x, block), words, matrices, block)
+        if is_nearest:
+            digits, scale = levels.nearest_levels(grown, trits, table, unbiased=False)
+        else:
+            digits, scale = levels.random_levels(grown, trits, rounding, block)
+        scales[block] = scale.astype(scales.dtype)
+        return (sums + digits * power, 3 * power), rest
+
+    (sums, _), _ = rows.over_blocks(add_block, (rows.no_sums(), rows.codes(old_codes, row)), is_unrolled=is_unrolled)
+    rows.put_codes(codes, row, sums)
+
+
+def finish(
+    codes: jax.Array,
+    scales: jax.Array,
+    x: jax.Array,
+    words: jax.Array,
+    divisor: jax.Array,
+    *,
+    nearest: bool,
+    tuning: Tuning | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """``[n] f32``: the sum, turned back, plus ``x``, over ``divisor``.
+
+    Args:
+        codes: ``[t, 1024 r] uint8``.
+        scales: ``[b] bfloat16``.
+        x: ``[n]``.
+        words: as in `add`.
+        divisor: ``[] f32``.
+        nearest: as it was rounded.
+        tuning: how it is compiled, if otherwise than was measured to be best.
+        interpret: to run without a GPU, for tests.
+    """
+    tuning = tuning or FINISH[len(codes)]
+    kernel = functools.partial(_finish_kernel, trits=codes.shape[0], nearest=nearest, is_unrolled=tuning.is_unrolled)
+    share = (1 / divisor).reshape(1)
+    operands = [codes, scales, x, words, share, tiles.hadamard(), levels.table(codes.shape[0])]
+    outputs = [(x.shape, jnp.float32)]
+    (finished,) = rows.call("trit_finish", kernel, operands, outputs, num_rows(x.size), tuning, interpret)
+    return finished
+
+
+def _finish_kernel(
+    row: jax.Array,
+    codes: Ref,
+    scales: Ref,
+    x: Ref,
+    words: Ref,
+    share: Ref,
+    matrices: Ref,
+    table: Ref,
+    finished: Ref,
+    *,
+    trits: int,
+    nearest: bool,
+    is_unrolled: bool,
+) -> None:
+    unit = levels.unit(trits, nearest=nearest)
+
+    def finish_block(i: int | jax.Array, rest: Bytes) -> Bytes:
+        block = row * BLOCKS + i
+        numbers, rest = levels.first_numbers(rest)
+        values = levels.values_of(numbers, table, trits, nearest=nearest)
+        back = rows.rotated_back(values, words, matrices, block)
+        whole = back * (scales[block].astype(jnp.float32) * unit) + rows.coordinates(x, block)
+        rows.put_coordinates(finished, block, whole * share[0])
+        return rest
+
+    rows.over_blocks(finish_block, rows.codes(codes, row), is_unrolled=is_unrolled)
