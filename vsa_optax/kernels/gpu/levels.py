@@ -97,7 +97,7 @@ def _by_comparisons(magnitude: jax.Array, rms: jax.Array, trits: int) -> tuple[j
 
 
 def _by_table(eighths: jax.Array, table: Ref) -> tuple[jax.Array, jax.Array]:
-    """As `_by_comparisons` for 27 levels, where those take twice as long; of magnitudes in eighths of an rms."""
+    """As `_by_comparisons`, for 27 levels, of which those would be 13; of magnitudes in eighths of an rms."""
     eighths = jnp.minimum(eighths, float(_TABLE - 1))
     cut = table[_TABLE + _integers(eighths)]
     num_below = lax.bitcast_convert_type(lax.bitcast_convert_type(cut, jnp.int32) & 15 | _ROUNDING_BITS, jnp.float32)
