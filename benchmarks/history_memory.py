@@ -24,13 +24,13 @@ STEPS = {"digits, full batch": 300, "PINN, sin(2 pi x)": 2000, "PINN, sin(6 pi x
 BEST = {"digits, full batch": 0.024, "PINN, sin(2 pi x)": 0.024, "PINN, sin(6 pi x)": 0.048}
 HISTORIES = {
     "plain": None,
-    "16, float32": Secants(16, dtype=None),
-    "16, the default": Secants(),
+    "16, the default": Secants(16),
+    "16, float16": Secants(16, dtype="float16"),
     "16, bfloat16": Secants(16, dtype="bfloat16"),
-    "24, float16": Secants(24),
-    "8, float32": Secants(8, dtype=None),
-    "8, float16": Secants(8),
-    "4, float16": Secants(4),
+    "24, float16": Secants(24, dtype="float16"),
+    "8, float32": Secants(8),
+    "8, float16": Secants(8, dtype="float16"),
+    "4, float16": Secants(4, dtype="float16"),
 }
 WIDTHS = [20, 7, 16, 7, 11, 26, 9, 9, 20, 9]
 

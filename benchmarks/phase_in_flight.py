@@ -110,6 +110,8 @@ def optimizers():
     return {
         "default": switched(Secants()),
         "flattened": optax.flatten(switched(Secants())),
+        "float16": switched(Secants(dtype="float16")),
+        "float16, flattened": optax.flatten(switched(Secants(dtype="float16"))),
         "8 secants, bfloat16": switched(Secants(8, dtype="bfloat16")),
         "recursion": vsa_optax.phase_switched(
             optax.adamw(1.0), predictor=Recursive(), learning_rate=RATE, phases=phases

@@ -51,7 +51,7 @@ predictable_share, plain, plain_as_long, phase_switched, by_phase, multisecant, 
 ProbeRun(gradients, loss, steps_to_plain, seconds_per_step, state_bytes, argument_bytes, temporary_bytes)
 QualityCycle(*, predict_steps=4, most_error=0.5)
 Recursive(*, decay=0.95, predicts='update', calibrate=True, residual_decay=None, dtype=None)
-Secants(window=16, *, dtype='float16')
+Secants(window=16, *, dtype=None)
 TritCodec(trits=2, *, block_size=1024, unbiased=False, seed=42)
 Window(length=8, *, decay=0.95, predicts='update', calibrate=True, residual_decay=None, dtype=None, codec=None)
 accumulate_ternary(every_k_schedule, *, trits=None, rounding='nearest', block_size=1024, use_grad_mean=True, seed=0)
@@ -70,11 +70,11 @@ multisecant(opt, *, learning_rate=None, history_window=8, history_dtype=<class '
 multisecant_stats(opt_state)
 needs_backward(opt_state)
 phase_stats(opt_state)
-phase_switched(opt, *, learning_rate=None, predictor=Secants(window=16, dtype='float16'), \
+phase_switched(opt, *, learning_rate=None, predictor=Secants(window=16, dtype=None), \
 phases=Guarded(tolerance=0.14, longest=20, warmup_steps=10))
 plots.draw_losses(report, path=None)
 plots.shade_phases(axis, phases, *, first_step=0)
-predict_gradients(*, predictor=Secants(window=16, dtype='float16'), \
+predict_gradients(*, predictor=Secants(window=16, dtype=None), \
 phases=Guarded(tolerance=0.14, longest=20, warmup_steps=10))
 probe.main(argv=None)
 probe.probe(loss, params, batches, opt, steps=100)
@@ -193,7 +193,7 @@ def test_docstrings_say_the_bytes_of_the_machine():
     assert numbers(r"State cost: (\d+) bytes", AdaptiveCycle.__doc__) == [bytes_of(adaptive)]
     assert numbers(r"State cost: (\d+) bytes", Guarded.__doc__) == [bytes_of(guarded)]
     for preset in (presets.CONSERVATIVE, presets.BALANCED, presets.AGGRESSIVE):
-        copies = preset.predictor.window + 2
+        copies = 2 * preset.predictor.window + 2
         doc = getattr(vsa_optax, next(name for name in PRESETS if getattr(presets, name.upper()) is preset)).__doc__
         assert numbers(r"(\d+) bytes .* and (\d+) copies", doc) == [8 + 4 * copies, copies]
 
@@ -229,7 +229,7 @@ def test_docstrings_say_the_bytes_of_a_history(predictor):
     state = jax.eval_shape(opt.init, params)
     codec, length = getattr(predictor, "codec", None), {Secants: 16, Window: 8}.get(type(predictor))
     size = bytes_of(params) if codec is None else codec.nbytes(params)
-    kept = written(r"``([^`]* \* P)``", type(predictor), W=length, P=size, Q=size / 2)
+    kept = written(r"``([^`]* \* P)``", type(predictor), W=length, P=size, Q=size)
     each = 56 if codec else written(r"(?:``([^`]*)``|calibrated, (\d+)) a leaf", type(predictor), W=length)
     more = written(r"a leaf, and ``([^`]*)``", type(predictor), W=length) if predictor == Secants() else 0
     assert 0 <= bytes_of((state.history, state.machine.calibration)) - kept - 2 * each - more < 60

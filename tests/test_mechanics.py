@@ -82,9 +82,9 @@ def test_the_history_is_not_copied(case):
     state = make_optimizer(CASES.index(case)).init(PARAMS)
     compiled = make_step(CASES.index(case)).lower(PARAMS, state, jnp.ones((8, 40))).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes - temporary_bytes_of_adamw()
-    # Gradient, prediction and the optimizer's answer, all alive in a CORRECT step; for secants, the way and the change
-    # since the newest record, and for their guard what leaves, whose norm it takes. Far from W records.
-    assert temporary < (8 if case["line"] is Secants else 4.5) * PARAM_BYTES
+    # Gradient, target, prediction and the optimizer's answer, all alive in a CORRECT step; for secants, the way and the
+    # change since the newest record, and for their guard what leaves, whose norm it takes. Far from W records.
+    assert temporary < (10 if case["line"] is Secants else 5) * PARAM_BYTES
     assert compiled.memory_analysis().alias_size_in_bytes >= PARAM_BYTES + sum(
         leaf.nbytes for leaf in jax.tree.leaves((state.history, state.residual, state.inner_state))
     )
@@ -93,7 +93,7 @@ def test_the_history_is_not_copied(case):
     ]
     assert not [shape for shape in copied if shape[:1] == (8,) and len(shape) == 3]
     if case.get("predicts") == "update":
-        assert (300, 40) not in copied
+        assert copied.count((300, 40)) <= 1  # The target, where it is not predicted.
 
 
 @pytest.mark.parametrize(

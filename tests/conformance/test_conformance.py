@@ -85,7 +85,7 @@ def test_map_params_maps_what_has_a_leaf_for_each_parameter(name):
     found = jax.tree.leaves(marked)
     assert all(found)
     records = 4 if name.startswith("defaults") else 2 if name.endswith("recursive") else 1
-    residuals = 0 if name == "lean" or name.startswith("defaults") else 1
+    residuals = 0 if name in ("lean", "last_difference") or name.startswith("defaults") else 1
     moments = 1 if name.startswith("momentum") else 2
     assert len(found) == (records + residuals + moments) * len(jax.tree.leaves(params))
     assert jax.tree.structure(optax.tree.map_params(opt, lambda leaf: leaf, state)) == jax.tree.structure(state)

@@ -157,7 +157,7 @@ def test_donated_arrays_are_used_again():
 
 @pytest.mark.parametrize("lag", [1, 2, 5])
 @pytest.mark.parametrize(
-    ("name", "most"), [("cycle", 15), ("calibrated cycle", 15), ("guarded window", 60), ("none", 0)]
+    ("name", "most"), [("cycle", 20), ("calibrated cycle", 25), ("guarded window", 60), ("none", 0)]
 )
 def test_the_host_waits_only_where_the_coming_kind_is_open(name, most, lag, monkeypatch):
     """On a device that has not done the last few steps, unless it is waited for."""

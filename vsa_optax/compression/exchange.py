@@ -91,7 +91,10 @@ def _mean_of_payloads(
     width = row_width(codec, vector.size, num)
     rows = _cut(vector, num, width)
     # What a device has for itself need be neither coded nor sent: its own row is the last of those in its order.
-    others_of, place_of = (own + 1 + jnp.arange(num - 1)) % num, (jnp.arange(num) - own - 1) % num
+    others_of, place_of = (
+        (own + 1 + jnp.arange(num - 1, dtype=jnp.int32)) % num,
+        (jnp.arange(num, dtype=jnp.int32) - own - 1) % num,
+    )
     mine, others = _take(rows, own), _rows(rows, others_of)
     first_step = 2 * (num * step + own)
 

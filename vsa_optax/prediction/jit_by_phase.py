@@ -64,8 +64,8 @@ class JitByPhase(Generic[Parameters, Result]):
             num_there = max((i + 1 for i, (runs, _) in enumerate(self._forecasts) if _is_ready(runs)), default=0)
             later = self._forecasts[num_there:]
             self._coming = _without(*self._forecasts[num_there - 1]) if num_there else []
+            self.num_waits += not self._coming
             while not self._coming:
-                self.num_waits += 1
                 self._coming = _without(*later.pop(0))
         kind, num = self._coming[0]
         self._coming = [(kind, num - 1), *self._coming[1:]] if num > 1 else self._coming[1:]

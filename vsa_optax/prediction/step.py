@@ -87,6 +87,7 @@ class PhaseStep:
         self._predicted_or_given = self._predicted, _given
         # The only predictor of which something else leaves than is recorded.
         self._correct = predictor.corrected if isinstance(predictor, MomentumPredictor) else None
+        self._corrected = self._corrected_and_horizon
 
     def __call__(
         self,
@@ -111,7 +112,9 @@ class PhaseStep:
         is_predict = machine.phase == Phase.PREDICT
         has_gradient, is_ignored = _looked_over(updates, is_predict, axes)
         emitted = _Emitted(updates, inner_state, has_gradient)
-        if self._recorded is not None:
+        if self._recorded is None:
+            _check_same_everywhere(updates, axes)
+        else:
             emitted = self._emitted_if(~is_predict & has_gradient, emitted, params, extra_args, axes)
         seen_params = params if self._predictor.reads_params else None
         is_compared = machine.phase == Phase.CORRECT
@@ -162,12 +165,14 @@ class PhaseStep:
         else:
             has_gradient, is_ignored = all_finite_over(axes)(updates), jnp.array(False)
         emitted = _Emitted(updates, inner_state, has_gradient)
-        if self._recorded is not None and kind is not StepKind.PREDICTED:
+        if self._recorded is None:
+            _check_same_everywhere(updates, axes)
+        elif kind is not StepKind.PREDICTED:
             target, new_state = self._recorded.update(updates, inner_state, params, **extra_args)
             _check_same_everywhere(target, axes)
             is_finite = has_gradient & all_finite(target)
             emitted = _Emitted(target, tree_where(is_finite, new_state, inner_state), is_finite)
-        elif self._recorded is not None:
+        else:
             emitted = emitted._replace(target=self._zeros_like_emitted(emitted, params, extra_args, axes))
         comparison, is_recorded = _nothing_measured(experience), jnp.array(False)
         zero = jnp.zeros([], jnp.float32)
@@ -262,9 +267,8 @@ class PhaseStep:
         is_recorded, leaving = _behind(~is_predict & is_finite, comparison), target
         if self._correct is not None:
             is_due = is_recorded & is_behind_leap & (scalars.horizon > 1)
-            leaving = lax.cond(is_due, self._correct, _as_it_is, history, scalars, target)
-            for first in [leaf.reshape(-1)[0] for leaf in jax.tree.leaves(leaving) if leaf.size]:
-                is_recorded &= numerics.is_finite(first) | ~is_due  # Always true, but known only now.
+            leaving, horizon = lax.cond(is_due, self._corrected, _as_it_is, history, scalars, target)
+            is_recorded &= horizon >= 0  # Always true, but known only now.
         history = self._record_if(is_recorded, history, target, params, count, scalars)
         return _Consulted(leaving, history, comparison, scalars.horizon, scalars.distance, is_recorded)
 
@@ -301,6 +305,13 @@ class PhaseStep:
 
         return self._predictor.compare(history, experience, scalars, target, prediction)
 
+    def _corrected_and_horizon(
+        self, history: HistoryState, scalars: Scalars, target: optax.Updates
+    ) -> tuple[optax.Updates, jax.Array]:
+        """With a number that is not negative, and not the other branch's: else XLA would know it before."""
+        assert self._correct is not None
+        return self._correct(history, scalars, target), scalars.horizon + 1
+
     def _record(
         self,
         history: HistoryState,
@@ -319,9 +330,9 @@ def _given(
     return target
 
 
-def _as_it_is(history: HistoryState, scalars: Scalars, target: optax.Updates) -> optax.Updates:
-    del history, scalars
-    return target
+def _as_it_is(history: HistoryState, scalars: Scalars, target: optax.Updates) -> tuple[optax.Updates, jax.Array]:
+    del history
+    return target, scalars.horizon
 
 
 def _nothing_measured(experience: Experience) -> Comparison:
