@@ -167,7 +167,7 @@ VARIANTS["coded_history"] = Variant(switched(optax.adam, codec=_TRITS, **SETTING
 VARIANTS["compressed"] = Variant(compressed(_TRITS), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["compressed_unbiased"] = Variant(compressed(_UNBIASED, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
 VARIANTS["compressed_sketch"] = Variant(compressed(_SKETCH, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
-VARIANTS["accumulated"] = Variant(accumulated(trits=3, block_size=2), 1e-2, suites=_FEW | {"contrib"}, predicts=False)
+VARIANTS["accumulated"] = Variant(accumulated(trits=3, block_size=2), 1e-2, suites=_FEW, predicts=False)
 VARIANTS["defaults"] = Variant(switched(optax.adam, line=Secants, when=Guarded), 1e-2, suites=_FEW)
 VARIANTS["default_lengths"] = Variant(switched(optax.adam), 1e-2, suites=frozenset())
 for _name, _suites in (

@@ -169,8 +169,7 @@ def test_predict_gradients_in_a_chain_is_the_gradient_domain():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), chained, wrapped)
 
 
-@pytest.mark.parametrize("line", [Window, Recursive])
-@pytest.mark.parametrize("predicts", ["update", "gradient"])
+@pytest.mark.parametrize(("line", "predicts"), [(Window, "update"), (Recursive, "gradient")])
 def test_same_bits_twice_and_in_scan(line, predicts):
     opt = blind.phase_switched(
         optax.adamw(1.0), learning_rate=0.05, line=line, length=3, predicts=predicts, when=AdaptiveCycle, **SHORT
