@@ -25,17 +25,17 @@ def forecast(phases: Guarded | Cycle, state: PhaseMachineState) -> jax.Array:
 
 
 def _of_guard(phases: Guarded, state: PhaseMachineState) -> jax.Array:
-    """A true step that is watched decides on what comes; in a leap, the way does, one step ahead."""
+    """A true step that is watched decides on what comes; in a leap, the way does."""
     assert state.guard is not None
     asleep, done = state.guard.asleep, state.steps_in_phase
     num_watched = jnp.where(state.phase == Phase.WARMUP, jnp.maximum(phases.warmup_steps - done, 1), 1)
-    left = leap_length(phases, state.guard) - done
+    is_last = done + 1 >= leap_length(phases, state.guard)
     true = jnp.where(
         asleep > 0,
         _runs((StepKind.PLAIN, asleep), (StepKind.WATCHED, 1)),
         _runs((StepKind.WATCHED, num_watched), (StepKind.WATCHED, 0)),
     )
-    predicted = _runs((StepKind.PREDICTED, jnp.clip(left, 1, 2)), (StepKind.WATCHED, left <= 2))
+    predicted = _runs((StepKind.PREDICTED, 1), (StepKind.WATCHED, is_last))
     return jnp.where(state.phase == Phase.PREDICT, predicted, true)
 
 

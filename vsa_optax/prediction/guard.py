@@ -21,13 +21,13 @@ between the parameters then and now. A leap ends early, or does not begin, once 
 allows:
 
     p <- w / h,   q <- d / h                          h steps from the newest record
-    at most one more step is predicted    if w > 2 p (P + 1) or d > 2 q (P + 1)
+    a true step is next    if w > 2 p (P + 1) or d > 2 q (P + 1)
 
-w includes the update that a step has just emitted. So if the rate jumps, one more step is predicted, and the next is a
-true one: a host that launches steps knows one step ahead what comes, and does not wait for a device in the middle of a
-leap. But `predict_gradients` emits gradients, and has no w; nor does w include what later links of a chain do to the
-updates of `phase_switched`. There d sees the jump one step later. Only secants have it. Where p or q is 0, nothing was
-measured, and nothing is bounded.
+w includes the update that a step has just emitted. So if the rate jumps, the coming step is already a true one. (With
+one more predicted step a host that launches steps would know one ahead what comes. But in one of eight such cases in
+benchmarks/guard_way.py the loss then peaked 2.7 times as high as plain training's.) But `predict_gradients` emits
+gradients, and has no w; nor does w include what later links of a chain do to the updates of `phase_switched`. There d
+sees the jump one step later. Only secants have it. Where p or q is 0, nothing was measured, and nothing is bounded.
 
 While the guard sleeps the way does not count, and p stays what it was.
 
@@ -129,7 +129,7 @@ class Plan(NamedTuple):
 
     Attributes:
         leaps: ``[] bool``, whether a FULL phase ends now.
-        length: ``[] int32``, steps of a PREDICT phase.
+        length: ``[] int32``, steps of a PREDICT phase; 0 if it ends now, since the way is too long.
     """
 
     leaps: jax.Array
@@ -181,15 +181,13 @@ def after(
     if moved.emitted is not None:
         way = jnp.where(moved.is_recorded, 0, state.way) + moved.emitted
         state = state._replace(way=jnp.where(was_asleep, state.way, way))
-    is_far = _is_far(state, moved, leap_length(settings, state) + 1)
-    one_more = jnp.minimum(state.length, (state.leap + 1).astype(jnp.float32))
-    leaps = (state.length > 0) & ~is_far
-    state = state._replace(length=jnp.where(is_predict & is_far, one_more, state.length))
-    return state, Plan(leaps, leap_length(settings, state))
+    length = leap_length(settings, state)
+    is_far = _is_far(state, moved, length + 1)
+    return state, Plan(leaps=(state.length > 0) & ~is_far, length=jnp.where(is_far, 0, length))
 
 
 def leap_length(settings: Guarded, state: GuardState) -> jax.Array:
-    """``[] int32``, predictions of the next leap, or of this one; the way may shorten it to one more than are done."""
+    """``[] int32``, predictions of the next leap, or of this one, if there is one; the way may end it earlier."""
     return jnp.clip(jnp.round(state.length), 1, settings.longest).astype(jnp.int32)
 
 
