@@ -135,7 +135,10 @@ def programs(layers, parts, names, batch):
 
     out = {}
     if "whole" in parts:
-        pair = lambda: (params(), gradients())  # noqa: E731
+
+        def pair():
+            return params(), gradients()
+
         out["whole, forward and backward"] = forward_and_backward, pair, tokens
     chosen = {name: opt for name, opt in accumulators().items() if name in names}
     for part, made, given in (("optimizer", optimizer_part, gradients), ("whole", whole, tokens)):

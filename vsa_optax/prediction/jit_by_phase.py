@@ -1,7 +1,7 @@
 """One program for each kind of step, and a host that knows which one comes.
 
 In a single program the phase is decided on the device: a GPU stops at each conditional and each turn of a loop until
-the host has fetched its condition, some ten times a step. Here each program is a straight line. What the host has to
+the host has fetched its condition. Here each program is a straight line. What the host has to
 know comes out of the programs themselves, as the number of steps whose kind is certain (`prediction.forecast`): it
 waits for a device only where that runs out, which is behind a true step that the guard watched, and in a leap that its
 way may end early.

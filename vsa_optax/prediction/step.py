@@ -191,7 +191,7 @@ class PhaseStep:
                 comparison = tree_where(emitted.is_finite, compared, comparison)
             is_recorded, target = _behind(emitted.is_finite, comparison), emitted.target
             if self._correct is not None:
-                is_due = is_recorded & ends_leap(machine) & (scalars.horizon > 1)
+                is_due = _is_corrected(is_recorded, ends_leap(machine), scalars)
                 leaving = tree_where(is_due, self._correct(history, scalars, target), target)
                 emitted, is_recorded = emitted._replace(target=leaving), is_recorded & all_finite(leaving)
             history = self._predictor.history.record(history, target, seen_params, count, scalars, is_recorded)
@@ -206,7 +206,7 @@ class PhaseStep:
         extra_args: dict[str, object],
         axes: frozenset[str],
     ) -> _Emitted:
-        """What the transformation makes of the gradients if it runs; else they are its target, or zeros like it."""
+        """What the transformation makes of the gradients, which are the given target, if it runs; else zeros."""
         traced_args, static_args = split_extra_args(extra_args)
         updates = unchanged.target
         target = self._zeros_like_emitted(unchanged, params, extra_args, axes)
@@ -266,7 +266,7 @@ class PhaseStep:
         comparison = self._compare_if(is_due, carry.comparison, is_due, target, history, scalars)
         is_recorded, leaving = _behind(~is_predict & is_finite, comparison), target
         if self._correct is not None:
-            is_due = is_recorded & is_behind_leap & (scalars.horizon > 1)
+            is_due = _is_corrected(is_recorded, is_behind_leap, scalars)
             leaving, horizon = lax.cond(is_due, self._corrected, _as_it_is, history, scalars, target)
             is_recorded &= horizon >= 0  # Always true, but known only now.
         history = self._record_if(is_recorded, history, target, params, count, scalars)
@@ -328,6 +328,11 @@ def _given(
 ) -> optax.Updates:
     del history, residual, scalars, weights
     return target
+
+
+def _is_corrected(is_recorded: jax.Array, is_behind_leap: jax.Array, scalars: Scalars) -> jax.Array:
+    """``[] bool``: a true target came after a step that was predicted."""
+    return is_recorded & is_behind_leap & (scalars.horizon > 1)
 
 
 def _as_it_is(history: HistoryState, scalars: Scalars, target: optax.Updates) -> tuple[optax.Updates, jax.Array]:
