@@ -46,7 +46,8 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     is_large = _WORTH_A_KERNEL <= math.prod(shape) < platforms.MOST
     is_threefry = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and str(jax.random.key_impl(key)) == _THREEFRY
     # The flag says which numbers belong to a key.
-    if is_large and is_threefry and jax.config.jax_threefry_partitionable:  # type: ignore[attr-defined] # Made at run time.
+    is_split = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined] # Made at run time.
+    if is_large and is_threefry and is_split:
         return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, key)
     return anywhere(key)
 
