@@ -89,8 +89,8 @@ class GuardState(NamedTuple):
         sleep: ``[] int32``, how many it will be the next time.
         action: ``[] int32``, the last `GuardAction`.
         way: ``[] float32``, w, the length of the updates emitted since the newest record, without those emitted while
-            asleep. The fields from here on are the last, because `vsa_optax.checkpoint` takes them for 0 in a checkpoint
-            that was made before they existed.
+            asleep. The fields from here on are the last, because `vsa_optax.checkpoint` takes them for 0 in a
+            checkpoint that was made before they existed.
         pace: ``[] float32``, w a step, at the last comparison; 0 before the first, when there is no bound.
         drift: ``[] float32``, d a step, likewise.
     """
