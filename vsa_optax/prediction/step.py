@@ -345,7 +345,7 @@ def _nothing_measured(experience: Experience) -> Comparison:
 
 
 def _behind(is_recorded: jax.Array, comparison: Comparison) -> jax.Array:
-    """``is_recorded``, known only when the history was read: then XLA writes in place, and copies nothing before."""
+    """``is_recorded``, known only when the error was: then XLA writes secants in place (by phase it copies windows)."""
     return is_recorded & ~(comparison.error < 0)  # An error is not negative, which XLA does not know.
 
 
