@@ -8,9 +8,6 @@ import sys
 import tarfile
 import zipfile
 
-# What a release leaves to the repository.
-NOT_IN_SOURCE = {".ci", ".github", ".gitignore", ".pre-commit-config.yaml"}
-
 
 def files_of(clone: pathlib.Path) -> set[str]:
     """All files of a fresh clone."""
@@ -23,7 +20,7 @@ def main(clone: str, wheel: str, source: str) -> None:
     files = files_of(pathlib.Path(clone))
     with tarfile.open(source) as archive:
         packed = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
-    wanted = {file for file in files if file.partition("/")[0] not in NOT_IN_SOURCE}
+    wanted = {file for file in files if not file.startswith(".")}  # Settings of tools are left to the repository.
     assert not wanted - packed, f"missing in the source archive: {sorted(wanted - packed)}"
     extra = packed - wanted - {"PKG-INFO", ".gitignore"}
     assert not extra, f"in the source archive, but not in the repository: {sorted(extra)}"
