@@ -12,6 +12,7 @@ from docutils.nodes import Element
 from docutils.utils.math import latex2mathml
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.writers.html5 import HTML5Translator
 
 import vsa_optax
 
@@ -95,6 +96,13 @@ def _mark_equations(app: Sphinx, what: str, name: str, obj: object, options: obj
             lines[i - 1 : i] = ["", "::", ""]
 
 
+def _keep_short_cells_whole(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """A number in a table, such as 1e-9, is not broken after its hyphen."""
+    for cell in doctree.findall(nodes.entry):
+        if len(cell.astext()) <= 16:
+            cell["classes"].append("short")
+
+
 def _written_signature(
     app: Sphinx, what: str, name: str, obj: object, options: object, signature: str | None, returned: str | None
 ) -> tuple[str, str] | None:
@@ -109,20 +117,22 @@ def _written_signature(
     return f"({ast.unparse(node.args)})", ast.unparse(node.returns) if node.returns else ""
 
 
-def _write_math(writer: object, node: nodes.math | nodes.math_block) -> None:
+def _write_math(writer: HTML5Translator, node: nodes.math | nodes.math_block) -> None:
     """Writes an equation as MathML, which browsers show without a script from another site."""
     is_block = isinstance(node, nodes.math_block)
-    writer.body.append(latex2mathml.tex2mathml(node.astext(), as_block=is_block))  # type: ignore[attr-defined]
+    writer.body.append(latex2mathml.tex2mathml(node.astext(), as_block=is_block))
     raise nodes.SkipNode
 
 
-def setup(app: Sphinx) -> None:
+def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", _copy_notebooks)
     app.connect("source-read", _link_to_copies)
+    app.connect("doctree-resolved", _keep_short_cells_whole)
     app.connect("missing-reference", _name_in_package)
     app.connect("autodoc-process-docstring", _mark_equations, priority=400)  # Before Napoleon reads the sections.
     app.connect("autodoc-process-signature", _written_signature)
     app.add_html_math_renderer("mathml", (_write_math, None), (_write_math, None))
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
 html_math_renderer = "mathml"

@@ -20,7 +20,7 @@ def _python_in(text: str) -> str:
 
 
 def _programs():
-    """Each section's Python behind that of its page's introduction, or the introduction's alone if no section has any."""
+    """Each section's Python behind that of the introduction, or the introduction's alone if no section has any."""
     for page in _PAGES:
         introduction, *sections = re.split(r"^## ", page.read_text(), flags=re.MULTILINE)
         shared = _python_in(introduction)
@@ -122,8 +122,10 @@ def test_the_api_pages_have_every_public_name_once():
 
 def test_every_page_is_in_the_table_of_contents():
     index = (_ROOT / "docs" / "index.md").read_text()
-    listed = re.findall(r"^[\w/]+$", "".join(re.findall(r"```{toctree}(.*?)```", index, flags=re.DOTALL)), re.MULTILINE)
-    assert {page.stem for page in _PAGES} - {"index"} <= set(listed)
+    contents = "".join(re.findall(r"```{toctree}(.*?)```", index, flags=re.DOTALL))
+    assert {page.stem for page in _PAGES} - {"index"} <= set(
+        re.findall(r"(?:^|<)([\w/]+)(?:>|$)", contents, re.MULTILINE)
+    )
 
 
 def _sentences(text: str) -> list[str]:
