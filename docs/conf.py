@@ -27,6 +27,8 @@ exclude_patterns = ["_build"]
 nitpicky = True
 
 html_theme = "furo"
+pygments_style = "default"  # Furo's own shows no added lines of a diff.
+pygments_dark_style = "github-dark"
 html_title = f"vsa_optax {release}"
 html_copy_source = False
 html_show_copyright = False

@@ -74,7 +74,11 @@ def _anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", [_README, _ROOT / "CHANGELOG.md", *sorted((_ROOT / "docs").rglob("*.md"))], ids=str)
+@pytest.mark.parametrize(
+    "path",
+    [_README, _ROOT / "CHANGELOG.md", *sorted((_ROOT / "docs").rglob("*.md"))],
+    ids=lambda path: str(path.relative_to(_ROOT)),
+)
 def test_links_within_the_repository_lead_somewhere(path):
     wrong = []
     for link in _linked_from(path):

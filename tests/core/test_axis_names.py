@@ -1,4 +1,4 @@
-"""Parameters whose axes have names, in Flax's containers: a state's arrays lie as the README says."""
+"""Parameters whose axes have names, in Flax's containers: a state's arrays lie as the documentation says."""
 
 import flax.linen as nn
 import jax
