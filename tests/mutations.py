@@ -767,6 +767,7 @@ MUTANTS = [
     Mutant("conditional.in_place_if", "return loop[0]", "return ~loop[0]", LINE),
     Mutant("trees.all_finite", "finite &= numerics", "finite |= numerics", STEP),
     Mutant("trees.tree_where", "jnp.where(condition, n, o)", "jnp.where(condition, o, n)", STEP),
+    Mutant("step._behind", "~jnp.any(jnp.isnan(leaf))", "True", "prediction/test_jit_by_phase.py -k copies_no_record"),
     Mutant("step.PhaseStep._consult", "_behind(~is_predict & is_finite", "_behind(is_predict & is_finite", LINE),
     Mutant("step.PhaseStep._consult", "is_due = is_compared & is_finite", "is_due = is_compared | is_finite", TWIN),
     Mutant("step.PhaseStep.__call__", "(~is_predict & has_gradient", "(~is_predict | has_gradient", LINE),
