@@ -28,14 +28,17 @@ class Secants:
 
     Attributes:
         window: W, how many changes are kept, ``>= 2``.
-        dtype: of the changes: float16, bfloat16, float32 or float64; None keeps each leaf's own. In float16 each change
-            of a leaf is stored relative to a power of two; it skips fewer steps, in short runs of small models a third
-            fewer (benchmarks/history_memory.log). A complex leaf is kept in complex64 or complex128, and the
-            newest parameters and gradient in their own dtype.
+        dtype: of the changes: float16, bfloat16, float32 or float64. None keeps float16 of leaves of float32, bfloat16
+            or float16 with at least 65,536 coordinates, and every other leaf in its own dtype. In float16 each change
+            of a leaf is stored relative to a power of two. Small leaves in float16 skip fewer steps, in short runs of
+            small models a third fewer; large ones about as many as in float32 (benchmarks/history_memory.log,
+            history_large_gpu.log). A complex leaf is kept in complex64 or complex128, and the newest parameters and
+            gradient in their own dtype.
 
     State cost:
-        for parameters of P bytes, and Q in the dtype of the changes, ``2 * W * Q + 2 * P`` bytes,
-        ``4 * (W**2 + 1)`` a leaf, and ``4 * W**2``; in float16 ``8 * W`` a leaf more.
+        for parameters of P bytes, and Q in the dtypes of the changes, ``2 * W * Q + 2 * P`` bytes,
+        ``4 * (W**2 + 1)`` a leaf, and ``4 * W**2``; if any leaf is in float16, ``8 * W`` a leaf more. For a model in
+        float32 with large leaves that is 18 copies of the parameters by default, and 34 with small ones.
 
     Raises:
         ValueError: an attribute outside its range; at ``update``, no ``params``.
