@@ -4,6 +4,7 @@ Run `python benchmarks/prediction.py | tee benchmarks/prediction.log` for the ta
 mini-batches; it starts a process a core: where there is a GPU, put `JAX_PLATFORMS=cpu` in front. On a GPU, run
 `--task bytes`, or `--task sentences` (see `sentence_transformer.py` for its weights): one run after the other. With
 `--results FILE` it goes on where it was stopped, and takes what runs with other `--methods` have written.
+`prediction_picture.py` draws the picture from the log.
 
 Each method chooses rate, betas and its own settings by a few seeds, and is compared by others: at these settings, and
 with plain Adam's betas at a quarter of plain Adam's best rate, which is where recipes usually are. Plain Adam is given
@@ -37,7 +38,7 @@ import sentence_transformer
 from guard import BETAS as GUARD_BETAS
 from guard import MOST_WORSE, MOST_WORSE_SEED, geometric_mean
 from prediction_methods import METHODS, RECIPE, WARMUP
-from prediction_report import draw, print_case
+from prediction_report import print_case
 
 CASES = prediction_tasks.CASES | digits_cnn.CASES | sentence_transformer.CASES | byte_transformer.CASES
 BETAS = (*GUARD_BETAS, (0.8, 0.95))
@@ -305,11 +306,8 @@ def suite(options):
             name, plans[name], {budget: at for budget, at in best_at[name].items() if budget != steps[name]}
         )
     found = gathered(run_all, jobs)
-    pictures = {}
     for name in names:
-        pictures[name] = print_case(name, CASES[name], plans[name], steps[name], best[name], best_at[name], found)
-    if options.plot:
-        draw(pictures, options.plot)
+        print_case(name, CASES[name], plans[name], steps[name], best[name], best_at[name], found)
 
 
 def main():
@@ -322,7 +320,6 @@ def main():
     parser.add_argument("--fewest", type=float, help="also give plain Adam this fraction of the steps, such as 0.2")
     parser.add_argument("--steps", type=int, help="instead of each task's own, for a trial")
     parser.add_argument("--results", type=pathlib.Path, help="a file to keep each run's results in, and to go on from")
-    parser.add_argument("--plot", help="a PNG to write")
     began = time.perf_counter()
     suite(parser.parse_args())
     print(f"{time.perf_counter() - began:.0f} s in all")

@@ -54,6 +54,7 @@ LEGACY = "prediction/test_legacy.py -k trainers or lengths"
 LOSSES = "test_loss_history.py -k same_loss or repeated or measured_in_predict or finite or ring or beside"
 LOSS_STATISTICS = "test_loss_statistics.py"
 PICTURES = "test_plots.py -k page or stretches"
+MEMORY = "test_memory.py"
 WALK = "prediction/test_machine.py -k short_cycles or prolong or walk_equals"
 ADAPTIVE = "prediction/test_machine.py -k adaptive"
 LOSS = "prediction/test_machine.py -k adaptive or nonfinite_values"
@@ -807,6 +808,11 @@ MUTANTS = [
         "mesh.follows_window", "_noted.first = (place, link)", "pass", "test_collective_windows.py -k before_a_window"
     ),
     Mutant("pmean._check_made_inside", "leaf.shape[0] == 1", "leaf.shape[0] > 1", COLLECTIVE_REFUSALS),
+    Mutant("memory._parts_of", "value, of_field", "value, part", MEMORY),
+    Mutant("memory._parts_of", "type(node) in _PARTS", "False", MEMORY),
+    Mutant("memory._bytes_of", "per_device and sharding", "sharding", MEMORY),
+    Mutant("memory._bytes_of", "int(leaf.dtype.itemsize)", "4", MEMORY),
+    Mutant("memory.in_units", "size >= unit", "size > unit", MEMORY),
     Mutant("stats.phase_stats", "total - machine.predict_steps", "total + machine.predict_steps", WALK),
     Mutant("stats.needs_backward", "opt_state).phase != Phase", "opt_state).phase == Phase", LINE),
     Mutant(

@@ -52,6 +52,7 @@ ProbeRun(gradients, loss, steps_to_plain, seconds_per_step, state_bytes, argumen
 QualityCycle(*, predict_steps=4, most_error=0.5)
 Recursive(*, decay=0.95, predicts='update', calibrate=True, residual_decay=None, dtype=None)
 Secants(window=16, *, dtype=None)
+StateBytes(moments, history, accumulator, residual, losses, bookkeeping)
 TritCodec(trits=2, *, block_size=1024, unbiased=False, seed=42)
 Window(length=8, *, decay=0.95, predicts='update', calibrate=True, residual_decay=None, dtype=None, codec=None)
 accumulate_ternary(every_k_schedule, *, trits=None, rounding='nearest', block_size=1024, use_grad_mean=True, seed=0)
@@ -78,6 +79,7 @@ predict_gradients(*, predictor=Secants(window=16, dtype=None), \
 phases=Guarded(tolerance=0.14, longest=20, warmup_steps=10))
 probe.main(argv=None)
 probe.probe(loss, params, batches, opt, steps=100)
+state_bytes(tree, *, per_device=False)
 state_specs(opt_state, axis_name)
 ternary_accumulator(num_microbatches, *, trits=None, rounding='nearest', block_size=1024, use_grad_mean=True, seed=0)
 ternary_multi_steps(opt, every_k_schedule, use_grad_mean=True, should_skip_update_fn=None, *, trits=None, \

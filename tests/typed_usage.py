@@ -29,6 +29,7 @@ from vsa_optax import (
     QualityCycle,
     Recursive,
     Secants,
+    StateBytes,
     TritCodec,
     Window,
     accumulate_ternary,
@@ -49,6 +50,7 @@ from vsa_optax import (
     plots,
     predict_gradients,
     probe,
+    state_bytes,
     state_specs,
     ternary_accumulator,
     ternary_multi_steps,
@@ -258,6 +260,17 @@ def use_probe(params: Params, x: jax.Array) -> ProbeReport:
     return report
 
 
+def use_state_bytes(state: optax.OptState) -> int:
+    """By part, in all, and as text."""
+    size = state_bytes(state, per_device=True)
+    assert_type(size, StateBytes)
+    parts: list[int] = [size.moments, size.history, size.accumulator, size.residual, size.losses, size.bookkeeping]
+    assert sum(parts) == size.total
+    line: str = str(size)
+    assert line
+    return size.total
+
+
 def use_queries(state: optax.OptState) -> PhaseStats:
     """Both queries, every field, and the phases."""
     assert_type(needs_backward(state), jax.Array)
@@ -331,6 +344,7 @@ def main() -> None:
     assert use_momentum().phases.predict_steps == 4
     states = [opt.init(params) for opt in use_transformations()]
     assert len(states) > 1
+    assert use_state_bytes(states) > 0
     opt, state = use_transformations()[1], states[1]
     use_value_and_grad(params, x, state)
     value, grads = value_and_grad_by_phase(loss)(params, x, state=state)

@@ -37,7 +37,7 @@ the guard predicts nothing, and training is plain AdamW with more memory and mor
 multisecant"""
 _NOTES = """Final training loss: over the whole training set, at the end. Backward passes: evaluations of loss and
 gradient, those inside the line search of L-BFGS included. Wall time: of the training steps; compilation is
-excluded. State bytes: of the optimizer's live state."""
+excluded. State bytes: of the optimizer's live state, and by part:"""
 _SOLVED = 1e-6  # Loss of the whole training set at which a run ends; not far below, rounding is all that is left.
 _REQUIRED = ("flax", "sklearn", "matplotlib", "tqdm")
 _PICTURE, _LOSSES = "training.png", "losses.png"
@@ -103,7 +103,7 @@ class Run(NamedTuple):
     accuracy: float
     backward_passes: int
     seconds: float
-    state_bytes: int
+    state_bytes: vsa_optax.StateBytes
     ignored_gradients: int
     report: vsa_optax.LossReport | None = None
 
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = runs[_SWITCHED].report
     assert report is not None
     plots.draw_losses(report, losses)
-    print(f"\n{_table(runs)}\n\n{_NOTES}{_ending(options)}{_warning(runs[_SWITCHED])}")
+    print(f"\n{_table(runs)}\n\n{_NOTES}\n\n{_parts(runs)}\n{_ending(options)}{_warning(runs[_SWITCHED])}")
     print(f"\nLosses of {_SWITCHED}: {losses}\nPicture: {picture}")
     return 0
 
@@ -200,7 +200,7 @@ def _train(task: Task, options: argparse.Namespace, method: str) -> Run:
         accuracy=float(np.mean(np.argmax(logits, axis=-1) == task.test[1])),
         backward_passes=int(np.sum(steps.backward_passes)),
         seconds=seconds,
-        state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+        state_bytes=vsa_optax.state_bytes(state),
         ignored_gradients=ignored_gradients,
         report=report,
     )
@@ -330,9 +330,14 @@ def _table(runs: dict[str, Run]) -> str:
     heads = "method", "final training loss", "test accuracy", "backward passes", "wall time", "state bytes"
     lines = [row(*heads), row("-" * 20, *("-" * len(head) for head in heads[1:]))]
     for name, _, loss, accuracy, backward_passes, seconds, size, *_ in runs.values():
-        cost = backward_passes, f"{seconds:.2f} s", f"{size:,}"
+        cost = backward_passes, f"{seconds:.2f} s", f"{size.total:,}"
         lines.append(row(name, f"{loss:.2e}", f"{accuracy:.2%}", *cost))
     return "\n".join(lines)
+
+
+def _parts(runs: dict[str, Run]) -> str:
+    """What the bytes of each state are for, one line a method."""
+    return "\n".join(f"  {name:20}  {run.state_bytes}" for name, run in runs.items())
 
 
 def _ending(options: argparse.Namespace) -> str:

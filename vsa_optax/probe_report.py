@@ -4,6 +4,8 @@ import math
 import textwrap
 from typing import Literal, NamedTuple, TypeAlias
 
+from vsa_optax.memory import in_units
+
 Recommendation: TypeAlias = Literal["none", "phase_switched", "multisecant"]
 
 # Gradients that differ less, relative to their norm, differ by rounding.
@@ -254,10 +256,7 @@ def _table(report: ProbeReport) -> str:
 
 
 def _in_units(size: int | None) -> str:
-    if size is None:
-        return "-"
-    units = [(10**9, "GB"), (10**6, "MB"), (10**3, "kB")]
-    return next((f"{size / unit:.3g} {name}" for unit, name in units if size >= unit), f"{size} B")
+    return "-" if size is None else in_units(size)
 
 
 def _advice(report: ProbeReport) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from vsa_optax.core.types import Tree
+from vsa_optax.memory import state_bytes
 from vsa_optax.prediction.jit_by_phase import jit_by_phase
 from vsa_optax.prediction.leap import MultisecantState
 from vsa_optax.prediction.stats import needs_backward
@@ -151,7 +152,7 @@ def run(task: Task, trial: Trial) -> Outcome:
     seconds = time.perf_counter() - began
     losses, needs = zip(*jax.device_get(records), strict=True)
     accepted = state.params if isinstance(state, MultisecantState) else params
-    return Outcome(accepted, _num_bytes(state), np.asarray(losses, np.float64), int(np.sum(needs)), seconds)
+    return Outcome(accepted, state_bytes(state).total, np.asarray(losses, np.float64), int(np.sum(needs)), seconds)
 
 
 def fastest(task: Task, trials: Mapping[str, Trial], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
@@ -191,10 +192,6 @@ class Evaluation:
             return None
         gradients = (self._evaluate(params, batch)[1] for batch in self._batches)
         return float(np.mean([_distance(*pair) for pair in itertools.pairwise(gradients)]))
-
-
-def _num_bytes(tree: Tree) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def _own_copy(tree: Tree) -> Tree:
