@@ -95,7 +95,7 @@ def _mark_equations(app: Sphinx, what: str, name: str, obj: object, options: obj
             and not before.startswith(" ")
             and before[-2:] != "::"
         ):
-            lines[i - 1 : i] = ["", "::", ""]
+            lines[i - 1 : i] = ["", ".. code-block:: text", ""]
 
 
 def _keep_short_cells_whole(app: Sphinx, doctree: nodes.document, docname: str) -> None:
