@@ -64,22 +64,28 @@ def inner_of_all_records(records: jax.Array, others: jax.Array) -> jax.Array:
 def inner_of_each(records: jax.Array, x: jax.Array) -> jax.Array:
     """``[W]``: ``<r_i, x>`` of ``[W, *shape]`` with ``[*shape]``, in at least f32; x is not rounded to the records.
 
-    A matrix product on a CPU; elsewhere a sum, since XLA would write wider records for a product first.
+    A matrix product on a CPU, or one of vectors for each narrower record; elsewhere a sum. XLA would write all of the
+    records in the wider dtype for one product: 16 records of 2^20 coordinates in float16 took 91 ms, and now take 6.
     """
     wide = numerics.promoted(records.dtype, x.dtype, jnp.float32)
 
     def product(records: jax.Array, x: jax.Array) -> jax.Array:
-        layout = _whole_on_every_device(records)
+        layout = _whole_on_every_device(x, records.ndim - x.ndim)
         products = jnp.tensordot(
             records.conj().astype(wide), x.astype(wide), axes=x.ndim, precision="highest", out_sharding=layout
         )
         return products.real
 
+    def product_or_products(records: jax.Array, x: jax.Array) -> jax.Array:
+        if records.dtype == wide:
+            return product(records, x)
+        return jax.lax.map(lambda record: product(record, x), records)
+
     def summed(records: jax.Array, x: jax.Array) -> jax.Array:
         products = records.conj().astype(wide) * x.astype(wide)[None]
         return jnp.sum(products.real, axis=tuple(range(1, records.ndim)))
 
-    return jax.lax.platform_dependent(records, x, cpu=product, default=summed)
+    return jax.lax.platform_dependent(records, x, cpu=product_or_products, default=summed)
 
 
 def _whole_on_every_device(x: jax.Array, num_axes: int = 1) -> NamedSharding | None:
