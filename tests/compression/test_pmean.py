@@ -443,7 +443,7 @@ def test_a_state_made_outside_shard_map_is_refused_with_the_line_that_makes_it_i
         r"jax\.jit\(jax\.shard_map\(opt\.init, mesh=mesh, .*out_specs=specs\)\)\(params\)",
     )
     with pytest.raises(
-        ValueError, match=rf"opt_state must be made inside .* gets residual of its own.*, 'data'\).*{line}"
+        ValueError, match=rf"opt_state must be made inside .* gets its own residual.*, 'data'\).*{line}"
     ):
         state_specs(state, "data")
     with pytest.raises(ValueError, match="opt_state must be made inside"):
