@@ -48,8 +48,8 @@ def check_covers(switched: PhaseSwitchedState, state: Tree, grads: Tree) -> None
     raise ValueError(
         f"gradients were asked for that the phase machine does not cover ({names}): in PREDICT they would reach their "
         "optimizer as zeros, which it would use as gradients. Wrap the whole optimizer, "
-        "phase_switched(optax.multi_transform({...}, labels)), not a part of it; differentiate only the covered leaves; "
-        "or freeze the others with optax.set_to_zero()"
+        "phase_switched(optax.multi_transform({...}, labels)), not a part of it; differentiate only covered leaves; or "
+        "freeze the others with optax.set_to_zero()"
     )
 
 
