@@ -1,4 +1,4 @@
-"""What `prediction.py` prints of each task, and the picture of them all."""
+"""Prints the results of `prediction.py` for each task, and draws the plot of all tasks."""
 
 import numpy as np
 from codec_tasks import print_row, verdict
