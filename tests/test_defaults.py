@@ -143,7 +143,7 @@ def test_the_page_on_settings_names_the_defaults():
 
 
 def numbers(pattern, text):
-    """What the groups of the pattern find in the text, line ends taken for spaces."""
+    """The numbers in the groups of the pattern; line ends in the text count as spaces."""
     (found,) = re.findall(pattern, " ".join(text.split()))
     return pytest.approx(list(map(float, found if isinstance(found, tuple) else [found])), rel=1e-6)
 
@@ -224,7 +224,7 @@ def test_docstrings_say_the_bytes_of_what_is_in_trits():
     ids=["s", "w", "coded", "r", "m"],
 )
 def test_docstrings_say_the_bytes_of_a_history(predictor):
-    """Of two leaves: copies of the parameters, what is calibrated of each, and some scalars."""
+    """Two leaves need copies of the parameters, a calibration of each, and some scalars."""
     params = {"a": jnp.zeros((10, 64)), "b": jnp.zeros((5, 128))}
     opt = vsa_optax.phase_switched(optax.sgd(1.0), predictor=predictor)
     state = jax.eval_shape(opt.init, params)

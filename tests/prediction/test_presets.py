@@ -1,4 +1,4 @@
-"""The presets: what they are made of, what they skip, and what they cost."""
+"""The presets: their settings, the steps that they skip, and their state cost."""
 
 import re
 
