@@ -6,12 +6,15 @@ of all variants alternate in rounds, and ratios are taken within a round.
 
 A variant is a way to compile (one program with `jax.jit`, or one for each kind with `vsa_optax.jit_by_phase`) and a
 kind of step: true steps while the guard is asleep; true steps that it watches; predicted steps. Real steps first fill
-the history; then the machine is held in its phase by setting its scalars. "alone" is the program of one kind without
-the host's choice before it, so the difference to it is the time of the host, or its waits.
+the history; then the machine is held in its phase by setting its scalars. In the variant "alone", the program of one
+kind runs without the host's choice before it. The difference to it is the time of the host, or its waits.
 
-Beside the time, the table has four counts per step. They are kernels and copies launched on a GPU and the share of time
-it was busy (both from JAX's profiler); waits of the host for the next kind; conditionals and loops in the compiled
-program, without those of the model; and copies in it of arrays as large as the largest leaf.
+Beside the time, the table has these counts per step:
+
+- kernels and copies launched on a GPU, and the share of time it was busy (both from JAX's profiler);
+- waits of the host for the next kind;
+- conditionals and loops in the compiled program, without those of the model;
+- copies in it of arrays as large as the largest leaf.
 """
 
 import argparse

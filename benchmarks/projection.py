@@ -2,10 +2,16 @@
 
 Run `python benchmarks/projection.py | tee benchmarks/projection.log`; it takes a minute on two cores.
 
-A vector of N numbers is kept as D numbers, and estimated from them in four ways. They are the codec; a dense Gaussian
-matrix and its transpose, with the factor of least error; the same matrix with least squares; and the pipeline of the
-Rust crate vsa-optim-rs, which projects, makes ternary, binds and bundles with its own two bits per dimension. Then the
-script measures how well lengths and inner products survive without shrinkage, which is the subject of the lemma.
+A vector of N numbers is kept as D numbers, and estimated from them in four ways:
+
+- the codec;
+- a dense Gaussian matrix and its transpose, with the factor of least error;
+- the same matrix with least squares;
+- the pipeline of the Rust crate vsa-optim-rs, which projects, makes ternary, binds and bundles with its own two bits
+  per dimension.
+
+Then the script measures how well lengths and inner products survive without shrinkage, which is the subject of the
+lemma.
 """
 
 import argparse

@@ -37,11 +37,11 @@ class Link(NamedTuple):
     """How devices are connected.
 
     Attributes:
-        description: for the log.
+        description: the description in the log.
         is_shared: whether one process has all devices.
-        settings: of NCCL.
-        seconds: after which its processes are ended.
-        tasks: what is measured there.
+        settings: the settings of NCCL.
+        seconds: the time after which its processes are ended.
+        tasks: the tasks measured on the link.
     """
 
     description: str

@@ -387,8 +387,8 @@ def test_f64_stays_f64():
 # right one wins if t = sum z / sqrt(sum z^2) exceeds N - 1 standard normal numbers, p = E Phi(t)^(N - 1).
 #
 # For bipolar keys and a plain sum z = 1 + (K - 1 random signs), so E z = 1 and E z^2 = K, and t has mean sqrt(D / K).
-# Frady, Kleyko & Sommer (2018) take t as normal with variance 1, which it has for large K. The delta method gives it
-# for any K:
+# Frady, Kleyko & Sommer (2018) take t as normal with variance 1, which it has for large K. The delta method gives the
+# variance for any K.
 #
 #     Var t = Var z / q - m Cov(z, z^2) / q^2 + m^2 Var z^2 / (4 q^3),    m = E z,  q = E z^2,
 #

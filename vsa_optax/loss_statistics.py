@@ -256,7 +256,7 @@ def _spikes(steps: np.ndarray, values: np.ndarray, num: int, threshold: float) -
     return tuple(LossSpike(*row) for row in zip(*columns, strict=True))
 
 
-def _as_dict(value: Any) -> Any:  # noqa: ANN401 # Of any nesting.
+def _as_dict(value: Any) -> Any:  # noqa: ANN401 # The nesting is arbitrary.
     """Turns NamedTuples into dictionaries."""
     if hasattr(value, "_asdict"):
         return {name: _as_dict(part) for name, part in value._asdict().items()}

@@ -214,8 +214,8 @@ class TritCodec:
         arrays = jax.tree.leaves(payload.leaves)
         if len(arrays) != wanted or any(map(_is_foreign, jax.tree.leaves(payload.leaves, is_leaf=_is_foreign))):
             raise ValueError(
-                f"payload.leaves must be what encode made of {len(specs)} arrays, with codes and scales for each of at "
-                f"least a block, got {len(arrays)} arrays in {jax.tree.structure(payload.leaves)}"
+                f"payload.leaves must be those that encode returned for {len(specs)} arrays, with codes and scales for "
+                f"each of at least a block, got {len(arrays)} arrays in {jax.tree.structure(payload.leaves)}"
             )
         rest = iter(arrays)
         return [RawLeaf(next(rest)) if self._is_small(spec) else CodedLeaf(next(rest), next(rest)) for spec in specs]

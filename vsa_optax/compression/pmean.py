@@ -158,9 +158,9 @@ def compressed_pmean(
 
     Raises:
         ValueError: if an argument is outside its range; at ``update``, if it is outside ``shard_map`` over
-            ``axis_name``, if gradients are already the same on all devices or come from a window of micro-batches, if a
-            bucket has no block for each device, or, with error feedback, if structure or shapes of the gradients differ
-            from those given to ``init`` or the residual is that of another number of devices.
+            ``axis_name``; if gradients are already the same on all devices or come from a window of micro-batches; if a
+            bucket has no block for each device; with error feedback, if structure or shapes of the gradients differ
+            from those given to ``init``, or if the residual belongs to another number of devices.
         TypeError: if a leaf is neither floating point nor complex.
 
     Example:

@@ -111,8 +111,8 @@ def phase_switched(
             emits only every few steps, such as ``optax.MultiSteps`` or `vsa_optax.ternary_multi_steps`.
         learning_rate: a number ``>= 0`` or a schedule over all steps, for an ``opt`` that was built at rate 1. It
             multiplies the emitted updates in every phase. None leaves them as they are.
-        predictor: what is predicted, and from what. `vsa_optax.Secants` predicts gradients from the last changes of
-            parameters and gradients. `vsa_optax.Window` extrapolates a line fitted to the last records, and
+        predictor: how gradients or updates are predicted. `vsa_optax.Secants` predicts gradients from the last changes
+            of parameters and gradients. `vsa_optax.Window` extrapolates a line fitted to the last records, and
             `vsa_optax.Recursive` a line fitted to all records with fading weights; both predict updates, or gradients
             with ``predicts="gradient"``. `vsa_optax.Momentum` extrapolates the last difference between gradients, or
             between updates with ``predicts="update"``.
@@ -133,7 +133,7 @@ def phase_switched(
         ValueError: if ``predictor`` or ``phases`` has another type; if ``opt`` contains a transformation that it must
             not contain; at ``init``, if two rates would multiply, or if ``opt`` holds a schedule but does not run in
             PREDICT and ``learning_rate`` is None; at ``update``, if structure or shapes of the gradients differ from
-            those given to ``init``, if ``params`` or ``value`` is missing although the settings need it, or if the
+            those given to ``init``; if ``params`` or ``value`` is missing although the settings need it; if the
             gradients to be recorded differ between devices.
         TypeError: at ``init``, if a leaf is neither floating point nor complex.
 

@@ -59,9 +59,9 @@ def refuse_what_is_no_array(args: tuple[Tree, ...], argnums: int | Sequence[int]
             if not (isinstance(leaf, Array | int | float | complex) or hasattr(leaf, "__jax_array__")):
                 raise TypeError(
                     f"argument {place}, which is differentiated, must be made of arrays, but "
-                    f"{jax.tree_util.keystr(path) or 'itself'} is a {type(leaf).__name__}. Of an Equinox model give "
-                    "the arrays only: params, static = eqx.partition(model, eqx.is_inexact_array), and in the function "
-                    "model = eqx.combine(params, static)"
+                    f"{jax.tree_util.keystr(path) or 'itself'} is a {type(leaf).__name__}. Pass only the arrays "
+                    "of an Equinox model: params, static = eqx.partition(model, eqx.is_inexact_array), and in the "
+                    "function model = eqx.combine(params, static)"
                 )
 
 
