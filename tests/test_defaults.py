@@ -153,14 +153,15 @@ def test_docstrings_say_the_numbers():
     largest = float(jnp.finfo(jnp.float32).max) / float(ternary_sum._HEADROOM)
     looks = vsa_optax.PhaseStats.__doc__.replace("the four largest", "the 4 largest")
     accumulates = vsa_optax.accumulate_ternary.__doc__
-    sleeps = [guard._HOPELESS_STEPS, guard._SHORTEST_SLEEP, guard._LONGEST_SLEEP]
+    sleeps = [guard._MOST_WATCHED, guard._SHORTEST_SLEEP, guard._LONGEST_SLEEP, guard._MOST_WATCHED / 2]
     lengths = [machine._SHORTEST_FULL, machine._LONGEST_FULL, machine._SHORTEST_PREDICT, machine._LONGEST_PREDICT]
     assert numbers(r"within (\d+) % ", vsa_optax.balanced.__doc__) == [100 * Guarded().tolerance]
     assert numbers(r"within (\d+) % .* up to (\d+) steps", vsa_optax.aggressive.__doc__) == [
         100 * bold.tolerance,
         bold.longest,
     ]
-    assert numbers(r"after (\d+) true steps .* for the next (\d+), .* up to (\d+),", guard.__doc__) == sleeps
+    rule = r"u reaches (\d+), .* the next (\d+) true steps .* up to (\d+), .* watches (\d+) steps"
+    assert numbers(rule, guard.__doc__) == sleeps
     bounds = r"FULL stays between (\d+) and (\d+) steps and PREDICT between (\d+) and (\d+);"
     assert numbers(bounds, AdaptiveCycle.__doc__) == lengths
     cycle, (full, predict) = LegacyCycle(), (jnp.int32(40), jnp.int32(60))

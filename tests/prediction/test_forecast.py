@@ -48,6 +48,23 @@ def kind_of(machine):
     return StepKind.WATCHED if is_watched else StepKind.RECORDED
 
 
+@pytest.mark.parametrize("phases", [Guarded(), Guarded(warmup_steps=50)], ids=["default", "long warm-up"])
+@pytest.mark.parametrize("noise", [0.02, 0.1, 1.0])
+def test_watched_steps_are_foreseen_where_no_leap_can_start(phases, noise):
+    """With some noise nothing is predicted well enough for leaps; with more of it, the guard falls asleep."""
+    machines = machines_of(Secants(4), phases, noise=noise)
+    kinds = [kind_of(machine) for machine in machines]
+    foresee, lengths = jax.jit(lambda machine: forecast(phases, machine)), []
+    for count, machine in enumerate(machines):
+        runs = foresee(machine).tolist()
+        coming = [kind for kind, num in runs for _ in range(num)]
+        assert kinds[count : count + len(coming)] == coming[: len(kinds) - count]
+        lengths.append(runs[0][1])
+    awake = [length for length, kind in zip(lengths, kinds, strict=True) if kind is StepKind.WATCHED]
+    assert sum(awake) > 4 * len(awake)
+    assert kinds.count(StepKind.PLAIN) > 15
+
+
 @pytest.mark.parametrize(
     ("predictor", "phases", "least"),
     [

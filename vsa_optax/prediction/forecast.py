@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from vsa_optax.prediction.guard import leap_length
+from vsa_optax.prediction.guard import leap_length, watched_for_certain
 from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.machine import Phase, PhaseMachineState, ever_predicts, shortest_full
 from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded, QualityCycle
@@ -25,10 +25,11 @@ def forecast(phases: Guarded | Cycle, state: PhaseMachineState) -> jax.Array:
 
 
 def _of_guard(phases: Guarded, state: PhaseMachineState) -> jax.Array:
-    """The forecast with a guard: a watched true step decides the next steps; in a leap, the distance moved does."""
+    """The forecast with a guard: a leap or a sleep may follow a watched step; in a leap, the distance moved decides."""
     assert state.guard is not None
     asleep, done = state.guard.asleep, state.steps_in_phase
-    num_watched = jnp.where(state.phase == Phase.WARMUP, jnp.maximum(phases.warmup_steps - done, 1), 1)
+    num_warmup = jnp.where(state.phase == Phase.WARMUP, phases.warmup_steps - done, 1)
+    num_watched = watched_for_certain(phases, state.guard, num_warmup)
     is_last = done + 1 >= leap_length(phases, state.guard)
     true = jnp.where(
         asleep > 0,

@@ -12,8 +12,14 @@ Below 3/4 there is no leap, and every step is the optimizer's own, until ``κ < 
 one. So on mini-batches, whose gradients nothing predicts to within τ, it never leaps, and the steps are those of the
 optimizer alone.
 
-There even the looking is not worth its time: after 32 true steps in a row with ``e > 1/2`` nothing is recorded or
-compared for the next 64, twice as many each time, up to 1024, until a leap has ended with ``e < τ``.
+Watching has a price: a true step that is recorded and compared takes up to a quarter longer. So the guard keeps an
+account of steps that were watched for nothing:
+
+    u <- max(0, u + (2 if e > 1/2 else 1) - 4 P)                after a leap of P predictions, or with P = 0 after none
+
+When u reaches 64, it sleeps: the next 16 true steps are neither recorded nor compared, then twice as many each time, up
+to 1024, until a leap ends with ``e < τ`` and u = 0. So where gradients are noise it watches 32 steps at a time. Where
+they are nearly predictable, but not well enough for leaps, it watches 64.
 
 The plan counts steps, but an error grows with how far the parameters move. So each comparison also measures their way
 from the newest record, by two lengths: w, the sum of the norms of the updates emitted since, and d, the distance
@@ -54,9 +60,10 @@ _MOST_ERROR = 100.0  # So that κ is forgotten in time.
 _SHORTEST_LEAP = 0.75  # So that a length rounds to one prediction at least.
 _START = 0.25  # Of τ: how small κ must be for the first leap.
 _SLACK = 2.0  # Of the way. No other value was tried; benchmarks/guard_way.log shows what this one does.
-# Twice the default window of 16 changes; then looking costs a third of the true steps, at the longest sleep 3 %.
-_HOPELESS_ERROR, _HOPELESS_STEPS = 0.5, 32
-_SHORTEST_SLEEP, _LONGEST_SLEEP = 64, 1024
+# The fewest steps watched at a time, 32, are twice the default window of 16 changes; at the longest sleep they are 3 %.
+_HOPELESS_ERROR, _MOST_WATCHED = 0.5, 64
+_WORTH = 4  # Watched steps that a prediction pays for: each takes a quarter of a step more, and it saves a whole one.
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 16, 1024
 
 
 class GuardAction(enum.IntEnum):
@@ -84,7 +91,7 @@ class GuardState(NamedTuple):
         length: ``[] float32``, P, predictions of the next leap; 0 for none.
         constant: ``[] float32``, κ.
         leap: ``[] int32``, predictions since the last true step.
-        hopeless: ``[] int32``, true steps in a row that nothing predicted.
+        hopeless: ``[] int32``, u, true steps that were watched for nothing.
         asleep: ``[] int32``, coming true steps that are neither recorded nor compared.
         sleep: ``[] int32``, how many it will be the next time.
         action: ``[] int32``, the last `GuardAction`.
@@ -191,6 +198,25 @@ def leap_length(settings: Guarded, state: GuardState) -> jax.Array:
     return jnp.clip(jnp.round(state.length), 1, settings.longest).astype(jnp.int32)
 
 
+def watched_for_certain(settings: Guarded, state: GuardState, num_warmup: jax.Array) -> jax.Array:
+    """``[] int32``: so many true steps come that are watched, one at least, whatever they bring.
+
+    Awake and without a leap behind it, the guard starts one only where ``κ < τ / 4``, and a step leaves 3/4 of κ at
+    least; it falls asleep where u reaches 64, and a step adds 2 at most.
+
+    Args:
+        settings: the static ones.
+        state: before the coming step.
+        num_warmup: ``[] int32``, coming steps behind which no leap may start yet, but for the last of them.
+    """
+    tiny = jnp.finfo(jnp.float32).tiny
+    excess = jnp.log(jnp.maximum(state.constant, tiny)) - jnp.log(_START * settings.tolerance**2)
+    to_leap = jnp.ceil(excess / -jnp.log(_FORGET) - 0.01)  # Rounded so that it is never too many.
+    to_leap = jnp.where(state.leap > 0, 1, to_leap)
+    to_sleep = (_MOST_WATCHED - state.hopeless + 1) // 2
+    return jnp.clip(jnp.minimum(jnp.maximum(to_leap, num_warmup), to_sleep), 1, _MOST_WATCHED).astype(jnp.int32)
+
+
 def _rests(state: GuardState, moved: Moved) -> jax.Array:
     """``[] bool``: nothing has moved since the newest record, as far as is known."""
     rests = jnp.array(False)
@@ -222,9 +248,10 @@ def _judged(settings: Guarded, state: GuardState, error: jax.Array, moved: Moved
     ends_leap = state.leap > 0
     has_slept = moved.horizon > distance
     length = jnp.where(ends_leap, length, jnp.where(constant < _START * tolerated, 1.0, 0.0))
-    hopeless = jnp.where(error > _HOPELESS_ERROR, state.hopeless + 1, 0)
-    falls_asleep = hopeless >= _HOPELESS_STEPS
-    sleep = jnp.where(ends_leap & (error < tolerated), _SHORTEST_SLEEP, state.sleep)
+    hopeless = jnp.maximum(state.hopeless + jnp.where(error > _HOPELESS_ERROR, 2, 1) - _WORTH * state.leap, 0)
+    falls_asleep = hopeless >= _MOST_WATCHED
+    length = jnp.where(falls_asleep, 0, length)
+    sleep = jnp.where(ends_leap & (error < tolerated) & (hopeless == 0), _SHORTEST_SLEEP, state.sleep)
     grew, shrank, gave_up, slept = (  # JAX 0.8.2 takes an enum's member for an int64.
         jnp.int32(action) for action in (GuardAction.GREW, GuardAction.SHRANK, GuardAction.GAVE_UP, GuardAction.SLEPT)
     )

@@ -345,8 +345,12 @@ def _nothing_measured(experience: Experience) -> Comparison:
 
 
 def _behind(is_recorded: jax.Array, comparison: Comparison) -> jax.Array:
-    """``is_recorded``, known only when the error was: then XLA writes secants in place (by phase it copies windows)."""
-    return is_recorded & ~(comparison.error < 0)  # An error is not negative, which XLA does not know.
+    """``is_recorded``, known only once the comparison has read the history; then XLA writes the record in place."""
+    is_known = ~(comparison.error < 0)  # Neither happens: errors are not negative, and no NaN enters an experience.
+    for leaf in jax.tree.leaves(comparison.experience):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            is_known &= ~jnp.any(jnp.isnan(leaf))
+    return is_recorded & is_known
 
 
 def _telling_leaves(tree: Tree) -> list[jax.Array]:

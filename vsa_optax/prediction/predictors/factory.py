@@ -28,14 +28,18 @@ class Secants:
 
     Attributes:
         window: W, the number of changes kept, ``>= 2``.
-        dtype: the dtype of the changes: float16, bfloat16, float32 or float64. None keeps each leaf's own. A complex
-            leaf is kept in complex64 or complex128; the newest parameters and gradient keep their own dtype. In
-            float16, each change of a leaf is stored relative to a power of two. Float16 skips fewer steps: a third
-            fewer in short runs of small models (benchmarks/history_memory.log).
+        dtype: the dtype of the changes: float16, bfloat16, float32 or float64. None uses float16 for leaves of float32,
+            bfloat16 or float16 with at least 65,536 coordinates, and each other leaf's own dtype. A complex leaf is
+            kept in complex64 or complex128; the newest parameters and gradient keep their own dtype. In float16, each
+            change of a leaf is stored relative to a power of two. With small leaves, float16 skips fewer steps: a third
+            fewer in short runs of small models. With large leaves, it skips about as many as float32
+            (benchmarks/history_memory.log, history_large_gpu.log).
 
     State cost:
-        ``2 * W * Q + 2 * P`` bytes for parameters of P bytes, of which Q are needed in the dtype of the changes;
-        ``4 * (W**2 + 1)`` bytes per leaf and ``4 * W**2`` bytes. Float16 needs ``8 * W`` bytes more per leaf.
+        ``2 * W * Q + 2 * P`` bytes for parameters of P bytes that need Q bytes in the dtypes of the changes, and
+        ``4 * (W**2 + 1)`` bytes per leaf and ``4 * W**2`` bytes. If any leaf is in float16, ``8 * W`` bytes more per
+        leaf. With the defaults, a float32 model with large leaves needs 18 copies of the parameters, and one with small
+        leaves 34.
 
     Raises:
         ValueError: if an attribute is outside its range; at ``update``, if ``params`` is missing.

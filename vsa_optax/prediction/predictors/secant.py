@@ -23,6 +23,10 @@ from vsa_optax.prediction.predictors import base
 from vsa_optax.prediction.predictors.base import Comparison, Experience, PredictionQuality
 
 _HALF_RANGE = 15  # The range of float16 ends at 2^16.
+# Without a dtype, the changes of leaves with at least this many coordinates are kept in float16. The rounding errors of
+# so many coordinates average out in the inner products that predict: their error is 2^-11 / sqrt(coordinates), about
+# 1e-6.
+_LARGE, _ROUNDED = 2**16, (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class SecantHistoryState(NamedTuple):
@@ -36,7 +40,8 @@ class SecantHistoryState(NamedTuple):
         diff_gradients: tree of ``[W, *shape]``, the changes of the gradient; slots not yet written are 0.
         gram: ``[W, W] float32``, inner products of ``diff_params`` before they were rounded.
         scales: two arrays ``[L, W] float32``, powers of two that multiply the stored ``diff_params`` and
-            ``diff_gradients``, so that float16 holds any magnitude; None in another dtype.
+            ``diff_gradients``, so that float16 holds any magnitude; 1 for a leaf in another dtype. None if no leaf is
+            in float16.
         num_records: ``[] int32``, the number of records so far; the next change goes to slot ``num_records % W``.
         last_step: ``[] int32``, the newest record's step.
     """
@@ -75,19 +80,27 @@ class SecantScalars(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SecantHistory:
-    """Keeps the last ``length`` changes.
+    """Keeps the last ``length`` changes in ``dtype``; None means float16 for large leaves, and each other leaf's own.
 
     State cost: twice the parameters and ``2 * length`` times the parameters in ``dtype``, plus ``4 * (length**2 + 2)``
-    bytes, and in float16 ``8 * length`` bytes per leaf.
+    bytes, and ``8 * length`` bytes per leaf if any leaf is kept in float16.
     """
 
     length: int
     dtype: jnp.dtype | None
 
-    @property
-    def is_scaled(self) -> bool:
-        """Whether changes are stored relative to a power of two."""
-        return self.dtype == jnp.float16
+    def _dtype_of(self, leaf: jax.Array) -> jax.typing.DTypeLike:
+        """The dtype in which the changes of a leaf are kept."""
+        if self.dtype is None and leaf.size >= _LARGE and leaf.dtype in _ROUNDED:
+            return jnp.float16
+        return numerics.stored_dtype(leaf, self.dtype) or leaf.dtype
+
+    def _is_scaled(self, params: optax.Params) -> bool:
+        """Whether the changes of any leaf are kept relative to a power of two."""
+        if self.dtype is not None:
+            return self.dtype == jnp.float16
+        leaves = jax.tree.leaves(params)
+        return any(leaf.size >= _LARGE and self._dtype_of(leaf) == jnp.float16 for leaf in leaves)
 
     def init(self, params: optax.Params) -> SecantHistoryState:
         """The empty history, with the parameters' sharding."""
@@ -95,15 +108,17 @@ class SecantHistory:
         def ring(zeros: jax.Array) -> jax.Array:
             return jnp.broadcast_to(zeros[None], (self.length, *zeros.shape))
 
+        params = jax.tree.map(jnp.asarray, params)
+        changes = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=self._dtype_of(leaf)), params)
         of_leaves = jnp.ones([base.num_measured_leaves(params), self.length], jnp.float32)
         return SecantHistoryState(
             # Changes are small differences of large numbers, so the newest record keeps all of its digits.
             params=base.zeros_as_stored(params, None),
             gradient=base.zeros_as_stored(params, None),
-            diff_params=with_axis_in_front(jax.tree.map(ring, base.zeros_as_stored(params, self.dtype))),
-            diff_gradients=with_axis_in_front(jax.tree.map(ring, base.zeros_as_stored(params, self.dtype))),
+            diff_params=with_axis_in_front(jax.tree.map(ring, changes)),
+            diff_gradients=with_axis_in_front(jax.tree.map(ring, changes)),
             gram=jnp.zeros([self.length, self.length], jnp.float32),
-            scales=(of_leaves, jnp.ones_like(of_leaves)) if self.is_scaled else None,
+            scales=(of_leaves, jnp.ones_like(of_leaves)) if self._is_scaled(params) else None,
             num_records=jnp.zeros([], jnp.int32),
             last_step=jnp.zeros([], jnp.int32),
         )
@@ -111,8 +126,9 @@ class SecantHistory:
     def check_state(self, state: base.HistoryState) -> None:
         """``ValueError`` unless the state is a `SecantHistoryState` with the same W and the same use of float16."""
         base.check_history(state, SecantHistoryState)
-        names = {True: "float16", False: "another" if self.is_scaled else str(self.dtype)}
-        base.check_settings(dtype=(names[state.scales is not None], names[self.is_scaled]))
+        is_scaled = self._is_scaled(state.gradient)
+        names = {True: "float16", False: "another" if is_scaled else str(self.dtype)}
+        base.check_settings(dtype=(names[state.scales is not None], names[is_scaled]))
         base.check_settings(window=(state.gram.shape[0], self.length))
 
     def example(self, state: SecantHistoryState) -> tuple[optax.Updates, int]:
@@ -142,7 +158,7 @@ class SecantHistory:
             for record, n, o in zip(leaves, jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
                 change = jnp.where(has_record, _difference(n, o), 0)
                 if scales is not None:
-                    used.append(_scale(change))
+                    used.append(_scale(change) if record.dtype == jnp.float16 else jnp.ones([], jnp.float32))
                     change = change / used[-1].astype(change.dtype)
                 change = numerics.saturating_cast(change, record.dtype)
                 written.append(record.at[slot].set(jnp.where(is_recorded, change, record[slot])))
