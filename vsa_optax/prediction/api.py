@@ -112,29 +112,25 @@ def phase_switched(
         learning_rate: a number ``>= 0`` or a schedule over all steps, for an ``opt`` that was built at rate 1. It
             multiplies the emitted updates in every phase. None leaves them as they are.
         predictor: how gradients or updates are predicted. `vsa_optax.Secants` predicts gradients from the last changes
-            of parameters and gradients. `vsa_optax.Window` extrapolates a line fitted to the last records, and
-            `vsa_optax.Recursive` a line fitted to all records with fading weights; both predict updates, or gradients
-            with ``predicts="gradient"``. `vsa_optax.Momentum` extrapolates the last difference between gradients, or
-            between updates with ``predicts="update"``.
+            of parameters and gradients. `vsa_optax.Window` extrapolates a line fitted to the last records (by default,
+            updates), and `vsa_optax.Recursive` one fitted to all records. `vsa_optax.Momentum` extrapolates the last
+            difference between records (by default, gradients).
         phases: when steps are predicted. `vsa_optax.Guarded` predicts while the measured error is within a tolerance.
-            `vsa_optax.Cycle` alternates fixed numbers of true and predicted steps, and `vsa_optax.AdaptiveCycle` lets
-            these numbers follow the loss. `vsa_optax.momentum_predictor` returns two legacy cycles. None never
-            predicts: the result equals ``opt``, bit for bit.
+            `vsa_optax.Cycle` alternates fixed numbers of true and predicted steps; `vsa_optax.AdaptiveCycle` adapts
+            them to the loss. `vsa_optax.momentum_predictor` has two more. None never predicts: this is ``opt`` itself.
 
     Returns:
         A transformation that takes the loss as the optional extra argument ``value`` and forwards it, like every other
         extra argument, to ``opt``. Updates keep the dtype that ``opt`` gives them.
 
     State cost:
-        that of ``opt``, of the predictor and of the phases, and less than 150 bytes of scalars. With ``phases=None``
-        the state holds that of ``opt`` and the scalars.
+        that of ``opt``, of the predictor and of the phases, and less than 150 bytes of scalars.
 
     Raises:
-        ValueError: if ``predictor`` or ``phases`` has another type; if ``opt`` contains a transformation that it must
-            not contain; at ``init``, if two rates would multiply, or if ``opt`` holds a schedule but does not run in
-            PREDICT and ``learning_rate`` is None; at ``update``, if structure or shapes of the gradients differ from
-            those given to ``init``; if ``params`` or ``value`` is missing although the settings need it; if the
-            gradients to be recorded differ between devices.
+        ValueError: if an argument is invalid; at ``init``, if two rates would multiply, or if ``opt`` holds a schedule
+            but does not run in PREDICT and ``learning_rate`` is None; at ``update``, if structure or shapes of the
+            gradients differ from those given to ``init``, if ``params`` or ``value`` is missing although the settings
+            need it, or if gradients to be recorded differ between devices.
         TypeError: at ``init``, if a leaf is neither floating point nor complex.
 
     Example:
