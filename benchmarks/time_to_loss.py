@@ -83,7 +83,8 @@ def main():
     print(f"versions: python {platform.python_version()}, {versions}")
     print(
         f"n = {options.seeds} seeds; {options.steps} steps of Adam, betas {tuple(options.betas)}, a cosine from "
-        f"{options.rate:g}, products: {options.precision}; medians [smallest, largest] of ratios to plain Adam's with the same seed"
+        f"{options.rate:g}, products: {options.precision}; medians [smallest, largest] of ratios to plain Adam's with "
+        "the same seed"
     )
     schedule = optax.cosine_decay_schedule(options.rate, options.steps)
     for name, make in CASES.items():
