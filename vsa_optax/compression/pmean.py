@@ -143,7 +143,7 @@ def compressed_pmean(
     Args:
         axis_name: the name of the mesh axis to average over, or a tuple of names.
         codec: `vsa_optax.TritCodec`, `vsa_optax.HypervectorCodec`, or an object with their methods. If it has a
-            ``block_size``, it need not code smaller arrays.
+            ``block_size``, it is assumed not to code smaller arrays.
         error_feedback: whether to add the coding error to the next gradient. The error must be smaller than the
             gradient, so ``HypervectorCodec(shrink=False)`` is not allowed.
         bucket_bytes: the largest size of a bucket, counted in f32, ``>= 4 * block_size * n``. With

@@ -76,7 +76,8 @@ class Window:
         dtype: the dtype of records and residual: float16, bfloat16, float32 or float64. None keeps each leaf's own. A
             complex leaf is kept in complex64 or complex128. It has no effect with a codec.
         codec: a codec that compresses records and residual, such as `vsa_optax.TritCodec`; None keeps them
-            uncompressed. A prediction then costs one decoding, whatever W is, and one more for the residual.
+            uncompressed. A prediction then costs three decodings, whatever W is; with ``calibrate=False`` one, and one
+            more for the residual.
 
     State cost:
         ``W * P`` bytes for parameters of P bytes in the records' dtype, or as ``codec.nbytes`` counts them; P more
