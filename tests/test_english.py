@@ -26,7 +26,6 @@ _NOT_YET = (
     "vsa_optax/accumulation",
     "vsa_optax/demo.py",
     "vsa_optax/kernels/gpu",
-    "vsa_optax/kernels/trit_blocks.py",
 )
 _ITSELF = "tests/test_english.py"  # It quotes what it forbids.
 _PATTERNS = ("vsa_optax/**/*.py", "benchmarks/*.py", "tests/**/*.py", "README.md", "CHANGELOG.md", "docs/**/*.md")

@@ -164,7 +164,7 @@ def _missed(evaluated: Evaluated, change: jax.Array) -> jax.Array:
 
 
 def _products_in_one_pass(leaf: Secants) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    from vsa_optax.kernels.gpu import secant_kernels  # Pallas with it, which few need.
+    from vsa_optax.kernels.gpu import secant_kernels  # It imports Pallas, which few users need.
 
     most, rest = _divided(leaf, secant_kernels.COLUMNS)
     found = secant_kernels.products(*most, epsilon=EPSILON)
@@ -172,7 +172,7 @@ def _products_in_one_pass(leaf: Secants) -> tuple[jax.Array, jax.Array, jax.Arra
 
 
 def _step_in_one_pass(leaf: Secants, of: Coefficients) -> tuple[jax.Array, jax.Array]:
-    from vsa_optax.kernels.gpu import secant_kernels  # Pallas with it, which few need.
+    from vsa_optax.kernels.gpu import secant_kernels  # It imports Pallas, which few users need.
 
     most, rest = _divided(leaf, secant_kernels.COLUMNS)
     coefficients = jnp.stack([of.inside, of.change, of.gradient, of.step]).astype(jnp.float32)
@@ -185,7 +185,7 @@ def _step_in_one_pass(leaf: Secants, of: Coefficients) -> tuple[jax.Array, jax.A
 
 
 def _missed_in_one_pass(evaluated: Evaluated, change: jax.Array) -> jax.Array:
-    from vsa_optax.kernels.gpu import secant_kernels  # Pallas with it, which few need.
+    from vsa_optax.kernels.gpu import secant_kernels  # It imports Pallas, which few users need.
 
     most, rest = _divided(evaluated, secant_kernels.COLUMNS)
     found = secant_kernels.missed(*most, change.astype(jnp.float32), epsilon=EPSILON)

@@ -40,7 +40,7 @@ def random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return jax.random.bits(key, shape, jnp.uint32)
 
     def on_gpu(key: jax.Array) -> jax.Array:
-        from vsa_optax.kernels.gpu import random_words  # Pallas with it, which few need.
+        from vsa_optax.kernels.gpu import random_words  # It imports Pallas, which few users need.
 
         return random_words.draw(jax.random.key_data(key), math.prod(shape)).reshape(shape)
 
