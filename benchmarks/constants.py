@@ -1,10 +1,10 @@
-"""How much the constants matter that were chosen by hand: those of the guard, the calibration and the secants.
+"""How much do the constants matter that were chosen by hand? Those of the guard, the calibration and the secants.
 
-Run `JAX_PLATFORMS=cpu python benchmarks/constants.py | tee benchmarks/constants.log`; it starts a process a core.
+Run `JAX_PLATFORMS=cpu python benchmarks/constants.py | tee benchmarks/constants.log`; it starts one process per core.
 
-Each constant is halved, doubled or otherwise moved while all others stay, and a guarded Adam is trained on two losses
-without noise and one with mini-batches. On the mini-batches nothing is predicted, whatever is moved. A constant for
-which the table shows the same losses and nearly the same passes needs no better reason than that.
+Each constant is halved, doubled or otherwise changed while all others stay, and a guarded Adam is trained on two losses
+without noise and one with mini-batches. On the mini-batches nothing is predicted with any constant. If the table shows
+the same losses and nearly the same passes for a constant, its value needs no better reason.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Phases, `multisecant`, a killed process and a restart on two devices of one host: is all the same on both?
+"""Phases, `multisecant`, a killed process and a restart on two devices of one host: are both devices equal?
 
-Run `python benchmarks/two_devices.py | tee benchmarks/two_devices_gpu.log` on a machine with two GPUs; on a CPU put
-`XLA_FLAGS=--xla_force_host_platform_device_count=2` in front. First one process with both devices trains in
-`jax.shard_map`, with `phase_switched` around `compressed_pmean` and with `multisecant` behind `jax.lax.pmean`. Then two
-processes with one device each run `tests/multiprocess_worker.py`: one is killed, and both are started again.
+Run `python benchmarks/two_devices.py | tee benchmarks/two_devices_gpu.log` on a machine with two GPUs; on a CPU, prefix
+`XLA_FLAGS=--xla_force_host_platform_device_count=2`. First, one process with both devices trains in `jax.shard_map`,
+with `phase_switched` around `compressed_pmean` and with `multisecant` after `jax.lax.pmean`. Then two processes with
+one device each run `tests/multiprocess_worker.py`: one is killed, and both are started again.
 """
 
 import argparse

@@ -117,7 +117,7 @@ def _file_of(module: str) -> Path | None:
 
 
 def _imported(tree: ast.AST) -> dict[str, str]:
-    """What is imported anywhere in the tree, by the names that it gets."""
+    """The imports anywhere in the tree, by the names that they get."""
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What is said to be certain comes true, whatever the settings, and however the gradients behave."""
+"""Certain forecasts come true, whatever the settings, and however the gradients behave."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ UNCALIBRATED = Window(calibrate=False, residual_decay=0.9)
 
 
 def machines_of(predictor, phases, noise=0.0, broken=()):
-    """The machine before each step of a run on a quadratic, and behind the last."""
+    """The machine before each step of a run on a quadratic, and after the last."""
     opt = vsa_optax.phase_switched(optax.adam(1.0), learning_rate=0.01, predictor=predictor, phases=phases)
 
     @jax.jit

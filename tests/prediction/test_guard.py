@@ -412,7 +412,7 @@ def test_switched_off_it_leaves_no_trace():
 
 
 def test_who_tolerates_more_predicts_more():
-    """On one bowl, with the same noise; the error of the leaps that end is on average within what was asked for."""
+    """On one quadratic with the same noise, the mean error of the leaps that end is within the tolerance."""
     noise, passes = 0.02 * np.random.default_rng(4).normal(size=(200, 30)).astype(np.float32), []
     for tolerance in (0.03, 0.14, 0.55):
         _, _, stats, _ = train(guarded(phases=Guarded(tolerance=tolerance)), bowl, jnp.linspace(-2, 3, 30), 200, noise)

@@ -146,7 +146,7 @@ def test_the_products_kept_are_those_of_the_changes():
 
 @pytest.mark.parametrize(("of_w", "of_b"), [(1.0, 1.0), (1e-14, 1e14), (1e12, 1e-12)])
 def test_in_float16_changes_of_any_size_keep_eleven_bits(of_w, of_b):
-    """Each leaf by a power of two of its own; what is predicted, and the products, are in the true units."""
+    """Each leaf has its own power of two; predictions and inner products are in the true units."""
     (opt, update), rng = in_a_cycle(5), np.random.default_rng(7)
     factors = {"w": np.float32(of_w), "b": np.float32(of_b), "empty": np.float32(1)}
 
