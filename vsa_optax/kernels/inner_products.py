@@ -65,8 +65,8 @@ def inner_of_each(records: jax.Array, x: jax.Array) -> jax.Array:
     """``[W]``: ``<r_i, x>`` of ``[W, *shape]`` with ``[*shape]``, in at least f32; x is not rounded to the records.
 
     On a CPU it is a matrix product, or for narrower records a product of vectors for each; elsewhere it is a sum. For
-    one product XLA would write all records in the wider dtype: 16 records of 2^20 coordinates in float16 took 91 ms, and
-    now take 6.
+    one product XLA would write all records in the wider dtype: 16 records of 2^20 coordinates in float16 took 91 ms,
+    and now take 6.
     """
     wide = numerics.promoted(records.dtype, x.dtype, jnp.float32)
 
