@@ -22,7 +22,7 @@ import optax
 import vsa_optax
 from vsa_optax import GuardAction, Phase, plots
 
-_TRAIN_SIZE = 1437  # Of 1797 images; the other 360 are the test set.
+_TRAIN_SIZE = 1437  # There are 1797 images; the other 360 are the test set.
 _DESCRIPTION = """Trains a small network on scikit-learn's handwritten digits four times, from the same weights
 and on the same batches: by plain AdamW; by AdamW inside vsa_optax.phase_switched, which predicts gradients
 instead of running backward passes for as many steps as its guard trusts the predictions; by AdamW inside
@@ -70,7 +70,7 @@ class Task(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    """What one step did; over a run every field has an axis ``[steps]`` in front.
+    """The results of one step; over a run every field has an axis ``[steps]`` in front.
 
     Attributes:
         loss: ``[] float32``, of the batch, before the step; in PREDICT that of the last true step; of multisecant that
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(task: Task, options: argparse.Namespace, method: str) -> Run:
-    """Compiles one step, repeats it, and measures what came of it."""
+    """Compiles one step, repeats it, and measures the result."""
     opt = _make_optimizer(method, optax.cosine_decay_schedule(options.learning_rate, options.steps))
     if method == _LBFGS:
         step = _make_line_search_step(task, opt, is_whole=_is_whole(options))
@@ -187,7 +187,7 @@ def _train(task: Task, options: argparse.Namespace, method: str) -> Run:
     jax.device_get(compiled(*first))
     params, state, steps, seconds = _repeat(method, compiled, start(task.params), task, options)
     if method == _MULTISECANT:
-        params = state.params  # What it would try next has not been evaluated.
+        params = state.params  # The next trial has not been evaluated.
     logits = jax.jit(task.logits)(params, task.test[0])
     report, ignored_gradients = None, 0
     if method == _SWITCHED:
@@ -336,7 +336,7 @@ def _table(runs: dict[str, Run]) -> str:
 
 
 def _parts(runs: dict[str, Run]) -> str:
-    """What the bytes of each state are for, one line a method."""
+    """The use of each state's bytes, one line per method."""
     return "\n".join(f"  {name:20}  {run.state_bytes}" for name, run in runs.items())
 
 
@@ -356,7 +356,7 @@ def _warning(run: Run) -> str:
 
 
 def _draw(runs: dict[str, Run], path: Path) -> None:
-    """All losses, then gradient norms and prediction errors of `phase_switched`, and what its guard made of them."""
+    """All losses, then gradient norms and prediction errors of `phase_switched`, and the decisions of its guard."""
     from matplotlib.figure import Figure
 
     plain, switched = runs[_PLAIN], runs[_SWITCHED]
@@ -384,7 +384,7 @@ def _draw(runs: dict[str, Run], path: Path) -> None:
 
     lengths.plot(steps.predict_length, color="#333333", drawstyle="steps-post")
     lengths.set_ylim(0, 1.1 * float(np.max(steps.predict_length, initial=1)))
-    quality = lengths.twinx()  # Of the first step nothing was predicted.
+    quality = lengths.twinx()  # There is no prediction for the first step.
     quality.plot(np.arange(len(is_predict))[1:], steps.mean_r_squared[1:], color=_RED, linewidth=1)
     quality.set_ylabel("mean R²", color=_RED)
     quality.tick_params(axis="y", colors=_RED)
