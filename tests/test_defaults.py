@@ -162,7 +162,7 @@ def test_docstrings_say_the_numbers():
         100 * bold.tolerance,
         bold.longest,
     ]
-    rule = r"u reaches (\d+), .* the next (\d+) true steps .* up to (\d+), .* watches (\d+) steps"
+    rule = r"u reaches (\d+) .* the next (\d+) true steps .* up to (\d+), .* watches (\d+) steps"
     assert numbers(rule, guard.__doc__) == sleeps
     bounds = r"FULL stays between (\d+) and (\d+) steps and PREDICT between (\d+) and (\d+);"
     assert numbers(bounds, AdaptiveCycle.__doc__) == lengths

@@ -130,9 +130,6 @@ class Twin:
         self.account = max(0, self.account + (2 if error > 0.5 else 1) - 4 * predictions)
         if predictions and error < self.tolerance and self.account == 0:
             self.sleep = 16
-        falls_asleep = self.account >= 64
-        if falls_asleep:
-            self.account, self.asleep, self.sleep = 0, self.sleep, min(2 * self.sleep, 1024)
         distance = predictions + 1
         self.constant = max(min(error, 100) / distance**4, 0.75 * self.constant)
         if predictions:
@@ -140,8 +137,8 @@ class Twin:
             self.length = min(length, self.longest) if length >= 0.75 else 0.0
         else:
             self.length = 1.0 if self.constant < self.tolerance / 4 else 0.0
-        if falls_asleep:
-            self.length = 0.0
+        if self.account >= 64 and not self.length:
+            self.account, self.asleep, self.sleep = 0, self.sleep, min(2 * self.sleep, 1024)
 
     def is_too_far(self, distance):
         """Whether a leap ends here, or does not begin."""
@@ -285,6 +282,18 @@ def test_where_nothing_is_predicted_it_sleeps_longer_and_longer():
         assert twin.drift == pytest.approx(float(states.drift[number]), rel=1e-5)
     assert np.mean(asleep == 0) < 0.1
     assert states.action[-1] == GuardAction.SLEPT
+
+
+def test_it_does_not_fall_asleep_where_a_leap_begins():
+    settings = Guarded()
+    state = guard.init()._replace(hopeless=jnp.int32(63), way=jnp.float32(1.0))
+    step = moved(1, 1.0, 1.0, is_recorded=True)
+    leaps, plan = guard.after(settings, state, jnp.array(False), jnp.float32(1e-3), jnp.array(True), step)
+    assert plan.leaps
+    assert (int(leaps.asleep), int(leaps.hopeless)) == (0, 64)
+    sleeps, plan = guard.after(settings, state, jnp.array(False), jnp.float32(0.5), jnp.array(True), step)
+    assert not plan.leaps
+    assert int(sleeps.asleep) == 16
 
 
 def test_asleep_nothing_is_recorded_and_awake_it_starts_again():

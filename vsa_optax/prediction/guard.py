@@ -17,9 +17,9 @@ account of steps that it watched without benefit:
 
     u <- max(0, u + (2 if e > 1/2 else 1) - 4 P)                after a leap of P predictions, or with P = 0 after none
 
-When u reaches 64, the guard sleeps: the next 16 true steps are neither recorded nor compared, then twice as many each
-time, up to 1024, until a leap ends with ``e < τ`` and u = 0. If gradients are noise, it watches 32 steps at a time. If
-they are nearly predictable, but not well enough for leaps, the number is 64.
+When u reaches 64 and no leap follows, the guard sleeps: the next 16 true steps are neither recorded nor compared, then
+twice as many each time, up to 1024, until a leap ends with ``e < τ`` and u = 0. If gradients are noise, it watches 32
+steps at a time. If they are nearly predictable, but not well enough for leaps, the number is 64.
 
 The plan counts steps, but an error grows with the distance that the parameters move. So each comparison also measures
 two lengths: w, the sum of the norms of the updates emitted since the newest record, and d, the distance of the
@@ -203,7 +203,8 @@ def watched_for_certain(settings: Guarded, state: GuardState, num_warmup: jax.Ar
     """``[] int32``: the number of watched true steps that are certain to come, at least one, whatever their errors.
 
     While awake and after a true step, the guard starts a leap only if ``κ < τ / 4``, and a step leaves at least 3/4 of
-    κ. It falls asleep when u reaches 64, and a step adds at most 2.
+    κ. After a leap κ is below that, so the number is 1. The guard falls asleep when u reaches 64, and a step adds at
+    most 2.
 
     Args:
         settings: the static settings.
@@ -213,7 +214,6 @@ def watched_for_certain(settings: Guarded, state: GuardState, num_warmup: jax.Ar
     tiny = jnp.finfo(jnp.float32).tiny
     excess = jnp.log(jnp.maximum(state.constant, tiny)) - jnp.log(_START * settings.tolerance**2)
     to_leap = jnp.ceil(excess / -jnp.log(_FORGET) - 0.01)  # The rounding never gives too many.
-    to_leap = jnp.where(state.leap > 0, 1, to_leap)
     to_sleep = (_MOST_WATCHED - state.hopeless + 1) // 2
     return jnp.clip(jnp.minimum(jnp.maximum(to_leap, num_warmup), to_sleep), 1, _MOST_WATCHED).astype(jnp.int32)
 
@@ -250,8 +250,7 @@ def _judged(settings: Guarded, state: GuardState, error: jax.Array, moved: Moved
     has_slept = moved.horizon > distance
     length = jnp.where(ends_leap, length, jnp.where(constant < _START * tolerated, 1.0, 0.0))
     hopeless = jnp.maximum(state.hopeless + jnp.where(error > _HOPELESS_ERROR, 2, 1) - _WORTH * state.leap, 0)
-    falls_asleep = hopeless >= _MOST_WATCHED
-    length = jnp.where(falls_asleep, 0, length)
+    falls_asleep = (hopeless >= _MOST_WATCHED) & (length == 0)
     sleep = jnp.where(ends_leap & (error < tolerated) & (hopeless == 0), _SHORTEST_SLEEP, state.sleep)
     grew, shrank, gave_up, slept = (  # JAX 0.8.2 converts a member of an enum to int64.
         jnp.int32(action) for action in (GuardAction.GREW, GuardAction.SHRANK, GuardAction.GAVE_UP, GuardAction.SLEPT)
