@@ -101,7 +101,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any], No
 
 
 def _words(cell: Any) -> list[str]:
-    """What a cell prints, without its numbers, and without names that depend on them, such as those of phases."""
+    """The words that a cell prints, without numbers and names that depend on them, such as those of phases."""
     text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
     return re.sub(r"[-+]?\d[\d,.]*(e[-+]?\d+)?|\b[A-Z]{4,}\b", "#", text).split()
 
