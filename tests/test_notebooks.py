@@ -101,7 +101,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any], No
 
 
 def _words(cell: Any) -> list[str]:
-    """The words that a cell prints, without numbers and names that depend on them, such as those of phases."""
+    """The output of a cell without its numbers, and without names that depend on them, such as those of phases."""
     text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
     return re.sub(r"[-+]?\d[\d,.]*(e[-+]?\d+)?|\b[A-Z]{4,}\b", "#", text).split()
 
