@@ -22,7 +22,7 @@ _NOT_YET = (
     "vsa_optax/accumulation",
 )
 _ITSELF = "tests/test_english.py"  # It quotes what it forbids.
-_PATTERNS = ("vsa_optax/**/*.py", "benchmarks/*.py", "tests/**/*.py", "README.md", "CHANGELOG.md", "docs/**/*.md")
+_PATTERNS = ("vsa_optax/**/*.py", "benchmarks/*.py", "tests/**/*.py", "*.md", "docs/**/*.md")
 _FILES = [path.relative_to(_ROOT).as_posix() for pattern in _PATTERNS for path in sorted(_ROOT.glob(pattern))]
 
 _DONE = "recorded|predicted|sent|lost|left|kept|known|missed|coded|asked|given|measured|meant|said"
