@@ -4,6 +4,7 @@ Both are noticed while a training step is traced, by an update that knows of its
 (`machine.repeats_loss`).
 """
 
+import abc
 import sys
 import warnings
 
@@ -14,12 +15,18 @@ from vsa_optax.core.types import Tree
 from vsa_optax.prediction.stats import contains_machine
 
 _LIBRARIES = ("vsa_optax", "optax", "jax", "flax")
-# States of Optax's that follow the loss from step to step.
-READERS = tuple(
-    getattr(optax.contrib, name)
-    for name in ("ReduceLROnPlateauState", "MomoState", "MomoAdamState")
-    if hasattr(optax.contrib, name)
-)
+
+
+class LossReader(abc.ABC):  # noqa: B024 # States are tuples, which are registered and do not inherit.
+    """States of transformations that follow the loss from step to step, and so mistake a repeated loss for a new one.
+
+    A class of states is registered: ``@LossReader.register``. One that holds a phase machine sees what is repeated.
+    """
+
+
+for _name in ("ReduceLROnPlateauState", "MomoState", "MomoAdamState"):
+    if hasattr(optax.contrib, _name):
+        LossReader.register(getattr(optax.contrib, _name))
 
 
 def warn_without_value() -> None:
@@ -45,13 +52,8 @@ def check_no_reader(states: Tree) -> None:
 
 
 def is_reader(node: object) -> bool:
-    """Whether it is the state of what follows the loss, and cannot see which losses are repeated.
-
-    `track_loss` is known by its state's name, since it stands above this package; it sees a machine that it wraps.
-    """
-    if type(node).__name__ == "TrackLossState":
-        return not contains_machine(node)
-    return isinstance(node, READERS)
+    """Whether it is a `LossReader` that cannot see which losses are repeated."""
+    return isinstance(node, LossReader) and not contains_machine(node)
 
 
 def contains_reader(state: Tree) -> bool:
