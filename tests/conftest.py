@@ -6,9 +6,13 @@ user's (`samples.AS_USERS_DO`). With ``XLA_FLAGS`` set, all programs but those t
 it says: with ``XLA_FLAGS=--xla_force_host_platform_device_count=8`` as a user's are, which takes twice as long.
 """
 
+import gc
 import os
 import subprocess
 import sys
+
+# Tracing makes many objects and few cycles: to look for these as often as Python does takes a tenth of a run's time.
+gc.set_threshold(100_000, 20, 100)
 
 _DEVICES = "--xla_force_host_platform_device_count=8"
 _QUICK_TO_COMPILE = {
