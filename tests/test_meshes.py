@@ -157,10 +157,19 @@ def assert_same_training(found, wanted, *, atol):
 
 # Of leaps, `test_sharding.py` sees what else is sent on the other kinds: nothing.
 ELSEWHERE = {("multisecant", "auto"), ("multisecant", "none")}
+# What their steps do, the calibrated window and the coded one do as well; with explicit axes also types are seen.
+SLOW = {("window, blind", kind) for kind in KINDS}
+SLOW |= {(case, kind) for case in ("recursive", "predict_gradients") for kind in ("auto", "none")}
 
 
 @pytest.mark.parametrize(
-    ("case", "kind"), [(case, kind) for case in OPTIMIZERS for kind in KINDS if (case, kind) not in ELSEWHERE]
+    ("case", "kind"),
+    [
+        pytest.param(case, kind, marks=pytest.mark.slow if (case, kind) in SLOW else ())
+        for case in OPTIMIZERS
+        for kind in KINDS
+        if (case, kind) not in ELSEWHERE
+    ],
 )
 def test_an_optimizer(case, kind):
     found = train(OPTIMIZERS[case][0], kind, by_phase_or_not)
