@@ -6,9 +6,13 @@ optimizations, and compilation takes a fifth of the time. Tests of optimized pro
 ``XLA_FLAGS=--xla_force_host_platform_device_count=8`` programs are compiled like a user's, which takes twice as long.
 """
 
+import gc
 import os
 import subprocess
 import sys
+
+# Tracing makes many objects and few cycles: to look for these as often as Python does takes a tenth of a run's time.
+gc.set_threshold(100_000, 20, 100)
 
 _DEVICES = "--xla_force_host_platform_device_count=8"
 _QUICK_TO_COMPILE = {

@@ -879,6 +879,8 @@ MUTANTS = [
         "(level, frame.f_back)",
         "prediction/test_unmeasured.py",
     ),
+    Mutant("loss_history.TrackLossState", "@LossReader.register", "", "test_loss_history.py -k cannot_see"),
+    Mutant("unmeasured.is_reader", "and (not contains_machine(node))", "", LOSSES),
     Mutant(
         "unmeasured.contains_reader",
         "bool(_readers(state))",

@@ -21,6 +21,7 @@ import json, sys
 import optax
 before = set(sys.modules)
 from vsa_optax import *
+assert {{"vsa_optax.checkpoint", "vsa_optax.plots"}} <= set(sys.modules)
 top = {{name.partition(".")[0] for name in set(sys.modules) - before}}
 print(json.dumps([sorted(top), [name for name in {OPTIONAL} if name in sys.modules and name not in before]]))
 """

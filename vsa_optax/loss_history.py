@@ -18,6 +18,7 @@ from vsa_optax.core.types import Tree
 from vsa_optax.prediction import machine as machines
 from vsa_optax.prediction import stats
 from vsa_optax.prediction.machine import Phase, PhaseMachineState
+from vsa_optax.prediction.unmeasured import LossReader
 
 
 class TrackLossSettings(NamedTuple):
@@ -38,6 +39,7 @@ class TrackLossSettings(NamedTuple):
     convergence_threshold: jax.Array
 
 
+@LossReader.register
 class TrackLossState(NamedTuple):
     """State of `track_loss`.
 

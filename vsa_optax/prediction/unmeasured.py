@@ -4,6 +4,7 @@ Both are detected while a training step is traced, by an update whose machine's 
 (`machine.repeats_loss`).
 """
 
+import abc
 import sys
 import warnings
 
@@ -14,12 +15,19 @@ from vsa_optax.core.types import Tree
 from vsa_optax.prediction.stats import contains_machine
 
 _LIBRARIES = ("vsa_optax", "optax", "jax", "flax")
-# The states of Optax transformations that follow the loss from step to step.
-READERS = tuple(
-    getattr(optax.contrib, name)
-    for name in ("ReduceLROnPlateauState", "MomoState", "MomoAdamState")
-    if hasattr(optax.contrib, name)
-)
+
+
+class LossReader(abc.ABC):  # noqa: B024 # States are tuples, which are registered and do not inherit.
+    """States of transformations that follow the loss from step to step, and so mistake a repeated loss for a new one.
+
+    A class of states is registered: ``@LossReader.register``. A state that holds a phase machine sees which losses are
+    repeated.
+    """
+
+
+for _name in ("ReduceLROnPlateauState", "MomoState", "MomoAdamState"):
+    if hasattr(optax.contrib, _name):
+        LossReader.register(getattr(optax.contrib, _name))
 
 
 def warn_without_value() -> None:
@@ -45,13 +53,8 @@ def check_no_reader(states: Tree) -> None:
 
 
 def is_reader(node: object) -> bool:
-    """Whether a node is the state of a transformation that follows the loss but cannot see which losses are repeated.
-
-    `track_loss` is recognized by its state's name, since it imports this package. It sees the machine that it wraps.
-    """
-    if type(node).__name__ == "TrackLossState":
-        return not contains_machine(node)
-    return isinstance(node, READERS)
+    """Whether a node is a `LossReader` that cannot see which losses are repeated."""
+    return isinstance(node, LossReader) and not contains_machine(node)
 
 
 def contains_reader(state: Tree) -> bool:

@@ -37,9 +37,16 @@ def smooth_stream(num):
     return [start + 0.03 * step * slope + 0.01 * np.sin(step) * noise for step in range(num)]
 
 
-@pytest.mark.parametrize("predicts", ["gradient", "update"])
-@pytest.mark.parametrize(("momentum", "weight"), [(0.9, 0.5), (0.4, 2.0), (0.0, 0.0)])
-@pytest.mark.parametrize("rhythm", RHYTHMS)
+# Every coefficient in one rhythm, and every rhythm with one pair of them; the other pairs at length.
+TWINS = [
+    pytest.param(rhythm, *pair, predicts, marks=() if rhythm == "cycle" or pair == (0.9, 0.5) else pytest.mark.slow)
+    for rhythm in RHYTHMS
+    for pair in ((0.9, 0.5), (0.4, 2.0), (0.0, 0.0))
+    for predicts in ("gradient", "update")
+]
+
+
+@pytest.mark.parametrize(("rhythm", "momentum", "weight", "predicts"), TWINS)
 def test_what_leaves_equals_the_twin_over_a_hundred_steps(rhythm, momentum, weight, predicts):
     opt, update = compiled(rhythm, momentum, weight, predicts)
     twin, state = reference.MomentumPredictor(momentum, weight), opt.init(PARAMS)
