@@ -1,4 +1,4 @@
-"""The description that a package index shows: README.md enters, its text without relative links and pictures leaves."""
+"""Makes the description for a package index: the text of README.md without relative links and pictures."""
 
 import pathlib
 import re
@@ -19,10 +19,10 @@ class ReadmeHook(MetadataHookInterface):
 
 
 def without_relative_links(text: str) -> str:
-    """Markdown in which only links with an address of their own are left.
+    """Markdown in which all links have an address.
 
-    A relative link leads to a file of the repository, which an index does not have: of it the text is left, of a
-    picture nothing.
+    A relative link leads to a file of the repository, which an index does not have. Its text is kept, and a picture is
+    dropped.
     """
     text = re.sub(rf"!\[[^\]]*\]\({_ELSEWHERE}\)\n?", "", text)
     return re.sub(rf"\[([^\]]*)\]\({_ELSEWHERE}\)", r"\1", text)

@@ -35,7 +35,7 @@ PLACES = [
 
 
 class Task(NamedTuple):
-    """What the log says of one task: plain Adam's loss at each number of passes, and where the methods end."""
+    """One task of the log: plain Adam's loss at each number of passes, and where the methods end."""
 
     plain: dict[int, float]
     ends: dict[str, tuple[float, float]]
@@ -103,7 +103,7 @@ def label(axis, task):
     names[(last, task.plain[last])] = ["plain Adam"]
     colours[(last, task.plain[last])] = PLAIN
     line = axis.transData.transform(list(task.plain.items()))
-    # What a label should not lie upon, and how much worse it is than to lie upon a point of the line.
+    # Boxes that a label should not cover, and how much worse that is than to cover a point of the line.
     taken = [(_around(point), 1) for a, b in itertools.pairwise(line) for point in _between(a, b)]
     taken += [(_around(axis.transData.transform(end), 6), 20) for method, end in task.ends.items() if method in SHOWN]
     for place, together in sorted(names.items(), key=lambda item: -len(item[1][0])):

@@ -1,4 +1,4 @@
-"""What `prediction.py` prints of each task."""
+"""Prints the results of `prediction.py` for each task."""
 
 import numpy as np
 from codec_tasks import print_row, verdict

@@ -1,4 +1,4 @@
-"""What `import vsa_optax` costs, and what it does not bring along."""
+"""The cost of `import vsa_optax`, and the modules that it does not import."""
 
 import importlib.metadata
 import json
@@ -21,6 +21,7 @@ import json, sys
 import optax
 before = set(sys.modules)
 from vsa_optax import *
+assert {{"vsa_optax.checkpoint", "vsa_optax.plots"}} <= set(sys.modules)
 top = {{name.partition(".")[0] for name in set(sys.modules) - before}}
 print(json.dumps([sorted(top), [name for name in {OPTIONAL} if name in sys.modules and name not in before]]))
 """

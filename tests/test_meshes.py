@@ -155,12 +155,21 @@ def assert_same_training(found, wanted, *, atol):
     assert stats.predict_steps > 0
 
 
-# Of leaps, `test_sharding.py` sees what else is sent on the other kinds: nothing.
+# For leaps on the other kinds, `test_sharding.py` shows that nothing else is sent.
 ELSEWHERE = {("multisecant", "auto"), ("multisecant", "none")}
+# The calibrated window and the coded one cover the steps of these; explicit axes also cover the types.
+SLOW = {("window, blind", kind) for kind in KINDS}
+SLOW |= {(case, kind) for case in ("recursive", "predict_gradients") for kind in ("auto", "none")}
 
 
 @pytest.mark.parametrize(
-    ("case", "kind"), [(case, kind) for case in OPTIMIZERS for kind in KINDS if (case, kind) not in ELSEWHERE]
+    ("case", "kind"),
+    [
+        pytest.param(case, kind, marks=pytest.mark.slow if (case, kind) in SLOW else ())
+        for case in OPTIMIZERS
+        for kind in KINDS
+        if (case, kind) not in ELSEWHERE
+    ],
 )
 def test_an_optimizer(case, kind):
     found = train(OPTIMIZERS[case][0], kind, by_phase_or_not)

@@ -20,12 +20,17 @@ def names_of_tests(file):
     ]
 
 
+@functools.cache
+def dumped(file):
+    return ast.dump(ast.parse(file.read_text()))
+
+
 @pytest.mark.parametrize("mutant", mutations.MUTANTS, ids=range(len(mutations.MUTANTS)))
 def test_mutants_fit_the_source(mutant):
-    text = mutations.mutated(mutant)
+    tree = ast.parse(mutations.mutated(mutant))
     file = mutations.PACKAGE / mutations.file_of(mutant.place)
-    assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(file.read_text()))
-    compile(text, str(file), "exec")
+    assert ast.dump(tree) != dumped(file)
+    compile(tree, str(file), "exec")
 
 
 @pytest.mark.parametrize("tests", dict.fromkeys(mutant.tests for mutant in mutations.MUTANTS))

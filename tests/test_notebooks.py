@@ -101,7 +101,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any], No
 
 
 def _words(cell: Any) -> list[str]:
-    """What a cell prints, without its numbers, and without names that depend on them, such as those of phases."""
+    """The output of a cell without its numbers, and without names that depend on them, such as those of phases."""
     text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
     return re.sub(r"[-+]?\d[\d,.]*(e[-+]?\d+)?|\b[A-Z]{4,}\b", "#", text).split()
 
@@ -140,7 +140,7 @@ def _file_of(module: str) -> Path | None:
 
 
 def _imported(tree: ast.AST) -> dict[str, str]:
-    """What is imported anywhere in the tree, by the names that it gets."""
+    """The imports anywhere in the tree, by the names that they get."""
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What a release says of itself: one version everywhere, and a source archive with all that the tests read.
+"""The metadata of a release: one version everywhere, and a source archive with all files that the tests read.
 
 `.ci/package` builds the archives and installs them; here nothing is built.
 """

@@ -146,7 +146,7 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
 
 
 def use_accumulation(params: Params) -> None:
-    """What is asked of a transformation that accumulates, and the accumulator for micro-batches."""
+    """The queries of a transformation that accumulates, and the accumulator for micro-batches."""
     opt: TernaryMultiSteps = ternary_multi_steps(optax.sgd(0.1), every_k_schedule=2, use_grad_mean=False)
     updated: jax.Array = opt.has_updated(opt.init(params))
     assert not updated
@@ -192,7 +192,7 @@ def use_arrays(x: jax.Array) -> None:
 
 
 def use_leaps(params: Params, x: jax.Array) -> MultisecantStats:
-    """A step, and what is known of it."""
+    """A step, and its statistics."""
     opt = multisecant(optax.sgd(0.1), learning_rate=None, history_dtype="float16")
     value, grads = jax.value_and_grad(loss)(params, x)
     stats = multisecant_stats(opt.init(params))
@@ -216,7 +216,7 @@ def use_momentum() -> MomentumSettings:
 
 
 def use_losses(params: Params) -> LossReport:
-    """What a run's losses say, and two pictures of them."""
+    """The report of a run's losses, and two plots of them."""
     opt: optax.GradientTransformationExtraArgs = track_loss(optax.sgd(0.1))
     _, state = opt.update(params, opt.init(params), params, value=1.0)
     report = loss_report(state)
@@ -248,7 +248,7 @@ def use_programs(params: Params, x: jax.Array) -> Params:
 
 
 def use_probe(params: Params, x: jax.Array) -> ProbeReport:
-    """What is measured, and what it speaks for; `test_probe` runs the like, which takes long."""
+    """The measurements and the recommendation; `test_probe` runs such a probe, which takes long."""
     report = probe(loss, params, x, optax.sgd(0.1), steps=20)
     assert_type(report, ProbeReport)
     runs: list[ProbeRun | None] = [report.plain, report.plain_as_long, report.phase_switched, report.multisecant]

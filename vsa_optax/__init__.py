@@ -1,6 +1,6 @@
 """Cheaper gradients for Optax: skip backward passes by closed-form prediction, keep or send gradients in a few bits."""
 
-# Under private names, so that completion offers what is public.
+# The private names keep completion to the public ones.
 import importlib as _importlib
 import typing as _typing
 
@@ -84,7 +84,7 @@ __all__ = [
     "vsa",
 ]
 
-# Where each name lives. A module is imported when a name of it is first asked for: all together are slow to import.
+# The module of each name. A module is imported when one of its names is first used: importing all of them is slow.
 _HOMES = {
     "AdaptiveCycle": "prediction.phases",
     "Cycle": "prediction.phases",
@@ -132,7 +132,7 @@ _HOMES = {
     "value_and_grad_by_phase": "prediction.value_and_grad",
 }
 
-if not _typing.TYPE_CHECKING:  # A type checker would take every name for one of ours.
+if not _typing.TYPE_CHECKING:  # With this function, a type checker would accept every attribute name.
 
     def __getattr__(name: str) -> object:
         if name in ("checkpoint", "plots", "probe", "trits", "vsa"):

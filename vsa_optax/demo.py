@@ -1,7 +1,7 @@
-"""Trains one classifier by plain AdamW, by it inside `phase_switched` and `multisecant`, and by L-BFGS, and compares.
+"""Compares plain AdamW, AdamW inside `phase_switched` and `multisecant`, and L-BFGS on one classifier.
 
-Run as ``python -m vsa_optax.demo``: options enter, a table on standard output and a picture leave.
-Needs the extra ``vsa-optax[demo]``, which is imported only once the options are known to be good.
+Run as ``python -m vsa_optax.demo``. It prints a table and draws two plots. It needs the extra ``vsa-optax[demo]``,
+which is imported only after the options have been checked.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import optax
 import vsa_optax
 from vsa_optax import GuardAction, Phase, plots
 
-_TRAIN_SIZE = 1437  # Of 1797 images; the other 360 are the test set.
+_TRAIN_SIZE = 1437  # The training images among 1797; the other 360 are the test set.
 _DESCRIPTION = """Trains a small network on scikit-learn's handwritten digits four times, from the same weights
 and on the same batches: by plain AdamW; by AdamW inside vsa_optax.phase_switched, which predicts gradients
 instead of running backward passes for as many steps as its guard trusts the predictions; by AdamW inside
@@ -38,7 +38,7 @@ multisecant"""
 _NOTES = """Final training loss: over the whole training set, at the end. Backward passes: evaluations of loss and
 gradient, those inside the line search of L-BFGS included. Wall time: of the training steps; compilation is
 excluded. State bytes: of the optimizer's live state, and by part:"""
-_SOLVED = 1e-6  # Loss of the whole training set at which a run ends; not far below, rounding is all that is left.
+_SOLVED = 1e-6  # The loss of the whole training set at which a run ends; not far below, only rounding remains.
 _REQUIRED = ("flax", "sklearn", "matplotlib", "tqdm")
 _PICTURE, _LOSSES = "training.png", "losses.png"
 _PLAIN, _SWITCHED, _MULTISECANT, _LBFGS = "plain AdamW", "phase-switched AdamW", "multisecant AdamW", "L-BFGS"
@@ -70,18 +70,19 @@ class Task(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    """What one step did; over a run every field has an axis ``[steps]`` in front.
+    """The record of one step; in the record of a run, every field has a leading axis ``[steps]``.
 
     Attributes:
-        loss: ``[] float32``, of the batch, before the step; in PREDICT that of the last true step; of multisecant that
-            of the accepted parameters; of L-BFGS on the whole training set that at the end of the line search.
-        backward_passes: ``[] int32``, evaluations of loss and gradient.
-        gradient_norm: ``[] float32``, 0 in PREDICT.
-        phase: ``[] int32``, the `Phase` performed; None without phases, and so are the following.
-        last_prediction_error: ``[] float32``, at the latest true step behind a prediction; 0 before the first.
-        predict_length: ``[] float32``, steps the guard would predict next; 0 for none.
-        action: ``[] int32``, the `GuardAction` it took last.
-        mean_r_squared: ``[] float32``, of the predictions at about the last ten true steps.
+        loss: ``[] float32``, the loss of the batch before the step. In PREDICT it is that of the last true step; with
+            multisecant that of the accepted parameters; with L-BFGS on the whole training set that at the end of the
+            line search.
+        backward_passes: ``[] int32``, the number of evaluations of loss and gradient.
+        gradient_norm: ``[] float32``, the norm of the gradient; 0 in PREDICT.
+        phase: ``[] int32``, the `Phase` of the step; this and the following fields are None without phases.
+        last_prediction_error: ``[] float32``, the error at the latest true step after a prediction; 0 before the first.
+        predict_length: ``[] float32``, the number of steps that the guard would predict next; 0 for none.
+        action: ``[] int32``, the last `GuardAction`.
+        mean_r_squared: ``[] float32``, R² of the predictions at about the last ten true steps.
     """
 
     loss: Any
@@ -95,7 +96,7 @@ class StepRecord(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One finished training: `StepRecord` of all its steps, what the table shows, and of `phase_switched` a report."""
+    """One finished training: the `StepRecord` of its steps, the numbers in the table, and with phases a loss report."""
 
     method: str
     steps: StepRecord
@@ -122,7 +123,7 @@ def load_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.n
 
 
 def make_network(seed: int, hidden: Sequence[int] = (128, 128)) -> tuple[Any, Callable[[Any, Any], jax.Array]]:
-    """``Task.params``, by the seed, and ``Task.logits``, with hidden layers of these widths."""
+    """``Task.params`` for a seed, and ``Task.logits``, with hidden layers of these widths."""
     from flax import nnx
 
     rngs = nnx.Rngs(seed)
@@ -138,13 +139,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo.
 
     Args:
-        argv: the words of the command line; None takes them from ``sys.argv``.
+        argv: the arguments of the command line; None takes them from ``sys.argv``.
 
     Returns:
         The exit code: 0, or 1 if a package is missing.
 
     Raises:
-        SystemExit: with code 2 for a bad option, with 0 after ``--help``.
+        SystemExit: with code 2 for a bad option, and with code 0 after ``--help``.
     """
     parser = _make_parser()
     options = parser.parse_args(argv)
@@ -172,27 +173,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(task: Task, options: argparse.Namespace, method: str) -> Run:
-    """Compiles one step, repeats it, and measures what came of it."""
+    """Compiles one step, repeats it, and measures the result."""
     opt = _make_optimizer(method, optax.cosine_decay_schedule(options.learning_rate, options.steps))
     if method == _LBFGS:
         step = _make_line_search_step(task, opt, is_whole=_is_whole(options))
     else:
         step = _make_step(task, opt, method)
 
-    # A step consumes what it is given, hence the copies; its first call is slower, and left out.
+    # A step donates its arguments, hence the copies; its first call is slower, and not measured.
     start = jax.jit(lambda params: (jax.tree.map(jnp.copy, params), opt.init(params)))
     first = *start(task.params), *next(_batches(task, options))
-    donated = () if method == _LBFGS else (0, 1)  # A line search that used too many passes is not taken.
+    donated = () if method == _LBFGS else (0, 1)  # A line search that uses too many passes is discarded.
     compiled = jax.jit(step, donate_argnums=donated).lower(*first).compile()
     jax.device_get(compiled(*first))
     params, state, steps, seconds = _repeat(method, compiled, start(task.params), task, options)
     if method == _MULTISECANT:
-        params = state.params  # What it would try next has not been evaluated.
+        params = state.params  # The next parameters have not been evaluated.
     logits = jax.jit(task.logits)(params, task.test[0])
     report, ignored_gradients = None, 0
     if method == _SWITCHED:
         report, ignored_gradients = vsa_optax.loss_report(state), int(vsa_optax.phase_stats(state).ignored_gradients)
-        state = state.inner_state  # The table is to show what skipping takes.
+        state = state.inner_state  # The table shows the bytes of skipping, without those of track_loss.
     return Run(
         method=method,
         steps=steps,
@@ -216,7 +217,7 @@ def _make_optimizer(method: str, schedule: optax.Schedule) -> optax.GradientTran
 
 
 def _make_step(task: Task, opt: optax.GradientTransformationExtraArgs, method: str) -> Callable[..., Any]:
-    """Parameters, state and a batch to parameters, state and `StepRecord`."""
+    """Returns the step: parameters, state and a batch -> parameters, state and `StepRecord`."""
 
     def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, StepRecord]:
         if method == _SWITCHED:
@@ -248,16 +249,16 @@ def _make_step(task: Task, opt: optax.GradientTransformationExtraArgs, method: s
 def _make_line_search_step(
     task: Task, opt: optax.GradientTransformationExtraArgs, *, is_whole: bool
 ) -> Callable[..., Any]:
-    """The same for L-BFGS, whose line search evaluates loss and gradient, too."""
+    """The same for L-BFGS, whose line search also evaluates loss and gradient."""
 
     def step(params: Any, state: Any, *batch: Any) -> tuple[Any, Any, StepRecord]:
         def value_fn(params: Any) -> jax.Array:
             return task.loss(params, *batch)
 
-        if is_whole:  # The last line search has evaluated where it ended.
+        if is_whole:  # The last line search has evaluated the point at which it ended.
             value, grads = optax.value_and_grad_from_state(value_fn)(params, state=state)
             passes = (~jnp.isfinite(optax.tree.get(state, "value"))).astype(jnp.int32)
-        else:  # It did so on another batch.
+        else:  # The last line search used another batch.
             value, grads = jax.value_and_grad(value_fn)(params)
             passes = jnp.int32(1)
         updates, state = opt.update(grads, state, params, value=value, grad=grads, value_fn=value_fn)
@@ -271,10 +272,10 @@ def _make_line_search_step(
 def _repeat(
     method: str, compiled: Callable[..., Any], start: Any, task: Task, options: argparse.Namespace
 ) -> tuple[Any, Any, StepRecord, float]:
-    """All steps under a progress bar: trained weights, optimizer's state, what each step did, and seconds.
+    """Runs all steps with a progress bar; returns trained weights, the optimizer's state, the records, and seconds.
 
-    There are as many as the options say, or fewer: no more backward passes than that are made, except for L-BFGS if its
-    first line search alone does, and none beyond `_SOLVED`.
+    The number of steps is that of the options, or smaller. A run ends at `_SOLVED`, and before it takes more backward
+    passes than this number, unless the first line search of L-BFGS alone does.
     """
     from tqdm import tqdm
 
@@ -302,12 +303,12 @@ def _repeat(
 
 
 def _make_task(seed: int) -> Task:
-    """The same split of the digits for every seed; initial weights by the seed."""
+    """The task of a seed: it decides the initial weights, and the split of the digits is the same for all."""
     return Task(*load_digits(), *make_network(seed))
 
 
 def _batches(task: Task, options: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
-    """One batch a step, by the seed: shuffled anew every epoch, whose remainder is left out."""
+    """One batch per step: the seed shuffles every epoch, whose remainder is left out."""
     images, labels = task.train
     size = options.batch_size
     if _is_whole(options):
@@ -336,17 +337,17 @@ def _table(runs: dict[str, Run]) -> str:
 
 
 def _parts(runs: dict[str, Run]) -> str:
-    """What the bytes of each state are for, one line a method."""
+    """The bytes of each state by part, one line per method."""
     return "\n".join(f"  {name:20}  {run.state_bytes}" for name, run in runs.items())
 
 
 def _ending(options: argparse.Namespace) -> str:
-    """A sentence that says when runs end early, or nothing."""
+    """A sentence about runs that end early, or an empty string."""
     return f"\nA run ends early once its loss is at most {_SOLVED:g}." if _is_whole(options) else ""
 
 
 def _warning(run: Run) -> str:
-    """A paragraph that says how many backward passes were wasted, or nothing."""
+    """A paragraph about wasted backward passes, or an empty string."""
     if not run.ignored_gradients:
         return ""
     return (
@@ -356,7 +357,7 @@ def _warning(run: Run) -> str:
 
 
 def _draw(runs: dict[str, Run], path: Path) -> None:
-    """All losses, then gradient norms and prediction errors of `phase_switched`, and what its guard made of them."""
+    """Draws all losses, the gradient norms and prediction errors of `phase_switched`, and the actions of its guard."""
     from matplotlib.figure import Figure
 
     plain, switched = runs[_PLAIN], runs[_SWITCHED]
@@ -384,7 +385,7 @@ def _draw(runs: dict[str, Run], path: Path) -> None:
 
     lengths.plot(steps.predict_length, color="#333333", drawstyle="steps-post")
     lengths.set_ylim(0, 1.1 * float(np.max(steps.predict_length, initial=1)))
-    quality = lengths.twinx()  # Of the first step nothing was predicted.
+    quality = lengths.twinx()  # The first step had no prediction.
     quality.plot(np.arange(len(is_predict))[1:], steps.mean_r_squared[1:], color=_RED, linewidth=1)
     quality.set_ylabel("mean R²", color=_RED)
     quality.tick_params(axis="y", colors=_RED)
@@ -403,7 +404,7 @@ def _draw(runs: dict[str, Run], path: Path) -> None:
 
 
 def _draw_losses(axis: Any, runs: dict[str, Run]) -> None:
-    """Losses against the backward passes that they took, both on logarithmic scales."""
+    """Draws losses against backward passes, both on logarithmic scales."""
     for method, (_, steps, *_) in runs.items():
         (true_steps,) = np.nonzero(steps.backward_passes)
         passes = np.cumsum(steps.backward_passes)[true_steps]
@@ -417,7 +418,7 @@ def _draw_losses(axis: Any, runs: dict[str, Run]) -> None:
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """An argparse parser that says what is wrong without its usage in front."""
+    """An argparse parser that reports an error in one line, without its usage."""
 
     def error(self, message: str) -> NoReturn:
         """Exits with code 2."""
@@ -440,7 +441,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _number(kind: Callable[[str], float], low: float, high: float) -> Callable[[str], float]:
-    """Converter of an option's word, which accepts ``low`` to ``high``."""
+    """Returns the converter of an option, which accepts numbers from ``low`` to ``high``."""
 
     def convert(text: str) -> float:
         with contextlib.suppress(ValueError):

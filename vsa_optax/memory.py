@@ -1,4 +1,4 @@
-"""How many bytes the state of an optimizer takes, part by part: a state enters, a `StateBytes` leaves."""
+"""Counts the bytes of an optimizer's state by part: `state_bytes` returns a `StateBytes`."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -58,8 +58,8 @@ class StateBytes(NamedTuple):
             `vsa_optax.multisecant` predict.
         accumulator: the running sum of micro-batches, of `vsa_optax.ternary_multi_steps`,
             `vsa_optax.accumulate_ternary`, `vsa_optax.ternary_accumulator` and ``optax.MultiSteps``.
-        residual: what a codec has not sent yet, with ``error_feedback=True``; and the averaged error of predictions,
-            with ``residual_decay=``.
+        residual: the part of gradients that a codec has not sent yet, with ``error_feedback=True``, and the averaged
+            error of predictions, with ``residual_decay=``.
         losses: the last losses, of `vsa_optax.track_loss`.
         bookkeeping: the phase machine with its guard and its calibration, and counts.
     """
@@ -83,29 +83,29 @@ class StateBytes(NamedTuple):
 
 
 def state_bytes(tree: Tree, *, per_device: bool = False) -> StateBytes:
-    """Counts the bytes of an optimizer's state, and says what they are for.
+    """Counts the bytes of an optimizer's state by part.
 
-    The types of the states tell the parts, however the states are nested: in ``optax.chain``, ``multi_transform``,
+    The types of the states determine the parts, however the states are nested: in ``optax.chain``, ``multi_transform``,
     ``masked``, wrapped in each other, or in an ``nnx.Optimizer``, a ``TrainState`` or any other pytree. Nothing is
     computed and no array is read, so the function also takes the shapes of a state that would not fit in memory:
     ``state_bytes(jax.eval_shape(opt.init, params))``.
 
     Args:
-        tree: the state: any pytree of arrays, of ``jax.ShapeDtypeStruct`` or of Python numbers. Where the types of the
+        tree: the state: any pytree of arrays, of ``jax.ShapeDtypeStruct`` or of Python numbers. If the types of the
             states are lost, as in ``nnx.state(optimizer)`` or ``flax.serialization.to_state_dict``, everything counts
             as moments.
-        per_device: whether to count what each device holds. By default an array counts once with its global shape,
+        per_device: whether to count the bytes on each device. By default an array counts once with its global shape,
             however it is sharded or replicated. With True it counts with the shape of one device's shard: a replicated
             array in full, a sharded one by its share. An array without a sharding, such as a
-            ``jax.ShapeDtypeStruct`` that names none, counts in full. Inside ``jax.shard_map`` arrays have the shapes
-            of one device either way.
+            ``jax.ShapeDtypeStruct`` that has none, counts in full. Inside ``jax.shard_map`` arrays have the shapes
+            of one device in either case.
 
     Returns:
         A `StateBytes`, a tuple of integers by part, with their sum ``total``. It prints as one line. Padding that a
         backend adds to an array is not counted.
 
     Raises:
-        TypeError: a leaf is neither an array nor a number.
+        TypeError: if a leaf is neither an array nor a number.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsa_optax
@@ -129,7 +129,7 @@ def in_units(size: int) -> str:
 
 
 def _parts_of(tree: Tree, part: str, above: tuple[Any, ...]) -> Iterator[tuple[str, tuple[Any, ...], Tree]]:
-    """The part, path and value of each leaf; those outside of the states in the table belong to the given part."""
+    """The part, path and value of each leaf; leaves outside the states in the table belong to the given part."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: type(node) in _PARTS)
     for path, node in nodes:
         if type(node) not in _PARTS:

@@ -1,7 +1,7 @@
-"""Our transformations as Optax's tests want optimizers: functions of a learning rate, with prediction on.
+"""Our transformations as Optax's tests expect optimizers: functions of a learning rate, with prediction on.
 
-Each is a plain function whose one argument is annotated as Optax annotates it: Optax's tests trace every
-numeric argument that a factory has, and look at the annotation to decide whether to try a schedule.
+Each is a plain function whose one argument has Optax's annotation. Optax's tests trace every numeric argument of a
+factory, and read the annotation to decide whether to try a schedule.
 """
 
 import functools
@@ -48,8 +48,8 @@ class Variant(NamedTuple):
 
 
 # The tests of a few steps are a matter of domain and history, whatever the optimizer: two rows have each of both once,
-# and the rows that are started have the other two pairs. Those in "alias" are those in "contrib" again but for complex
-# parameters.
+# and the rows that are started have the other two pairs. The tests in "alias" repeat those in "contrib", except for
+# complex parameters.
 _NOT_REPEATED = frozenset({"contrib", "float64"})
 _EACH_ONCE = {"adam_update_window", "adam_gradient_recursive"}
 
@@ -150,23 +150,26 @@ for _name, _domain, _history in _CASES:
     _variant = Variant(_factory, _rate)
     _name = f"{_name}_{_domain}_{_history}"
     VARIANTS[_name] = _variant if _name in _EACH_ONCE else _variant._replace(suites=frozenset({"float64"}))
-VARIANTS["head_window"] = Variant(head_of_chain(**SETTINGS), 3e-3)
+# Optimizers whose first part is in `BARE` or `BARE_CODECS`, which are all in "float64" and "sharding" by themselves.
+_WITHOUT_BARE = frozenset({"contrib", "alias"})
+VARIANTS["head_window"] = Variant(head_of_chain(**SETTINGS), 3e-3, suites=_WITHOUT_BARE)
 VARIANTS["rate_inside"] = Variant(rate_inside(**SETTINGS), 3e-3, optimizes=False, suites=_NOT_REPEATED)
 # Blocks of two, so that even the two parameters of Optax's test problems are coded.
 _TRITS = vsa_optax.TritCodec(trits=3, block_size=2)
 _UNBIASED = vsa_optax.TritCodec(trits=2, block_size=2, unbiased=True)
 _SKETCH = vsa_optax.HypervectorCodec(compression_ratio=0.5)
 _FEW = frozenset({"float64", "sharding"})
-VARIANTS["head_recursive"] = Variant(head_of_chain(line=Recursive, **SETTINGS), 3e-3, suites=_FEW)
+VARIANTS["head_recursive"] = Variant(head_of_chain(line=Recursive, **SETTINGS), 3e-3, suites=frozenset())
 VARIANTS["last_difference"] = Variant(
     switched(optax.adam, line=Momentum, predicts="gradient", **SETTINGS), 3e-3, suites=_FEW
 )
 _LEAN = switched(optax.adam, dtype="bfloat16", residual_decay=None, **SETTINGS)
 VARIANTS["lean"] = Variant(_LEAN, 3e-3, suites=_FEW)
 VARIANTS["coded_history"] = Variant(switched(optax.adam, codec=_TRITS, **SETTINGS), 3e-3, suites=_FEW)
-VARIANTS["compressed"] = Variant(compressed(_TRITS), 3e-3, suites=_FEW, predicts=False)
+VARIANTS["compressed"] = Variant(compressed(_TRITS), 3e-3, suites=frozenset(), predicts=False)
 VARIANTS["compressed_unbiased"] = Variant(compressed(_UNBIASED, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
-VARIANTS["compressed_sketch"] = Variant(compressed(_SKETCH, error_feedback=True), 3e-3, suites=_FEW, predicts=False)
+_FED_BACK = compressed(_SKETCH, error_feedback=True)
+VARIANTS["compressed_sketch"] = Variant(_FED_BACK, 3e-3, suites=frozenset(), predicts=False)
 VARIANTS["accumulated"] = Variant(accumulated(trits=3, block_size=2), 1e-2, suites=_FEW, predicts=False)
 VARIANTS["defaults"] = Variant(switched(optax.adam, line=Secants, when=Guarded), 1e-2, suites=_FEW)
 VARIANTS["default_lengths"] = Variant(switched(optax.adam), 1e-2, suites=frozenset())

@@ -1,10 +1,12 @@
-"""Runs one of Optax's own test modules on our transformations: ``python -m conformance.run_theirs SUITE``.
+"""Runs one of Optax's own test modules on our transformations: ``python -m conformance.run_theirs SUITE LENGTH``.
 
 The module is the one in the installed wheel, where pytest collects it; this was written against Optax 0.2.8.
 Its tables of optimizers are arguments of absl's ``parameterized.product`` and ``named_parameters``. Both are
 replaced before pytest imports the module: a table of transformations becomes ours, every other argument stays,
 and so do the bodies of the tests and their tolerances. The factories are found by name on ``optax.contrib`` or
 on Optax's module of aliases.
+
+``LENGTH`` is ``short`` or ``long``: a short run leaves out what `AT_LENGTH` and `SAME_IN_CONTRIB` name.
 
 Nothing is lost on the way without an error: a test that takes no table of transformations must be in `LEFT_OUT`,
 every name in `LEFT_OUT` and `XFAILS` must exist, an expected failure must fail, and a skip is a failure.
@@ -14,6 +16,7 @@ Each module takes a process of its own: what is replaced, and 64-bit types, stay
 
 import contextlib
 import functools
+import gc
 import importlib.util
 import itertools
 import pathlib
@@ -73,8 +76,40 @@ XFAILS: dict[str, dict[str, Xfail]] = {
 # Arguments of tests that make no difference to a row which names no wrapper, as ours do not; one value is enough.
 FOR_WRAPPERS = {"wrap"}
 
-# What is not run again: `test_optimizers` takes the same problems in float32.
+# Tests that are not repeated: `test_optimizers` has the same problems in float32.
 REPEATED = {"test_optimization": {"dtype": (jnp.float32,)}}
+
+# A short run leaves out the easier problems, a second dtype of 16 bits, dtypes that "contrib" has, too, and rows
+# whose states, or whose arithmetic of complex numbers, another row has as well.
+AT_LENGTH: dict[tuple[str, str], dict[str, set[str]]] = {
+    ("contrib", "test_optimizers"): {"target": {"parabola", "matrix_parabola"}},
+    ("alias", "test_optimization"): {
+        "target": {"parabola"},
+        "opt_name": {
+            "adam_update_recursive",
+            "adam_gradient_window",
+            "adamw_update_window",
+            "adamw_gradient_recursive",
+            "momentum_update_recursive",
+            "momentum_gradient_window",
+            "head_window",
+            "head_recursive",
+        },
+    },
+    ("contrib", "test_state_shape_dtype_shard_stability"): {"dtype": {"float16"}, "opt_name": {"head_window"}},
+    ("alias", "test_state_shape_dtype_shard_stability"): {
+        "dtype": {"float16", "bfloat16", "float32", "float64"},
+        "opt_name": {"head_window"},
+    },
+}
+
+# Tests of "alias" that "contrib" has under the same name, asks more in, and gives the same rows.
+SAME_IN_CONTRIB = {
+    "test_optimizers_accept_extra_args",
+    "test_optimizers_can_be_wrapped_in_inject_hyperparams",
+    "test_preserve_dtype",
+    "test_gradient_accumulation",
+}
 
 # The tests that optimize until convergence, for 10000 or 30000 steps.
 OPTIMIZING = {"test_optimizers", "test_optimization"}
@@ -124,8 +159,9 @@ def with_steps_in_strides(test: Callable[..., None]) -> Callable[..., None]:
 class OurTables:
     """The decorators in the place of absl's, and the pytest plugin that accounts for what they made."""
 
-    def __init__(self, suite: str, parameterized: Any) -> None:
+    def __init__(self, suite: str, parameterized: Any, *, is_short: bool) -> None:
         self._suite = suite
+        self._is_short = is_short
         self._cases: set[str] = set()
         self._named_parameters = parameterized.named_parameters
         self._product = parameterized.product
@@ -140,11 +176,20 @@ class OurTables:
         grid = {name: values[:1] if name in FOR_WRAPPERS else values for name, values in grid.items()}
 
         def decorate(test: Callable[..., None]) -> Any:
+            if test.__name__ in self._same_elsewhere:
+                return test
             cases = {}
             repeated = REPEATED.get(test.__name__, {})
+            long = AT_LENGTH.get((self._suite, test.__name__), {}) if self._is_short else {}
             left = {name: [value for value in grid[name] if value not in repeated.get(name, ())] for name in grid}
+            known = {name: {_name(value) for value in values} for name, values in left.items()}
+            known["opt_name"] = {row["opt_name"] for row in self._rows(test.__name__)}
+            if unknown := [names - known[field] for field, names in long.items() if names - known[field]]:
+                raise pytest.UsageError(f"{test.__name__} has no {unknown}, which AT_LENGTH names")
             for row, values in itertools.product(self._rows(test.__name__), itertools.product(*left.values())):
                 case = dict.fromkeys(fields) | row | dict(zip(left, values, strict=True))
+                if any(_name(case[field]) in names for field, names in long.items()):
+                    continue
                 cases["_".join([row["opt_name"], *map(_name, values)])] = case
             return self._generate(test, [{"testcase_name": name, **case} for name, case in cases.items()])
 
@@ -166,6 +211,10 @@ class OurTables:
             return self._named_parameters(*cases)
         return lambda test: self._generate(test, ours)
 
+    @property
+    def _same_elsewhere(self) -> set[str]:
+        return SAME_IN_CONTRIB if self._is_short and self._suite == "alias" else set()
+
     def _generate(self, test: Callable[..., None], cases: list[Any]) -> Any:
         if test.__name__ in CALLS_EACH_STEP:
             test = with_steps_in_strides(test)
@@ -184,7 +233,7 @@ class OurTables:
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Leaves out what is in `LEFT_OUT`, marks what is in `XFAILS`, and misses nothing."""
-        left_out, xfails = LEFT_OUT[self._suite], XFAILS[self._suite]
+        left_out, xfails = {*LEFT_OUT[self._suite], *self._same_elsewhere}, XFAILS[self._suite]
         used = set()
         ours, others = [], []
         for item in items:
@@ -200,7 +249,7 @@ class OurTables:
                 )
             used |= reasons
             others.append(item)
-        missing = (self._cases | xfails.keys()) - {item.name for item in ours} | left_out.keys() - used
+        missing = (self._cases | xfails.keys()) - {item.name for item in ours} | left_out - used
         if missing:
             raise pytest.UsageError(f"Optax {optax.__version__} has no tests of these names: {sorted(missing)}")
         for item in ours:
@@ -255,11 +304,11 @@ def compile_once() -> None:
 
 
 def _name(value: Any) -> str:
-    """What a test is called after the value of a parameter."""
+    """The part of a test's name for the value of a parameter."""
     return getattr(value, "__name__", str(value)).removeprefix("_setup_")
 
 
-def main(suite: str, *pytest_args: str) -> int:
+def main(suite: str, length: str, *pytest_args: str) -> int:
     """The exit status: zero if every test passes, or fails as expected, and there are some."""
     spec = importlib.util.find_spec(MODULES[suite])
     if spec is None or spec.origin is None or not pathlib.Path(spec.origin).is_file():
@@ -281,6 +330,7 @@ def main(suite: str, *pytest_args: str) -> int:
     # Before Optax's tests of sharding set XLA_FLAGS: with those of this run, compilation takes half the time.
     jax.devices()
     compile_once()
+    gc.set_threshold(100_000, 20, 100)  # As in conftest.py.
     site = pathlib.Path(optax.__file__).parents[1]
     arguments = [
         spec.origin,
@@ -291,9 +341,10 @@ def main(suite: str, *pytest_args: str) -> int:
         "no:cacheprovider",
         "--assert=plain",
     ]
-    # Warnings are errors, but for what Optax's module of sharding tests does to Optax when it is imported.
+    is_short = {"short": True, "long": False}[length]
+    # Warnings are errors, except for one that Optax's module of sharding tests causes when it is imported.
     arguments += ["-W", "error", "-W", "ignore:Specifying a key will be required:UserWarning"]
-    return pytest.main([*arguments, *pytest_args], plugins=[OurTables(suite, parameterized)])
+    return pytest.main([*arguments, *pytest_args], plugins=[OurTables(suite, parameterized, is_short=is_short)])
 
 
 if __name__ == "__main__":

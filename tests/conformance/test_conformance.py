@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from conformance.registered import BARE, NEED_THE_LOSS, STEPS_BEFORE_PREDICT, VARIANTS
-from conformance.run_theirs import MODULES
+from conformance.run_theirs import AT_LENGTH, MODULES
 
 import vsa_optax
 from vsa_optax import Phase
@@ -91,8 +91,12 @@ def test_map_params_maps_what_has_a_leaf_for_each_parameter(name):
     assert jax.tree.structure(optax.tree.map_params(opt, lambda leaf: leaf, state)) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize("suite", MODULES)
-def test_optax_tests_pass_on_ours(suite):
+RUNS = [(suite, "short") for suite in MODULES]
+RUNS += [pytest.param(suite, "long", marks=pytest.mark.slow) for suite in sorted({suite for suite, _ in AT_LENGTH})]
+
+
+@pytest.mark.parametrize(("suite", "length"), RUNS)
+def test_optax_tests_pass_on_ours(suite, length):
     """In a process of its own, in which a worker waits for it: a suite replaces parts of Optax."""
     env = os.environ | {
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
@@ -100,7 +104,7 @@ def test_optax_tests_pass_on_ours(suite):
         "PYTEST_ADDOPTS": "",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }
-    command = [sys.executable, "-P", "-m", "conformance.run_theirs", suite, "-q", "-rfEx"]
+    command = [sys.executable, "-P", "-m", "conformance.run_theirs", suite, length, "-q", "-rfEx"]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     output = done.stdout
     assert done.returncode == 0, output

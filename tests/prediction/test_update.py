@@ -112,9 +112,24 @@ def trained_plainly(name, by_scan):
     return train(OPTIMIZERS[name](RATE), 30, by_scan=by_scan, options=AS_USERS_DO)[0]
 
 
+# In a loop, too: these in every run, the others at length, for both programs are compiled as users' are.
+IN_A_LOOP = {"adam", "adafactor", "clipped"}
+
+
 @pytest.mark.parametrize("predicts", ["update", "gradient"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("by_scan", [False, True], ids=["jit", "scan"])
+@pytest.mark.parametrize(
+    ("name", "by_scan"),
+    [
+        pytest.param(
+            name,
+            by_scan,
+            id=f"{'scan' if by_scan else 'jit'}-{name}",
+            marks=pytest.mark.slow if by_scan and name not in IN_A_LOOP else (),
+        )
+        for name in OPTIMIZERS
+        for by_scan in (False, True)
+    ],
+)
 def test_without_predictions_the_bits_are_plain_optax(name, predicts, by_scan):
     opt = blind.phase_switched(OPTIMIZERS[name](RATE), predict_steps=0, predicts=predicts)
     ours, state, _ = train(opt, 30, by_scan=by_scan, options=AS_USERS_DO)
