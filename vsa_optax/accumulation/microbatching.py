@@ -9,8 +9,8 @@ import optax
 from vsa_optax.accumulation.ternary_sum import Rounding, make_ternary_sum
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.core import checks
-from vsa_optax.core.conditional import in_place_if
 from vsa_optax.core.mesh import as_varying, varying_axes, varying_like
+from vsa_optax.core.trees import tree_where
 from vsa_optax.core.types import Tree
 
 
@@ -101,11 +101,6 @@ def ternary_accumulator(
     checks.check_bool("use_grad_mean", use_grad_mean)
     window = jnp.int32(0)
 
-    def grow(acc_grads: Tree, gradients: optax.Updates, index: jax.Array) -> Tree:
-        return total.add(acc_grads, gradients, window, index)
-
-    grow_if = in_place_if(grow)
-
     def init(like: optax.Updates) -> TernaryAccumulatorState:
         checks.check_inexact_leaves(like)
         # Inside shard_map, what this device has seen is its own if its gradients are.
@@ -116,8 +111,9 @@ def ternary_accumulator(
     def update(carry: TernaryAccumulatorState, value: optax.Updates, index: int | jax.Array) -> TernaryAccumulatorState:
         # The coded sum does not tell the shapes.
         checks.check_same_leaves(codecs.shapes_of(carry.specs), value, what="gradients")
-        is_finite = total.takes(carry.acc_grads, value)
-        acc_grads = grow_if(is_finite, carry.acc_grads, value, jnp.asarray(index, jnp.int32))
+        total.check_same(carry.acc_grads, value)
+        grown, is_finite = total.add(carry.acc_grads, value, window, jnp.asarray(index, jnp.int32))
+        acc_grads = tree_where(is_finite, grown, carry.acc_grads)
         nonfinite_count = carry.nonfinite_count + (~is_finite).astype(jnp.int32)
         return TernaryAccumulatorState(nonfinite_count, acc_grads, carry.specs, carry.num_seen + 1)
 

@@ -61,73 +61,59 @@ class TernaryMultiStepsState(NamedTuple):
         return ("acc_grads", "skip_state") if mesh.axes_in(self.inner_opt_state) else ()
 
 
-class _WindowStep(NamedTuple):
-    """What one micro-batch comes to.
+class _Taken(NamedTuple):
+    """What a micro-batch comes to, before it is known whether it is accepted.
 
     Attributes:
-        mean: tree in the gradients' dtypes, the mean or the sum if the window is complete, else zeros.
-        emits: ``[] bool``, whether it is.
-        mini_step: as in the state.
-        gradient_step: as in the state.
-        acc_grads: as in the state.
+        grown: the sum with it.
+        is_finite: ``[] bool``, whether it may be added.
+        is_last: ``[] bool``, whether the window is complete with it.
+        divisor: ``[] int32``, of the sum then.
     """
 
-    mean: optax.Updates
-    emits: jax.Array
-    mini_step: jax.Array
-    gradient_step: jax.Array
-    acc_grads: Tree
+    grown: Tree
+    is_finite: jax.Array
+    is_last: jax.Array
+    divisor: jax.Array
 
 
 class _Window:
     """Takes one micro-batch after the other, and gives back their mean.
 
-    Outside jit, JAX compiles a loop anew for each new function object (`in_place_if`): they are made once.
+    A micro-batch is added before it is known to be finite, and to a sum beside the old one, of which one is kept: no
+    condition comes before the end, at which a GPU would wait for the host. Also the last one of a window is added, in
+    vain; its mean is made of the old sum and the gradient as it came.
     """
 
     def __init__(self, total: TernarySum, every_k: EveryK, use_mean: bool) -> None:
         self._total = total
         self._every_k = every_k
         self._use_mean = use_mean
-        self._add_if = in_place_if(self._add)
-        self._finish_if = in_place_if(self._finish)
+        self._add = jax.jit(total.add)  # For those who do not compile their step.
 
-    def __call__(
-        self, updates: optax.Updates, state: AccumulateTernaryState | TernaryMultiStepsState, is_accepted: jax.Array
-    ) -> _WindowStep:
-        """One micro-batch, which counts if it is accepted."""
-        k = jnp.asarray(self._every_k(state.gradient_step), jnp.int32)
-        emits = is_accepted & (state.mini_step >= k - 1)
-        adds = is_accepted & ~emits
-        # `is_added` is always true, but the compiler cannot know that before the sum is done.
-        carry = state.acc_grads, ~adds
-        acc_grads, is_added = self._add_if(adds, carry, updates, state.gradient_step, state.mini_step)
-        # So the mean, or the zeros, can take the gradient's place in memory, which nothing reads any more.
-        last = jax.tree.map(lambda g: jnp.where(emits & is_added, g, jnp.zeros_like(g)), updates)
-        divisor = k if self._use_mean else jnp.ones_like(k)
-        mean, acc_grads = self._finish_if(emits, (last, acc_grads), state.gradient_step, divisor)
-        return _WindowStep(
-            mean=mean,
-            emits=emits,
-            mini_step=jnp.where(emits, 0, state.mini_step + adds.astype(jnp.int32)),
-            gradient_step=_count_if(emits, state.gradient_step),
-            acc_grads=acc_grads,
-        )
+    def take(self, updates: optax.Updates, acc_grads: Tree, gradient_step: jax.Array, mini_step: jax.Array) -> _Taken:
+        """A micro-batch, added to the sum."""
+        k = jnp.asarray(self._every_k(gradient_step), jnp.int32)
+        grown, is_finite = self._add(acc_grads, updates, gradient_step, mini_step)
+        return _Taken(grown, is_finite, mini_step >= k - 1, k if self._use_mean else jnp.ones_like(k))
 
-    def _add(
-        self, carry: tuple[Tree, jax.Array], updates: optax.Updates, gradient_step: jax.Array, mini_step: jax.Array
-    ) -> tuple[Tree, jax.Array]:
-        acc_grads, is_added = carry
-        return self._total.add(acc_grads, updates, gradient_step, mini_step), is_added | True
-
-    def _finish(
+    def finish(
         self, carry: tuple[optax.Updates, Tree], gradient_step: jax.Array, divisor: jax.Array
     ) -> tuple[optax.Updates, Tree]:
-        """The mean, and the empty sum."""
+        """The mean of a window's last micro-batch and the sum of the others, and an empty sum."""
         last, acc_grads = carry
         mean = self._total.finish(last, acc_grads, gradient_step, divisor)
         # Zeros that vary over the devices of a shard_map if the sum does.
         return mean, jax.tree.map(lambda x: jnp.where(True, jnp.zeros_like(x), x), acc_grads)
+
+
+def _counted(state: Tree, is_finite: jax.Array, emits: jax.Array, adds: jax.Array) -> dict[str, jax.Array]:
+    """The counters of a state after a micro-batch."""
+    return {
+        "mini_step": jnp.where(emits, 0, state.mini_step + adds.astype(jnp.int32)),
+        "gradient_step": _count_if(emits, state.gradient_step),
+        "nonfinite_count": _count_if(~is_finite, state.nonfinite_count),
+    }
 
 
 class TernaryMultiSteps(optax.GradientTransformationExtraArgs):  # type: ignore[misc] # Optax ships no types.
@@ -177,9 +163,9 @@ def accumulate_ternary(
 
     **On a GPU** sums of large leaves are kernels of their own, as `TritCodec`'s.
 
-    **Not finite.** A micro-batch with a NaN or an infinity, or in a coded leaf a number beyond 5e33, is left out and
-    counted, as if it had not happened: the mean is that of K others, zeros leave, and nothing that is not finite enters
-    the state.
+    **Not finite.** A micro-batch with a NaN or an infinity, or one that would give a coded block a scale beyond 5e33,
+    is left out and counted, as if it had not happened: the mean is that of K others, zeros leave, and nothing that is
+    not finite enters the state. It is added before that is known: the old sum is kept beside the new one until then.
 
     **Many devices.** With parameters replicated, so is the sum. With parameters sharded it lies whole on every device
     all the same, and each micro-batch's gradient is gathered for it (see `TritCodec`): in two trits, over more than
@@ -232,6 +218,7 @@ def accumulate_ternary(
     every_k = check_every_k(every_k_schedule)
     total = make_ternary_sum(every_k_schedule, trits=trits, rounding=rounding, block_size=block_size, seed=seed)
     window = _Window(total, every_k, checks.check_bool("use_grad_mean", use_grad_mean))
+    finish_if = in_place_if(window.finish)
 
     def init_fn(params: optax.Params) -> AccumulateTernaryState:
         warn_of_command_buffers()
@@ -245,13 +232,16 @@ def accumulate_ternary(
         del extra_args
         _check_state(state, AccumulateTernaryState)
         checks.check_same_leaves(params, updates, what="gradients")
-        is_finite = total.takes(state.acc_grads, updates)
+        total.check_same(state.acc_grads, updates)
         updates, acc_grads = _on_each_device(updates, state.acc_grads, state.mini_step)
         mesh.note_window(updates)
-        is_finite = mesh.all_devices_agree(is_finite, _axes_to_agree_over(updates, state.mini_step))
-        step = window(updates, state._replace(acc_grads=acc_grads), is_finite)
-        nonfinite_count = _count_if(~is_finite, state.nonfinite_count)
-        return step.mean, AccumulateTernaryState(step.mini_step, step.gradient_step, step.acc_grads, nonfinite_count)
+        taken = window.take(updates, acc_grads, state.gradient_step, state.mini_step)
+        is_finite = mesh.all_devices_agree(taken.is_finite, _axes_to_agree_over(updates, state.mini_step))
+        emits, adds = is_finite & taken.is_last, is_finite & ~taken.is_last
+        held, acc_grads = finish_if(emits, (updates, acc_grads), state.gradient_step, taken.divisor)
+        acc_grads = total.settle(acc_grads, taken.grown, held, adds)
+        mean = jax.tree.map(lambda x: jnp.where(emits, x, jnp.zeros_like(x)), held)
+        return mean, AccumulateTernaryState(acc_grads=acc_grads, **_counted(state, is_finite, emits, adds))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -335,8 +325,7 @@ def ternary_multi_steps(
     every_k = check_every_k(every_k_schedule)
     total = make_ternary_sum(every_k_schedule, trits=trits, rounding=rounding, block_size=block_size, seed=seed)
     window = _Window(total, every_k, checks.check_bool("use_grad_mean", use_grad_mean))
-
-    run_inner = RunInner(optax.with_extra_args_support(opt))
+    run_inner = RunInner(optax.with_extra_args_support(opt), window.finish)
 
     def init_fn(params: optax.Params) -> TernaryMultiStepsState:
         warn_of_command_buffers()
@@ -361,23 +350,28 @@ def ternary_multi_steps(
             acc_grads = mesh.of_this_device("acc_grads", acc_grads)
         checks.check_same_leaves(params, updates, what="gradients")
         should_skip, skip_state = _ask(should_skip_update_fn, updates, state.gradient_step, params)
-        is_finite = total.takes(acc_grads, updates)
+        total.check_same(acc_grads, updates)
         updates, acc_grads = _on_each_device(updates, acc_grads, state.mini_step)
         outcome = run_inner.look(updates, state.inner_opt_state, params, extra_args)
-        is_accepted = is_finite & ~should_skip
+        taken = window.take(updates, acc_grads, state.gradient_step, state.mini_step)
+        is_finite, is_accepted = taken.is_finite, taken.is_finite & ~should_skip
         if axes := _axes_to_agree_over((updates, is_accepted), state.mini_step, outcome.axes):
             is_finite, is_accepted = mesh.all_devices_agree(jnp.stack([is_finite, is_accepted]), axes)
         else:
             mesh.note_window(updates)
-        step = window(updates, state._replace(acc_grads=acc_grads), is_accepted)
-        new_updates, inner_opt_state = run_inner(
-            step.emits, step.mean, state.inner_opt_state, params, extra_args, outcome
+        emits, adds = is_accepted & taken.is_last, is_accepted & ~taken.is_last
+        window_of = state.gradient_step, taken.divisor
+        new_updates, updates, acc_grads, inner_opt_state = run_inner(
+            emits, updates, acc_grads, window_of, state.inner_opt_state, params, extra_args, outcome
         )
-        own = step.acc_grads, skip_state
+        own = total.settle(acc_grads, taken.grown, updates, adds), skip_state
         if is_of_each_device:
             own = mesh.varying_like(mesh.with_axis_in_front(own), (state.acc_grads, state.skip_state))
         return new_updates, TernaryMultiStepsState(
-            step.mini_step, step.gradient_step, inner_opt_state, *own, _count_if(~is_finite, state.nonfinite_count)
+            inner_opt_state=inner_opt_state,
+            acc_grads=own[0],
+            skip_state=own[1],
+            **_counted(state, is_finite, emits, adds),
         )
 
     return TernaryMultiSteps(init_fn, update_fn)

@@ -135,14 +135,23 @@ def zeros(size: int, *, trits: int, block_size: int) -> Coded:
 
 
 @functools.partial(jax.jit, static_argnames=("block_size",))
-def add(total: Coded, x: jax.Array, words: jax.Array, rounding_key: jax.Array | None, *, block_size: int) -> Coded:
+def add(
+    total: Coded,
+    x: jax.Array,
+    words: jax.Array,
+    rounding_key: jax.Array | None,
+    first_word: int | jax.Array = 0,
+    *,
+    block_size: int,
+) -> Coded:
     """Turns ``x``, adds the decoded sum, and quantises again.
 
     Args:
         total: the sum.
         x: ``[n] f32``.
-        words: ``[num_words] uint32``, the rotation, the same for all that is added.
+        words: ``[...] uint32``, of which `num_words` are the rotation, the same for all that is added.
         rounding_key: for stochastic rounding to the levels of `uniform`; with None, the nearest one of `lloyd_max`.
+        first_word: ``[] int32``, where the rotation's begin.
         block_size: a power of two.
     """
     trits = total.codes.shape[0]
@@ -165,23 +174,36 @@ def add(total: Coded, x: jax.Array, words: jax.Array, rounding_key: jax.Array | 
         codes = trit_blocks.pack_numbers(numbers.reshape(piece.rows.num, -1), trits)
         return None, Coded(codes.reshape(trits, -1), scales)
 
-    def anywhere(total: Coded, x: jax.Array, words: jax.Array, rounding_key: jax.Array | None) -> Coded:
-        return _by_rows(functools.partial(add_piece, rounding_key), x, words, total, block_size)[1]
+    def anywhere(
+        total: Coded, x: jax.Array, words: jax.Array, first_word: jax.Array, rounding_key: jax.Array | None
+    ) -> Coded:
+        own = _own_words(words, first_word, x.size, block_size)
+        return _by_rows(functools.partial(add_piece, rounding_key), x, own, total, block_size)[1]
 
-    def on_gpu(total: Coded, x: jax.Array, words: jax.Array, rounding_key: jax.Array | None) -> Coded:
+    def on_gpu(
+        total: Coded, x: jax.Array, words: jax.Array, first_word: jax.Array, rounding_key: jax.Array | None
+    ) -> Coded:
         from vsa_optax.kernels.gpu import trit_kernels  # Pallas with it, which few need.
 
         key_data = None if rounding_key is None else jax.random.key_data(rounding_key)
-        return Coded(*trit_kernels.add(x, words[None], key_data, *total))
+        return Coded(*trit_kernels.add(x, words[None], key_data, *total, first_word=first_word))
 
+    operands = total, x, words, jnp.asarray(first_word, jnp.int32), rounding_key
     if trit_blocks.suits_gpu(x.size, block_size):
-        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, total, x, words, rounding_key)
-    return anywhere(total, x, words, rounding_key)
+        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, *operands)
+    return anywhere(*operands)
 
 
 @functools.partial(jax.jit, static_argnames=("block_size", "nearest"))
 def finish(
-    total: Coded, x: jax.Array, words: jax.Array, divisor: jax.Array, *, block_size: int, nearest: bool
+    total: Coded,
+    x: jax.Array,
+    words: jax.Array,
+    divisor: jax.Array,
+    first_word: int | jax.Array = 0,
+    *,
+    block_size: int,
+    nearest: bool,
 ) -> jax.Array:
     """``[n] f32``: the sum, turned back, plus ``x``, over ``divisor``; ``nearest`` as it was rounded."""
 
@@ -191,17 +213,23 @@ def finish(
         turned = rotation.rotate_back(decoded, [piece.words.reshape(rows.num_blocks, -1)])
         return (turned.reshape(-1) + piece.x) / divisor, None
 
-    def anywhere(total: Coded, x: jax.Array, words: jax.Array, divisor: jax.Array) -> jax.Array:
-        return _by_rows(functools.partial(finish_piece, divisor), x, words, total, block_size)[0]
+    def anywhere(total: Coded, x: jax.Array, words: jax.Array, first_word: jax.Array, divisor: jax.Array) -> jax.Array:
+        own = _own_words(words, first_word, x.size, block_size)
+        return _by_rows(functools.partial(finish_piece, divisor), x, own, total, block_size)[0]
 
-    def on_gpu(total: Coded, x: jax.Array, words: jax.Array, divisor: jax.Array) -> jax.Array:
+    def on_gpu(total: Coded, x: jax.Array, words: jax.Array, first_word: jax.Array, divisor: jax.Array) -> jax.Array:
         from vsa_optax.kernels.gpu import trit_kernels  # Pallas with it, which few need.
 
-        return trit_kernels.finish(*total, x, words[None], divisor, nearest=nearest)
+        return trit_kernels.finish(*total, x, words[None], divisor, first_word=first_word, nearest=nearest)
 
+    operands = total, x, words, jnp.asarray(first_word, jnp.int32), divisor
     if trit_blocks.suits_gpu(x.size, block_size):
-        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, total, x, words, divisor)
-    return anywhere(total, x, words, divisor)
+        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, *operands)
+    return anywhere(*operands)
+
+
+def _own_words(words: jax.Array, first_word: jax.Array, size: int, block_size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(words, first_word, num_words(size, block_size))
 
 
 def _decode(total: Coded, rows: Rows, *, nearest: bool) -> jax.Array:

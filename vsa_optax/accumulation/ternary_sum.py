@@ -5,15 +5,16 @@ With S the coded sum, R a random rotation, one for the whole window of K micro-b
     S <- Q(deQ(S) + R g_k)
     sum = R^-1 deQ(S)
 
-A leaf smaller than a block is summed in at least f32.
+A leaf smaller than a block is summed in at least f32. Leaves that are smaller than five blocks are coded together,
+each in a row of its own.
 """
 
 import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Hashable
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,9 @@ from jax.typing import ArrayLike
 from vsa_optax.accumulation import packed_rows
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.trit import RawLeaf
-from vsa_optax.core import checks
+from vsa_optax.core import checks, trees
 from vsa_optax.core.axis_names import without_names
+from vsa_optax.core.mesh import varying_axes
 from vsa_optax.core.trees import is_placeholder
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics, signs
@@ -36,8 +38,8 @@ EveryK: TypeAlias = Callable[[jax.Array], ArrayLike]
 _MANY_FOR_ONE_TRIT = 32
 # Micro-batches up to which training came out as with f32 when their mean was kept in two trits.
 _FEW_ENOUGH_FOR_TWO_TRITS = 8
-# The largest gradient is 5e33: a hundred thousand such can be added in one place.
-_HEADROOM = np.float32(2**16)
+# Times the root of the largest block's size it is far from overflow, and so is what is made of it.
+LARGEST_SCALE = float(np.finfo(np.float32).max) / 2**16
 
 
 class SummedLeaf(NamedTuple):
@@ -52,6 +54,60 @@ class SummedLeaf(NamedTuple):
 
     codes: jax.Array
     scales: jax.Array
+
+
+class _Member(NamedTuple):
+    """A leaf that is coded.
+
+    Attributes:
+        number: static, among the leaves.
+        size: static, coordinates.
+        coded: its sum.
+        first_word: static, where its random words begin.
+        num_words: static.
+    """
+
+    number: int
+    size: int
+    coded: packed_rows.Coded
+    first_word: int
+    num_words: int
+
+
+class _Group(NamedTuple):
+    """What is coded at once: one leaf, or several, each in a row of its own.
+
+    Attributes:
+        members: the leaves.
+        padded_size: static, coordinates of each.
+        coded: their sums, one behind the other.
+        words: ``[...] uint32``, random ones, theirs among them.
+        first_word: static, where these begin.
+        block_size: static.
+    """
+
+    members: list[_Member]
+    padded_size: int
+    coded: packed_rows.Coded
+    words: jax.Array
+    first_word: int
+    block_size: int
+
+    def joined(self, leaves: Sequence[ArrayLike]) -> jax.Array:
+        """``[n] f32``: their coordinates, of all leaves of a tree."""
+        return _concatenated(
+            [jnp.pad(codecs.as_reals(leaves[m.number]), (0, self.padded_size - m.size)) for m in self.members]
+        )
+
+    def apart(self, reals: jax.Array) -> dict[int, jax.Array]:
+        """Coordinates by the leaf's number, the inverse of `joined`."""
+        parts = jnp.split(reals, len(self.members))
+        return {m.number: part[: m.size] for m, part in zip(self.members, parts, strict=True)}
+
+    def sums(self, coded: packed_rows.Coded) -> dict[int, list[jax.Array]]:
+        """The arrays of sums by the leaf's number."""
+        parts = [jnp.split(array, len(self.members), axis=-1) for array in coded]
+        return {m.number: list(arrays) for m, *arrays in zip(self.members, *parts, strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,51 +133,65 @@ class TernarySum:
             return RawLeaf(jnp.zeros_like(leaf, dtype=_wide(leaf)))
         return SummedLeaf(*packed_rows.zeros(_num_reals(leaf), trits=self.trits, block_size=self.block_size))
 
-    def takes(self, total: Tree, gradients: Tree) -> jax.Array:
-        """``[] bool``: whether the gradients are finite, and those to be coded below 5e33, so that sums stay finite.
+    def add(self, total: Tree, gradients: Tree, window: jax.Array, position: jax.Array) -> tuple[Tree, jax.Array]:
+        """The sum with one more micro-batch, and whether that may stay.
 
-        ``ValueError`` if they are not those of ``zeros``.
-        """
-        self._check_same(total, gradients)
-
-        def takes_leaf(gradient: ArrayLike) -> jax.Array:
-            array = jnp.asarray(gradient)
-            if self._is_small(array):
-                return numerics.is_finite(array)
-            # In its own shape: sharded, each device looks at what it has.
-            coded_as = jnp.complex64 if jnp.iscomplexobj(array) else jnp.float32
-            return numerics.is_finite(array.astype(coded_as) * coded_as(_HEADROOM))
-
-        return functools.reduce(jnp.logical_and, map(takes_leaf, jax.tree.leaves(gradients)), jnp.array(True))
-
-    def add(self, total: Tree, gradients: Tree, window: jax.Array, position: jax.Array) -> Tree:
-        """The sum with one more micro-batch.
+        Each leaf is added before others are known: what came of it is to be dropped if one of them is not finite.
 
         Args:
             total: the sum.
             gradients: tree of ``[*shape]``.
             window: ``[] int32``, which rotation.
             position: ``[] int32``, the micro-batch's number in the window.
+
+        Returns:
+            The new sum, and ``[] bool``: whether it is finite, and no scale of it beyond 5e33, so that what is made of
+            it is finite, too.
         """
         is_stochastic = self.rounding == "stochastic"
         rounding_key = signs.stream(self.seed, window, 1, position) if is_stochastic else None
-
-        def added(
-            leaf: SummedLeaf | RawLeaf, words: jax.Array, index: int, gradient: jax.Array
-        ) -> SummedLeaf | RawLeaf:
-            if isinstance(leaf, RawLeaf):
-                return RawLeaf(leaf.values + jnp.asarray(gradient, leaf.values.dtype))
-            grown = packed_rows.add(
-                packed_rows.Coded(*leaf),
-                codecs.as_reals(gradient),
-                words,
-                None if rounding_key is None else jax.random.fold_in(rounding_key, index),
-                block_size=self.block_size,
+        leaves = list(map(jnp.asarray, jax.tree.leaves(gradients)))
+        raw, groups = self._sorted(jax.tree.leaves(total), leaves, window)
+        arrays: dict[int, list[jax.Array]] = {}
+        found, scales = [], []
+        values, numbers = list(raw.values()), list(raw)
+        for alike in trees.numbers_of_alike(values, [leaves[i] for i in numbers]):
+            old, new = jnp.stack([values[i] for i in alike]), jnp.stack([leaves[numbers[i]] for i in alike])
+            sums = old + new.astype(old.dtype)
+            found.append(numerics.is_finite(sums))
+            arrays |= {numbers[i]: [of_leaf] for i, of_leaf in zip(alike, sums, strict=True)}
+        for group in groups:
+            coded = packed_rows.add(
+                group.coded,
+                group.joined(leaves),
+                group.words,
+                None if rounding_key is None else jax.random.fold_in(rounding_key, group.members[0].number),
+                group.first_word,
+                block_size=group.block_size,
             )
-            return SummedLeaf(*grown)
+            scales.append(coded.scales)
+            arrays |= group.sums(coded)
+        # What is not finite makes a scale of NaN, so nothing has to read the gradients again.
+        limit = jnp.asarray(LARGEST_SCALE, jnp.bfloat16)
+        found += [jnp.all(jnp.stack([scales[i] for i in alike]) <= limit) for alike in trees.numbers_of_alike(scales)]
+        is_finite = functools.reduce(jnp.logical_and, found, jnp.array(True))
+        grown = [array for i in range(len(leaves)) for array in arrays[i]]
+        return jax.tree.unflatten(jax.tree.structure(total), grown), is_finite
 
-        grown = jax.tree.leaves(self._map(added, total, window, gradients))
-        return jax.tree.unflatten(jax.tree.structure(total), grown)
+    def settle(self, total: Tree, grown: Tree, gradients: Tree, adds: jax.Array) -> Tree:
+        """``grown``, which `add` made of a sum and gradients, if that may stay; else the sum.
+
+        Small leaves are added once more, to what lies in the sum's place now: of copies XLA would make two of each.
+        """
+        old, new = iter(jax.tree.leaves(total)), iter(jax.tree.leaves(grown))
+        arrays = []
+        for leaf in jax.tree.leaves(gradients):
+            for _ in range(1 if self._is_small(leaf) else 2):
+                was, becomes = next(old), next(new)
+                if self._is_small(leaf):
+                    becomes = was + jnp.asarray(leaf, was.dtype)
+                arrays.append(jnp.where(adds, becomes, was))
+        return jax.tree.unflatten(jax.tree.structure(total), arrays)
 
     def finish(self, last: Tree, total: Tree, window: jax.Array, divisor: jax.Array) -> Tree:
         """``(total + last) / divisor``, in the dtypes of ``last``.
@@ -132,52 +202,57 @@ class TernarySum:
             window: ``[] int32``, which rotation.
             divisor: ``[] int32``.
         """
-
-        def finished(leaf: SummedLeaf | RawLeaf, words: jax.Array, index: int, gradient: jax.Array) -> jax.Array:
-            del index
-            spec = codecs.spec_of(gradient)
-            if isinstance(leaf, RawLeaf):
-                wide = numerics.promoted(leaf.values.dtype, spec.dtype)
-                whole = leaf.values.astype(wide) + jnp.asarray(gradient, wide)
-                return codecs.as_decoded(whole / divisor.astype(jnp.finfo(wide).dtype).astype(wide), spec)
+        leaves, treedef = jax.tree.flatten(last)
+        raw, groups = self._sorted(jax.tree.leaves(total), leaves, window)
+        means: dict[int, jax.Array] = {}
+        for i, values in raw.items():
+            spec = codecs.spec_of(leaves[i])
+            wide = numerics.promoted(values.dtype, spec.dtype)
+            whole = values.astype(wide) + jnp.asarray(leaves[i], wide)
+            means[i] = codecs.as_decoded(whole / divisor.astype(jnp.finfo(wide).dtype).astype(wide), spec)
+        for group in groups:
             reals = packed_rows.finish(
-                packed_rows.Coded(*leaf),
-                codecs.as_reals(gradient),
-                words,
+                group.coded,
+                group.joined(leaves),
+                group.words,
                 divisor.astype(jnp.float32),
-                block_size=self.block_size,
+                group.first_word,
+                block_size=group.block_size,
                 nearest=self.rounding == "nearest",
             )
-            return codecs.as_decoded(codecs.from_reals(reals, spec), spec)
-
-        return self._map(finished, total, window, last)
+            for i, of_leaf in group.apart(reals).items():
+                spec = codecs.spec_of(leaves[i])
+                means[i] = codecs.as_decoded(codecs.from_reals(of_leaf, spec), spec)
+        return jax.tree.unflatten(treedef, [means[i] for i in range(len(leaves))])
 
     def _is_small(self, leaf: ArrayLike) -> bool:
         return _num_reals(leaf) < self.block_size
 
-    def _map(
-        self,
-        fun: Callable[[SummedLeaf | RawLeaf, jax.Array, int, jax.Array], Any],
-        total: Tree,
-        window: jax.Array,
-        gradients: Tree,
-    ) -> Tree:
-        """Tree of ``fun(leaf, words, index, gradient)`` for each gradient: its sum, the random words of its rotation.
+    def _sorted(
+        self, arrays: Sequence[jax.Array], leaves: Sequence[ArrayLike], window: jax.Array
+    ) -> tuple[dict[int, jax.Array], list[_Group]]:
+        """The sums of small leaves by number, and the others, those that are smaller than a row together.
 
-        The words of all leaves are drawn at once: a generator for each would take most of the time to compile.
+        The random words of all leaves are drawn at once: a generator for each would take most of the time to compile.
         """
-        leaves, treedef = jax.tree.flatten(gradients)
-        sizes = [0 if self._is_small(g) else packed_rows.num_words(_num_reals(g), self.block_size) for g in leaves]
-        words = signs.random_bits(signs.stream(self.seed, window, 0), (sum(sizes),))
-        ends = np.cumsum(sizes)
-        arrays = iter(jax.tree.leaves(total))
-        results = []
-        for index, (gradient, size) in enumerate(zip(leaves, sizes, strict=True)):
-            leaf = RawLeaf(next(arrays)) if self._is_small(gradient) else SummedLeaf(next(arrays), next(arrays))
-            results.append(fun(leaf, words[ends[index] - size : ends[index]], index, gradient))
-        return jax.tree.unflatten(treedef, results)
+        sizes = [_num_reals(leaf) for leaf in leaves]
+        nums = [0 if size < self.block_size else packed_rows.num_words(size, self.block_size) for size in sizes]
+        words = signs.random_bits(signs.stream(self.seed, window, 0), (sum(nums),))
+        rest = iter(arrays)
+        raw: dict[int, jax.Array] = {}
+        alike: dict[Hashable, list[_Member]] = {}
+        for i, (leaf, size, num) in enumerate(zip(leaves, sizes, nums, strict=True)):
+            if not num:
+                raw[i] = next(rest)
+                continue
+            whole, last = packed_rows.rows_of(size, self.block_size)
+            # Inside a shard_map what is the same on all devices is not to be joined with what is not.
+            kind = i if whole.num else (last.width, varying_axes(leaf))
+            coded = packed_rows.Coded(next(rest), next(rest))
+            alike.setdefault(kind, []).append(_Member(i, size, coded, sum(nums[:i]), num))
+        return raw, [_joined(members, words, self.block_size) for members in alike.values()]
 
-    def _check_same(self, total: Tree, gradients: Tree) -> None:
+    def check_same(self, total: Tree, gradients: Tree) -> None:
         """``ValueError`` that names the leaf, unless the sum is one of arrays like the gradients.
 
         Of an array that is coded the sum tells how many coordinates it has, to a row of blocks, but not its shape.
@@ -199,6 +274,20 @@ class TernarySum:
 
         expected = jax.tree_util.tree_map_with_path(summed, total, is_leaf=_holds_arrays)
         checks.check_same_tree(expected, gradients, what="gradients")
+
+
+def _joined(members: list[_Member], words: jax.Array, block_size: int) -> _Group:
+    if len(members) == 1:
+        (leaf,) = members
+        return _Group(members, leaf.size, leaf.coded, words, leaf.first_word, block_size)
+    row = packed_rows.rows_of(members[0].size, block_size)[1]
+    coded = packed_rows.Coded(*(_concatenated(arrays) for arrays in zip(*(m.coded for m in members), strict=True)))
+    words = _concatenated([words[m.first_word : m.first_word + m.num_words] for m in members])
+    return _Group(members, row.size, coded, words, 0, row.width)
+
+
+def _concatenated(arrays: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
 
 
 def make_ternary_sum(
