@@ -152,7 +152,8 @@ class Program:
     """A process that compiles and measures one program."""
 
     def __init__(self, root, part, name):
-        environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false", PYTHONPATH=f"{root}:{HERE}")
+        paths = [str(root), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false", PYTHONPATH=os.pathsep.join(paths))
         arguments = [sys.executable, __file__, "--child", part, name]
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 # It lasts as long as the process.
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
