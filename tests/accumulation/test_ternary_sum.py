@@ -84,16 +84,19 @@ def test_the_largest_scale_that_may_be_summed():
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-def test_leaves_that_are_summed_together_are_summed_as_they_are_alone(rounding):
-    """Those of less than a row, by the width of its blocks; a large one and one that is not coded among them."""
-    sizes = {"a": 70, "b": 200, "c": (8, 10), "d": 3, "e": 33, "f": 150, "g": 160, "h": 65}
-    together = make_ternary_sum(3, trits=2, rounding=rounding, block_size=32, seed=0)
+def test_leaves_that_are_summed_together_are_summed_as_they_are_alone(rounding, monkeypatch):
+    """Those of less than a row, by the width of its blocks; large ones and one that is not coded among them."""
+    sizes = {"a": 70, "b": 400, "c": (8, 10), "d": 3, "e": 64, "f": 200, "g": 320, "h": 300}
+    together = make_ternary_sum(3, trits=2, rounding=rounding, block_size=64, seed=0)
+    calls, add = [], packed_rows.add
+    monkeypatch.setattr(packed_rows, "add", lambda *args, **kwargs: calls.append(args) or add(*args, **kwargs))
     rng = np.random.default_rng(0)
     batches = [{name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()} for _ in range(3)]
-    total = together.zeros(batches[0])
+    total, grow = together.zeros(batches[0]), jax.jit(together.add, **CHEAP)
     for i, gradients in enumerate(batches[:2]):
-        total, is_finite = jax.jit(together.add, **CHEAP)(total, gradients, 7, i)
+        total, is_finite = grow(total, gradients, 7, i)
         assert is_finite
+    assert len(calls) == 4  # Of a, c and e; of b; of f and h; of g.
     mean = together.finish(batches[2], total, 7, jnp.int32(3))
     words, first = signs.random_bits(signs.stream(0, 7, 0), (1000,)), 0
     for name, gradient in batches[2].items():
@@ -104,10 +107,10 @@ def test_leaves_that_are_summed_together_are_summed_as_they_are_alone(rounding):
         error = np.sum((np.ravel(mean[name]) - exact) ** 2) / np.sum(exact**2)
         assert error < (0.08 if rounding == "nearest" else 0.5), name
         if rounding == "nearest":
-            num = packed_rows.num_words(gradient.size, 32)
-            alone = packed_rows.zeros(gradient.size, trits=2, block_size=32)
+            num = packed_rows.num_words(gradient.size, 64)
+            alone = packed_rows.zeros(gradient.size, trits=2, block_size=64)
             for b in batches[:2]:
-                alone = packed_rows.add(alone, b[name].reshape(-1), words[first : first + num], None, block_size=32)
+                alone = add(alone, b[name].reshape(-1), words[first : first + num], None, block_size=64)
             first += num
             np.testing.assert_array_equal(total[name].codes, alone.codes)
             np.testing.assert_array_equal(total[name].scales, alone.scales)
