@@ -492,7 +492,7 @@ MUTANTS = [
     Mutant("ternary_sum.TernarySum.add", "<= limit", "< jnp.inf", f"{SUMMED} -k largest_scale"),
     Mutant("ternary_sum.TernarySum.add", "is_finite(sums)", "is_finite(new)", f"{SUMMED} -k largest_scale"),
     Mutant("ternary_sum._joined", "words[m.first_word:m", "words[0:m", f"{SUMMED} -k together"),
-    Mutant("ternary_sum.TernarySum._sorted", "if whole.num else", "if whole.width else", f"{SUMMED} -k together"),
+    Mutant("ternary_sum.TernarySum._sorted", "if fills_a_row else", "if True else", f"{SUMMED} -k together"),
     Mutant("ternary_sum.TernarySum.settle", "jnp.where(adds, becomes, was)", "becomes", WINDOWS),
     Mutant("hypervector.HypervectorCodec._bundle", "jnp.roll(flat, -begin)", "jnp.roll(flat, begin)", HYPERVECTOR_TWIN),
     Mutant(

@@ -24,7 +24,7 @@ from jax.typing import ArrayLike
 from vsa_optax.accumulation import packed_rows
 from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.trit import RawLeaf
-from vsa_optax.core import checks, trees
+from vsa_optax.core import checks
 from vsa_optax.core.axis_names import without_names
 from vsa_optax.core.mesh import varying_axes
 from vsa_optax.core.trees import is_placeholder
@@ -155,7 +155,7 @@ class TernarySum:
         arrays: dict[int, list[jax.Array]] = {}
         found, scales = [], []
         values, numbers = list(raw.values()), list(raw)
-        for alike in trees.numbers_of_alike(values, [leaves[i] for i in numbers]):
+        for alike in _numbers_of_alike(values, [leaves[i] for i in numbers]):
             old, new = jnp.stack([values[i] for i in alike]), jnp.stack([leaves[numbers[i]] for i in alike])
             sums = old + new.astype(old.dtype)
             found.append(numerics.is_finite(sums))
@@ -173,7 +173,7 @@ class TernarySum:
             arrays |= group.sums(coded)
         # What is not finite makes a scale of NaN, so nothing has to read the gradients again.
         limit = jnp.asarray(LARGEST_SCALE, jnp.bfloat16)
-        found += [jnp.all(jnp.stack([scales[i] for i in alike]) <= limit) for alike in trees.numbers_of_alike(scales)]
+        found += [jnp.all(jnp.stack([scales[i] for i in alike]) <= limit) for alike in _numbers_of_alike(scales)]
         is_finite = functools.reduce(jnp.logical_and, found, jnp.array(True))
         grown = [array for i in range(len(leaves)) for array in arrays[i]]
         return jax.tree.unflatten(jax.tree.structure(total), grown), is_finite
@@ -245,9 +245,9 @@ class TernarySum:
             if not num:
                 raw[i] = next(rest)
                 continue
-            whole, last = packed_rows.rows_of(size, self.block_size)
+            fills_a_row = size >= packed_rows.BLOCKS * self.block_size
             # Inside a shard_map what is the same on all devices is not to be joined with what is not.
-            kind = i if whole.num else (last.width, varying_axes(leaf))
+            kind = i if fills_a_row else (num, varying_axes(leaf))
             coded = packed_rows.Coded(next(rest), next(rest))
             alike.setdefault(kind, []).append(_Member(i, size, coded, sum(nums[:i]), num))
         return raw, [_joined(members, words, self.block_size) for members in alike.values()]
@@ -274,6 +274,17 @@ class TernarySum:
 
         expected = jax.tree_util.tree_map_with_path(summed, total, is_leaf=_holds_arrays)
         checks.check_same_tree(expected, gradients, what="gradients")
+
+
+def _numbers_of_alike(*lists: Sequence[jax.Array]) -> list[list[int]]:
+    """Numbers of places where the arrays of each list are of one type, so that they can be stacked.
+
+    A kernel for each of many small arrays takes longer than what it does.
+    """
+    of_types: dict[object, list[int]] = {}
+    for i, row in enumerate(zip(*lists, strict=True)):
+        of_types.setdefault(tuple(map(jax.typeof, row)), []).append(i)
+    return list(of_types.values())
 
 
 def _joined(members: list[_Member], words: jax.Array, block_size: int) -> _Group:

@@ -3,7 +3,7 @@
 Axes: L leaves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -56,17 +56,6 @@ def tree_where(condition: jax.Array, new: Alike, old: Alike) -> Alike:
         return chosen if chosen.dtype == dtype else chosen.astype(dtype)
 
     return jax.tree.map(pick, new, old)
-
-
-def numbers_of_alike(*lists: Sequence[jax.Array]) -> list[list[int]]:
-    """Numbers of places where the arrays of each list are of one type, so that they can be stacked.
-
-    A kernel for each of many small arrays takes longer than what it does.
-    """
-    of_types: dict[object, list[int]] = {}
-    for i, row in enumerate(zip(*lists, strict=True)):
-        of_types.setdefault(tuple(map(jax.typeof, row)), []).append(i)
-    return list(of_types.values())
 
 
 def map_leaves(fun: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
