@@ -1,7 +1,7 @@
-"""The optimizer inside `ternary_multi_steps`: its update where a window is complete, and zeros elsewhere.
+"""The optimizer inside `ternary_multi_steps`: its update if a window is complete, and zeros otherwise.
 
-It runs inside a conditional, both sides of which must have the same types. So the dtypes, and on a mesh the axes over
-which things vary, are those of what an update would come to, which is looked up before.
+It runs inside a conditional, whose branches must have the same types. So the dtypes, and on a mesh the varying axes,
+are those of an update, which is traced first.
 """
 
 import functools
@@ -19,18 +19,18 @@ from vsa_optax.core.mesh import varying_axes
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 
-# Updates, what is summed, and the optimizer's state.
+# The updates, the sum, and the optimizer's state.
 _Emission: TypeAlias = tuple[optax.Updates, Tree, optax.OptState]
 _Finish: TypeAlias = Callable[..., tuple[optax.Updates, Tree]]
 
 
 class Outcome(NamedTuple):
-    """What an update of the inner optimizer would come to.
+    """The shapes of an update of the inner optimizer.
 
     Attributes:
-        updates: tree of ``jax.ShapeDtypeStruct``.
-        inner_state: likewise.
-        axes: of the mesh, over which it communicates.
+        updates: tree of ``jax.ShapeDtypeStruct``, the updates.
+        inner_state: tree of ``jax.ShapeDtypeStruct``, the new state.
+        axes: the mesh axes over which the optimizer communicates.
     """
 
     updates: Tree
@@ -39,9 +39,9 @@ class Outcome(NamedTuple):
 
 
 class RunInner:
-    """The inner optimizer's update where the window is complete, else zeros.
+    """Runs the inner optimizer if the window is complete, and returns zeros otherwise.
 
-    ``finish((last, total), *window)`` gives the mean of a window's last micro-batch and the sum of the others, and an
+    ``finish((last, total), *window)`` returns the mean of a window's last micro-batch and the sum of the others, and an
     empty sum.
     """
 
@@ -57,7 +57,7 @@ class RunInner:
         params: optax.Params | None,
         extra_args: dict[str, object],
     ) -> Outcome:
-        """What would come of such updates."""
+        """The shapes of the optimizer's result for such updates."""
         traced_args, static_args = split_extra_args(extra_args)
         update = functools.partial(self._inner.update, **static_args)
         program, (emitted, new_state) = versions.traced(
@@ -76,11 +76,11 @@ class RunInner:
         extra_args: dict[str, object],
         outcome: Outcome,
     ) -> tuple[optax.Updates, optax.Updates, Tree, optax.OptState]:
-        """What comes of a micro-batch.
+        """Processes a micro-batch.
 
         Returns:
-            Updates in the dtypes that the optimizer emits; the micro-batch where it is not the last of a window; the
-            sum; the optimizer's state in the dtypes that it has.
+            The updates in the dtypes that the optimizer emits; the micro-batch, if it is not the last of a window; the
+            sum; the optimizer's state in its own dtypes.
         """
         traced_args, static_args = split_extra_args(extra_args)
         emitted = outcome.updates
@@ -91,10 +91,10 @@ class RunInner:
             step_if = in_place_if(functools.partial(step, **static_args))
         operand = None
         if varying_axes(last) - varying_axes(emitted):
-            # Means of each device become updates that are the same on all: one array cannot be of both types.
+            # The means of each device become replicated updates: one array cannot have both types.
             operand, held = last, jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), emitted)
         else:
-            # One tree for both, so that updates can take the gradient's place in memory.
+            # One tree serves for both, so that updates can reuse the gradient's memory.
             held = jax.tree.map(lambda g, u: g.astype(numerics.promoted(g.dtype, u.dtype)), last, emitted)
         held = mesh.varying_like(held, emitted)
         held, total, inner_state = step_if(emits, (held, total, inner_state), operand, window, params, traced_args)
@@ -104,7 +104,7 @@ class RunInner:
         return updates, last, total, inner_state
 
     def _functions(self, dtypes: tuple[jnp.dtype, ...]) -> tuple[Callable[..., _Emission], Callable[..., _Emission]]:
-        """The update of means of gradients of these dtypes, and the conditional one."""
+        """The update for means of gradients with these dtypes, and its conditional version."""
 
         def step(
             carry: _Emission,
@@ -120,19 +120,19 @@ class RunInner:
                 last = jax.tree.unflatten(treedef, [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
             mean, total = self._finish((last, total), *window)
             updates, new_state = self._inner.update(mean, inner_state, params, **traced_args, **static_args)
-            # As in optax.MultiSteps, the state keeps its dtypes whatever those of the gradients.
+            # As in optax.MultiSteps, the state keeps its dtypes, whatever those of the gradients are.
             updates = jax.tree.map(lambda u, w: u.astype(w.dtype), updates, held)
             return mesh.varying_like((updates, total, _in_dtypes_of(inner_state, new_state)), carry)
 
-        return step, in_place_if(step)  # type: ignore[arg-type] # It is run without keywords.
+        return step, in_place_if(step)  # type: ignore[arg-type] # It runs without keyword arguments.
 
 
 def _in_dtypes_of(old: Tree, new: Tree) -> Tree:
-    """``new``, but in the dtypes of ``old``."""
+    """``new`` in the dtypes of ``old``."""
 
     def cast(o: jax.Array, n: ArrayLike) -> jax.Array:
         array = jnp.asarray(n)
-        # An imaginary part is not dropped: let JAX say that the types differ.
+        # An imaginary part is not dropped: JAX raises an error, since the types differ.
         return array if jnp.iscomplexobj(array) and not jnp.iscomplexobj(o) else array.astype(o.dtype)
 
     return jax.tree.map(lambda o, n: n if jnp.result_type(o) == jnp.result_type(n) else cast(o, n), old, new)

@@ -1,12 +1,12 @@
-"""A tree of micro-batch gradients summed in one, two or three trits a coordinate.
+"""Sums a tree of micro-batch gradients in one, two or three trits a coordinate.
 
-With S the coded sum, R a random rotation, one for the whole window of K micro-batches, and Q the quantiser,
+Let S be the coded sum, R a random rotation for the whole window of K micro-batches, and Q the quantiser:
 
     S <- Q(deQ(S) + R g_k)
     sum = R^-1 deQ(S)
 
-A leaf smaller than a block is summed in at least f32. Leaves that are smaller than five blocks are coded together,
-each in a row of its own.
+A leaf smaller than a block is summed in at least f32. Leaves that are smaller than five blocks are coded together, each
+in its own row.
 """
 
 import dataclasses
@@ -32,24 +32,24 @@ from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics, signs
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
-# How many micro-batches make a mean, by the number of means so far.
+# The number of micro-batches in a mean, as a function of the number of means so far.
 EveryK: TypeAlias = Callable[[jax.Array], ArrayLike]
 
 _MANY_FOR_ONE_TRIT = 32
-# Micro-batches up to which training came out as with f32 when their mean was kept in two trits.
+# Up to this many micro-batches, training with their mean in two trits reached the loss of f32.
 _FEW_ENOUGH_FOR_TWO_TRITS = 8
-# Times the root of the largest block's size it is far from overflow, and so is what is made of it.
+# The product with the root of the largest block's size is far from overflow, and so are the numbers made from it.
 LARGEST_SCALE = float(np.finfo(np.float32).max) / 2**16
 
 
 class SummedLeaf(NamedTuple):
     """The coded sum of one array, its trits in the order of `packed_rows`.
 
-    It is not a `codecs.trit.CodedLeaf`, although it has the same fields: those trits lie in another order.
+    It is not a `codecs.trit.CodedLeaf`, although it has the same fields: the order of the trits is different.
 
     Attributes:
-        codes: ``[t, m] uint8``.
-        scales: ``[b] bfloat16``.
+        codes: ``[t, m] uint8``, the packed trits.
+        scales: ``[b] bfloat16``, the scale of each block.
     """
 
     codes: jax.Array
@@ -57,14 +57,14 @@ class SummedLeaf(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """A leaf that is coded.
+    """A coded leaf.
 
     Attributes:
-        number: static, among the leaves.
-        size: static, coordinates.
+        number: static, the index of the leaf.
+        size: static, the number of coordinates.
         coded: its sum.
-        first_word: static, where its random words begin.
-        num_words: static.
+        first_word: static, the index of its first random word.
+        num_words: static, the number of its random words.
     """
 
     number: int
@@ -75,15 +75,15 @@ class _Member(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """What is coded at once: one leaf, or several, each in a row of its own.
+    """Leaves that are coded together: one leaf, or several, each in its own row.
 
     Attributes:
         members: the leaves.
-        padded_size: static, coordinates of each.
-        coded: their sums, one behind the other.
-        words: ``[...] uint32``, random ones, theirs among them.
-        first_word: static, where these begin.
-        block_size: static.
+        padded_size: static, the number of coordinates of each, including padding.
+        coded: their sums, one after the other.
+        words: ``[...] uint32``, random words, which include those of the leaves.
+        first_word: static, the index of the first random word of the leaves.
+        block_size: static, the number of coordinates in a block.
     """
 
     members: list[_Member]
@@ -94,7 +94,7 @@ class _Group(NamedTuple):
     block_size: int
 
     def joined(self, leaves: Sequence[ArrayLike]) -> jax.Array:
-        """``[n] f32``: their coordinates, of all leaves of a tree."""
+        """``[n] f32``: the coordinates of the group's members, taken from all leaves of a tree."""
         return _concatenated(
             [jnp.pad(codecs.as_reals(leaves[m.number]), (0, self.padded_size - m.size)) for m in self.members]
         )
@@ -112,10 +112,10 @@ class _Group(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TernarySum:
-    """The settings of a coded sum, and what can be done with one.
+    """The settings of a coded sum, and its operations.
 
-    A sum is a tree like the gradients, with a `SummedLeaf` or, if it is small, a `RawLeaf` for each. A container may
-    put nodes of its own in their place: only the arrays, and their order, are read. Shapes and dtypes are those of the
+    A sum is a tree like the gradients, with a `SummedLeaf` for each leaf, or a `RawLeaf` for a small one. A container
+    may replace these nodes with its own: only the arrays and their order are read. Shapes and dtypes are those of the
     gradients.
     """
 
@@ -134,19 +134,19 @@ class TernarySum:
         return SummedLeaf(*packed_rows.zeros(_num_reals(leaf), trits=self.trits, block_size=self.block_size))
 
     def add(self, total: Tree, gradients: Tree, window: jax.Array, position: jax.Array) -> tuple[Tree, jax.Array]:
-        """The sum with one more micro-batch, and whether that may stay.
+        """Adds one micro-batch to the sum, and checks whether the result may be kept.
 
-        Each leaf is added before others are known: what came of it is to be dropped if one of them is not finite.
+        Each leaf is added before the others are checked: the result must be dropped if one of them is not finite.
 
         Args:
             total: the sum.
             gradients: tree of ``[*shape]``.
-            window: ``[] int32``, which rotation.
-            position: ``[] int32``, the micro-batch's number in the window.
+            window: ``[] int32``, which selects the rotation.
+            position: ``[] int32``, the number of the micro-batch in the window.
 
         Returns:
-            The new sum, and ``[] bool``: whether it is finite, and no scale of it beyond 5e33, so that what is made of
-            it is finite, too.
+            The new sum, and ``[] bool``: whether it is finite and none of its scales exceeds 5e33, so that the numbers
+            made from it are also finite.
         """
         is_stochastic = self.rounding == "stochastic"
         rounding_key = signs.stream(self.seed, window, 1, position) if is_stochastic else None
@@ -171,7 +171,7 @@ class TernarySum:
             )
             scales.append(coded.scales)
             arrays |= group.sums(coded)
-        # What is not finite makes a scale of NaN, so nothing has to read the gradients again.
+        # A non-finite gradient makes a scale NaN, so the gradients need not be read again.
         limit = jnp.asarray(LARGEST_SCALE, jnp.bfloat16)
         found += [jnp.all(jnp.stack([scales[i] for i in alike]) <= limit) for alike in _numbers_of_alike(scales)]
         is_finite = functools.reduce(jnp.logical_and, found, jnp.array(True))
@@ -179,9 +179,9 @@ class TernarySum:
         return jax.tree.unflatten(jax.tree.structure(total), grown), is_finite
 
     def settle(self, total: Tree, grown: Tree, gradients: Tree, adds: jax.Array) -> Tree:
-        """``grown``, which `add` made of a sum and gradients, if that may stay; else the sum.
+        """``grown``, which `add` returned for a sum and gradients, if ``adds``; otherwise the sum.
 
-        Small leaves are added once more, to what lies in the sum's place now: of copies XLA would make two of each.
+        Small leaves are added again to the present sum: otherwise XLA would make two copies of each.
         """
         old, new = iter(jax.tree.leaves(total)), iter(jax.tree.leaves(grown))
         arrays = []
@@ -199,8 +199,8 @@ class TernarySum:
         Args:
             last: tree of ``[*shape]``, a micro-batch that is not quantised.
             total: the sum of the others.
-            window: ``[] int32``, which rotation.
-            divisor: ``[] int32``.
+            window: ``[] int32``, which selects the rotation.
+            divisor: ``[] int32``, the divisor of the sum.
         """
         leaves, treedef = jax.tree.flatten(last)
         raw, groups = self._sorted(jax.tree.leaves(total), leaves, window)
@@ -231,9 +231,9 @@ class TernarySum:
     def _sorted(
         self, arrays: Sequence[jax.Array], leaves: Sequence[ArrayLike], window: jax.Array
     ) -> tuple[dict[int, jax.Array], list[_Group]]:
-        """The sums of small leaves by number, and the others, those that are smaller than a row together.
+        """The sums of small leaves by number, and groups of the others; leaves smaller than a row share a group.
 
-        The random words of all leaves are drawn at once: a generator for each would take most of the time to compile.
+        The random words of all leaves are drawn at once: a generator for each would take most of the compile time.
         """
         sizes = [_num_reals(leaf) for leaf in leaves]
         nums = [0 if size < self.block_size else packed_rows.num_words(size, self.block_size) for size in sizes]
@@ -246,16 +246,16 @@ class TernarySum:
                 raw[i] = next(rest)
                 continue
             fills_a_row = size >= packed_rows.BLOCKS * self.block_size
-            # Inside a shard_map what is the same on all devices is not to be joined with what is not.
+            # Inside a shard_map, replicated leaves must not be joined with varying ones.
             kind = i if fills_a_row else (num, varying_axes(leaf))
             coded = packed_rows.Coded(next(rest), next(rest))
             alike.setdefault(kind, []).append(_Member(i, size, coded, sum(nums[:i]), num))
         return raw, [_joined(members, words, self.block_size) for members in alike.values()]
 
     def check_same(self, total: Tree, gradients: Tree) -> None:
-        """``ValueError`` that names the leaf, unless the sum is one of arrays like the gradients.
+        """``ValueError`` that names the leaf, unless the sum belongs to arrays like the gradients.
 
-        Of an array that is coded the sum tells how many coordinates it has, to a row of blocks, but not its shape.
+        The sum shows the number of coordinates of a coded array, up to a row of blocks, but not its shape.
         """
         gradient_at = dict(jax.tree_util.tree_leaves_with_path(gradients))
 
@@ -277,9 +277,9 @@ class TernarySum:
 
 
 def _numbers_of_alike(*lists: Sequence[jax.Array]) -> list[list[int]]:
-    """Numbers of places where the arrays of each list are of one type, so that they can be stacked.
+    """Groups the indices at which the arrays of each list have the same type, so that they can be stacked.
 
-    A kernel for each of many small arrays takes longer than what it does.
+    For many small arrays, launching a kernel for each takes longer than its work.
     """
     of_types: dict[object, list[int]] = {}
     for i, row in enumerate(zip(*lists, strict=True)):
@@ -304,10 +304,10 @@ def _concatenated(arrays: Sequence[jax.Array]) -> jax.Array:
 def make_ternary_sum(
     every_k_schedule: int | EveryK, *, trits: checks.NumTrits | None, rounding: Rounding, block_size: int, seed: int
 ) -> TernarySum:
-    """The sum of these settings, checked; ranges as in `vsa_optax.accumulate_ternary`.
+    """Checks the settings of a sum, with the ranges of `vsa_optax.accumulate_ternary`, and returns the sum.
 
-    Without ``trits`` two, or three where the micro-batches are many or their number is a function. Warns where the sum
-    is known to come out badly.
+    The default of ``trits`` is two, or three if there are many micro-batches or their number is a function. A warning
+    is shown if the sum is known to be inaccurate.
     """
     _check_static("block_size", block_size, jax.Array)
     num = None if callable(every_k_schedule) else int(every_k_schedule)
@@ -336,7 +336,7 @@ def check_every_k(every_k_schedule: int | EveryK) -> EveryK:
 
 
 def _check_static(name: str, value: object, refused: type) -> None:
-    """``ValueError`` for a number that ``optax.inject_hyperparams`` has made an array of."""
+    """``ValueError`` for a number that ``optax.inject_hyperparams`` has turned into an array."""
     if isinstance(value, refused):
         raise ValueError(
             f"{name} must be Python's own integer, since it is part of the program, got {value!r}. Let "
@@ -346,7 +346,7 @@ def _check_static(name: str, value: object, refused: type) -> None:
 
 
 def _holds_arrays(node: Tree) -> bool:
-    """Whether all children of a node are arrays, as of each node that a sum has for an array, whatever its type."""
+    """Whether all children of a node are arrays, as for each node that represents an array in a sum."""
     children = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
     return bool(children) and jax.tree_util.all_leaves(children)
 
@@ -356,6 +356,6 @@ def _wide(leaf: ArrayLike) -> jnp.dtype:
 
 
 def _num_reals(leaf: ArrayLike) -> int:
-    """Coordinates, a complex number counting as two."""
+    """The number of coordinates; a complex number counts as two."""
     is_complex = jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)
     return math.prod(jnp.shape(leaf)) * (2 if is_complex else 1)
