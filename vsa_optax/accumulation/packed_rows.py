@@ -255,7 +255,10 @@ def _by_rows(
     def over_all(stage: Stage, at_once: int, x: jax.Array, words: jax.Array, coded: Coded) -> tuple[jax.Array, Coded]:
         whole, last = rows_of(x.size, block_size)
         if whole.num:
-            x, coded = _in_turns(fun, stage, whole, max(1, at_once // (BLOCKS * block_size)), x, words, coded)
+            # Of a loop of one turn XLA makes none, and does on a CPU what it holds for many leaves at once.
+            begins = is_true if stage is in_a_loop else True
+            at_once = max(1, at_once // (BLOCKS * block_size))
+            x, coded = _in_turns(fun, stage, whole, at_once, begins, x, words, coded)
         if last.num:
             x, coded = _on_last(fun, stage, whole, last, x, words, coded)
         return x, coded
@@ -270,9 +273,16 @@ def _by_rows(
 
 
 def _in_turns(
-    fun: PieceFunction, stage: Stage, rows: Rows, at_once: int, x: jax.Array, words: jax.Array, coded: Coded
+    fun: PieceFunction,
+    stage: Stage,
+    rows: Rows,
+    at_once: int,
+    begins: jax.Array | bool,
+    x: jax.Array,
+    words: jax.Array,
+    coded: Coded,
 ) -> tuple[jax.Array, Coded]:
-    """Applies ``fun`` to at most ``at_once`` rows at a time.
+    """Applies ``fun`` to at most ``at_once`` rows at a time, if ``begins``.
 
     If too few rows remain for the last turn, it also takes some that are done, which do not change.
     """
@@ -304,7 +314,7 @@ def _in_turns(
             coded = Coded(codes, put(coded.scales, new.scales, old.scales, rows.num_blocks))
         return x, coded
 
-    return lax.fori_loop(0, num_turns, turn, (x, coded))
+    return lax.fori_loop(0, num_turns if begins is True else jnp.where(begins, num_turns, 0), turn, (x, coded))
 
 
 def _on_last(
