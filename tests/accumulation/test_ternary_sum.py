@@ -69,7 +69,7 @@ def test_the_default_is_two_trits_up_to_eight_micro_batches():
 
 
 def test_the_largest_scale_that_may_be_summed():
-    """Of a coded leaf; what is summed as it came may be as large as its sum can be."""
+    """The limit holds for a coded leaf; a leaf that is not coded may be as large as its sum can be."""
     total = make_ternary_sum(2, trits=2, rounding="nearest", block_size=4, seed=0)
     zeros = {"coded": jnp.zeros(20), "raw": jnp.zeros(3)}
     level = 0.918796  # The nearest to 1, which is the magnitude of all in a turned block of one number, over its rms.

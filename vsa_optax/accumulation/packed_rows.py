@@ -255,7 +255,7 @@ def _by_rows(
     def over_all(stage: Stage, at_once: int, x: jax.Array, words: jax.Array, coded: Coded) -> tuple[jax.Array, Coded]:
         whole, last = rows_of(x.size, block_size)
         if whole.num:
-            # Of a loop of one turn XLA makes none, and does on a CPU what it holds for many leaves at once.
+            # XLA dissolves a loop of one iteration, and a CPU then works on many leaves at once, each with its memory.
             begins = is_true if stage is in_a_loop else True
             at_once = max(1, at_once // (BLOCKS * block_size))
             x, coded = _in_turns(fun, stage, whole, at_once, begins, x, words, coded)
