@@ -95,6 +95,7 @@ PROBE = "test_probe.py"
 SECANT_FLOAT16 = "prediction/predictors/test_secant.py -k float16 or twin"
 BY_KIND = "prediction/test_jit_by_phase.py"
 FORECAST = "prediction/test_forecast.py"
+SUMMED = "accumulation/test_ternary_sum.py"
 GPU_SECANTS = "kernels/gpu/test_secant_kernels.py"
 GPU_TRITS = "kernels/gpu/test_trit_kernels.py"
 GPU_LEVELS = "kernels/gpu/test_levels.py"
@@ -321,6 +322,8 @@ MUTANTS = [
     Mutant("trit_kernels._encode_kernel", "3 * power", "power", GPU_TRITS + " -k encode_and_decode"),
     Mutant("trit_kernels._decode_sum_kernel", "of_block + shares", "of_block - shares", GPU_TRITS + " -k weighted"),
     Mutant("trit_kernels._add_kernel", "grown += rows.rotated", "grown -= rows.rotated", GPU_TRITS + " -k grows"),
+    Mutant("trit_kernels._add_kernel", "first_word[0]", "0", GPU_TRITS + " -k xla_reads"),
+    Mutant("trit_kernels._finish_kernel", "first_word[0]", "0", GPU_TRITS + " -k xla_reads"),
     Mutant("trit_kernels._finish_kernel", "+ rows.coordinates(x", "- rows.coordinates(x", GPU_TRITS + " -k grows"),
     Mutant("rows.rotated_back", "reversed(range(words.shape[0]))", "range(words.shape[0])", GPU_TRITS),
     Mutant("random_words._threefry", "keys[(i + 1) % 3]", "keys[i % 3]", "kernels/gpu/test_random_words.py"),
@@ -493,12 +496,11 @@ MUTANTS = [
         "array",
         "test_sharding.py -k coded_is_whole and steps-split",
     ),
-    Mutant(
-        "ternary_sum.TernarySum.takes",
-        "array.astype(coded_as) * coded_as(_HEADROOM)",
-        "codecs.as_reals(array) * _HEADROOM",
-        "test_sharding.py -k nans",
-    ),
+    Mutant("ternary_sum.TernarySum.add", "<= limit", "< jnp.inf", f"{SUMMED} -k largest_scale"),
+    Mutant("ternary_sum.TernarySum.add", "is_finite(sums)", "is_finite(new)", f"{SUMMED} -k largest_scale"),
+    Mutant("ternary_sum._joined", "words[m.first_word:m", "words[0:m", f"{SUMMED} -k together"),
+    Mutant("ternary_sum.TernarySum._sorted", "if fills_a_row else", "if True else", f"{SUMMED} -k together"),
+    Mutant("ternary_sum.TernarySum.settle", "jnp.where(adds, becomes, was)", "becomes", WINDOWS),
     Mutant("hypervector.HypervectorCodec._bundle", "jnp.roll(flat, -begin)", "jnp.roll(flat, begin)", HYPERVECTOR_TWIN),
     Mutant(
         "hypervector.HypervectorCodec._unbind", "bundle / jnp.maximum(num_met, 1)", "bundle / chunks", HYPERVECTOR_TWIN
@@ -791,10 +793,10 @@ MUTANTS = [
     Mutant("packed_rows._in_turns", "first + jnp.arange(few.num) >= i", "first + jnp.arange(few.num) >= 0 * i", SUM),
     Mutant("packed_rows._on_last", "words[whole.num_words:]", "words[:last.num_words]", SUM),
     Mutant("uniform._round_up", "bits + 65535 >> 16 << 16", "bits >> 16 << 16", ROUNDING),
-    Mutant("multi_steps._Window.__call__", "state.mini_step >= k - 1", "state.mini_step >= k", WINDOWS),
-    Mutant("multi_steps._Window.__call__", "adds = is_accepted & ~emits", "adds = ~emits", WINDOWS),
-    Mutant("multi_steps.ternary_multi_steps", "is_finite & ~should_skip", "is_finite", WINDOWS),
-    Mutant("multi_steps._Window.__call__", "jnp.where(emits, 0, state", "jnp.where(emits, 1, state", WINDOWS),
+    Mutant("multi_steps._Window.take", "mini_step >= k - 1", "mini_step >= k", WINDOWS),
+    Mutant("multi_steps.ternary_multi_steps", "is_accepted & ~taken.is_last", "~taken.is_last", WINDOWS),
+    Mutant("multi_steps.ternary_multi_steps", "taken.is_finite & ~should_skip", "taken.is_finite", WINDOWS),
+    Mutant("multi_steps._counted", "jnp.where(emits, 0, state", "jnp.where(emits, 1, state", WINDOWS),
     Mutant("microbatching.ternary_accumulator", "carry.num_seen - carry.nonfinite_count", "carry.num_seen", WINDOWS),
     Mutant("microbatching.ternary_accumulator", "left = carry.num_seen", "left = num", COUNTED),
     Mutant(
@@ -891,8 +893,8 @@ MUTANTS = [
     Mutant("coverage.check_covers", "<= sum(map(", "< sum(map(", "prediction/test_coverage.py"),
     Mutant(
         "inner_optimizer.RunInner.__call__",
-        "if varying_axes(mean) - varying_axes(emitted):",
-        "if varying_axes(emitted) - varying_axes(mean):",
+        "if varying_axes(last) - varying_axes(emitted):",
+        "if varying_axes(emitted) - varying_axes(last):",
         COLLECTIVE_WINDOWS,
     ),
     Mutant(

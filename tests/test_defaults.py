@@ -152,7 +152,7 @@ def numbers(pattern, text):
 
 def test_docstrings_say_the_numbers():
     bold, few = presets.AGGRESSIVE.phases, ternary_sum._FEW_ENOUGH_FOR_TWO_TRITS
-    largest = float(jnp.finfo(jnp.float32).max) / float(ternary_sum._HEADROOM)
+    largest = ternary_sum.LARGEST_SCALE
     looks = vsa_optax.PhaseStats.__doc__.replace("the four largest", "the 4 largest")
     accumulates = vsa_optax.accumulate_ternary.__doc__
     sleeps = [guard._MOST_WATCHED, guard._SHORTEST_SLEEP, guard._LONGEST_SLEEP, guard._MOST_WATCHED / 2]
@@ -183,7 +183,7 @@ def test_docstrings_say_the_numbers():
     assert numbers(r"up to (\d+) evaluations apart", multisecant.__doc__) == [leap.MOST_REST]
     assert numbers(r"the (\d+) largest leaves of at most (\d+)", looks) == [step._NUM_LOOKED_AT, step._LOOKED_AT]
     assert numbers(r"None takes two for K up to (\d+)", accumulates) == [few]
-    assert numbers(r"a number beyond (\S+),", accumulates) == [float(f"{largest:.0e}")]
+    assert numbers(r"a scale beyond (\S+),", accumulates) == [float(f"{largest:.0e}")]
     for make in (vsa_optax.accumulate_ternary, vsa_optax.ternary_accumulator):
         assert numbers(r"more than (\d+) micro-batches in one", make.__doc__) == [ternary_sum._MANY_FOR_ONE_TRIT]
 

@@ -35,7 +35,7 @@ def compiled(update):
 
 
 def emitted(opt, gradients, state=None):
-    """What leaves at each step, stacked, and the last state."""
+    """The emitted updates at each step, stacked, and the last state."""
     state = opt.init(jax.tree.map(lambda g: g[0], gradients)) if state is None else state
     all_updates = []
     for i in range(len(jax.tree.leaves(gradients)[0])):
@@ -142,7 +142,7 @@ SKIP = functools.partial(optax.skip_large_updates, max_squared_norm=30.0)
     ids=["one, skip large", "three", "sum of three, skip large", "changing", "sum of changing, skip large"],
 )
 def test_windows_are_those_of_multi_steps(k, use_grad_mean, skip):
-    """With leaves smaller than a block nothing is coded, and what is left is optax.MultiSteps."""
+    """With leaves smaller than a block nothing is coded, so the result is that of optax.MultiSteps."""
     gradients = {"w": noise(14, (3, 5)), "b": noise(14, (2,), seed=1)}
     gradients = jax.tree.map(np.array, gradients)
     for gradient in gradients.values():

@@ -63,7 +63,7 @@ def places_of(size, block_size):
 
 
 def twin(x, trits, block_size):
-    """What each block sums to, in float64: its rotated coordinates, quantised after each addition."""
+    """The sum of each block in float64: its rotated coordinates, quantised after each addition."""
     num, size = x.shape
     levels = lloyd_max.levels(trits).astype(np.float64)
     places, padded = places_of(size, block_size)

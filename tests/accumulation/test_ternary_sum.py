@@ -6,10 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from samples import CHEAP
 
 from vsa_optax import TritCodec, accumulate_ternary, ternary_accumulator, ternary_multi_steps
-from vsa_optax.accumulation.ternary_sum import SummedLeaf, make_ternary_sum
+from vsa_optax.accumulation import packed_rows
+from vsa_optax.accumulation.ternary_sum import LARGEST_SCALE, SummedLeaf, make_ternary_sum
 from vsa_optax.codecs.trit import CodedLeaf, RawLeaf
+from vsa_optax.kernels import signs
 
 
 def test_many_micro_batches_in_one_trit_are_warned_of():
@@ -65,14 +68,52 @@ def test_the_default_is_two_trits_up_to_eight_micro_batches():
         assert found == [2, 2, 3, 3, 3, 3]
 
 
-def test_the_largest_number_that_may_be_summed():
-    """Times 2^16 it has to be finite: in a coded leaf the largest that is, and not the next one."""
+def test_the_largest_scale_that_may_be_summed():
+    """The limit holds for a coded leaf; a leaf that is not coded may be as large as its sum can be."""
     total = make_ternary_sum(2, trits=2, rounding="nearest", block_size=4, seed=0)
-    zeros = {"coded": jnp.zeros(4), "raw": jnp.zeros(3)}
-    largest = np.float32(jnp.finfo(jnp.float32).max / 2**16)
-    for number, is_taken in ((largest, True), (np.nextafter(largest, np.float32(np.inf)), False)):
-        gradients = {"coded": zeros["coded"].at[1].set(number), "raw": zeros["raw"].at[1].set(3e38)}
-        assert bool(total.takes(total.zeros(zeros), gradients)) == is_taken
+    zeros = {"coded": jnp.zeros(20), "raw": jnp.zeros(3)}
+    level = 0.918796  # The nearest to 1, which is the magnitude of all in a turned block of one number, over its rms.
+    for share, number, is_taken in ((0.99, 3e38, True), (1.01, 3e38, False), (0.5, np.inf, False)):
+        scale = share * LARGEST_SCALE
+        gradients = {"coded": zeros["coded"].at[1].set(2 * level * scale), "raw": zeros["raw"].at[1].set(number)}
+        grown, is_finite = total.add(total.zeros(zeros), gradients, 0, 0)
+        assert float(grown["coded"].scales[0]) == pytest.approx(scale, rel=4e-3)
+        assert bool(is_finite) == is_taken
+    sums = total.add(total.zeros(zeros), {"coded": zeros["coded"], "raw": jnp.full(3, 3e38)}, 0, 0)[0]
+    assert not total.add(sums, {"coded": zeros["coded"], "raw": jnp.full(3, 3e38)}, 0, 1)[1]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_leaves_that_are_summed_together_are_summed_as_they_are_alone(rounding, monkeypatch):
+    """Those of less than a row, by the width of its blocks; large ones and one that is not coded among them."""
+    sizes = {"a": 70, "b": 400, "c": (8, 10), "d": 3, "e": 64, "f": 200, "g": 320, "h": 300}
+    together = make_ternary_sum(3, trits=2, rounding=rounding, block_size=64, seed=0)
+    calls, add = [], packed_rows.add
+    monkeypatch.setattr(packed_rows, "add", lambda *args, **kwargs: calls.append(args) or add(*args, **kwargs))
+    rng = np.random.default_rng(0)
+    batches = [{name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()} for _ in range(3)]
+    total, grow = together.zeros(batches[0]), jax.jit(together.add, **CHEAP)
+    for i, gradients in enumerate(batches[:2]):
+        total, is_finite = grow(total, gradients, 7, i)
+        assert is_finite
+    assert len(calls) == 4  # Of a, c and e; of b; of f and h; of g.
+    mean = together.finish(batches[2], total, 7, jnp.int32(3))
+    words, first = signs.random_bits(signs.stream(0, 7, 0), (1000,)), 0
+    for name, gradient in batches[2].items():
+        if name == "d":
+            np.testing.assert_allclose(mean[name], sum(b[name] for b in batches) / 3, rtol=1e-6)
+            continue
+        exact = sum(np.ravel(b[name]) for b in batches) / 3
+        error = np.sum((np.ravel(mean[name]) - exact) ** 2) / np.sum(exact**2)
+        assert error < (0.08 if rounding == "nearest" else 0.5), name
+        if rounding == "nearest":
+            num = packed_rows.num_words(gradient.size, 64)
+            alone = packed_rows.zeros(gradient.size, trits=2, block_size=64)
+            for b in batches[:2]:
+                alone = add(alone, b[name].reshape(-1), words[first : first + num], None, block_size=64)
+            first += num
+            np.testing.assert_array_equal(total[name].codes, alone.codes)
+            np.testing.assert_array_equal(total[name].scales, alone.scales)
 
 
 def updates_of(params):

@@ -1,7 +1,7 @@
-"""The optimizer inside `ternary_multi_steps`: its update where a window is complete, and zeros elsewhere.
+"""The optimizer inside `ternary_multi_steps`: its update if a window is complete, and zeros otherwise.
 
-It runs inside a conditional, both sides of which must have the same types. So the dtypes, and on a mesh the axes over
-which things vary, are those of what an update would come to, which is looked up before.
+It runs inside a conditional, whose branches must have the same types. So the dtypes, and on a mesh the varying axes,
+are those of an update, which is traced first.
 """
 
 import functools
@@ -19,16 +19,18 @@ from vsa_optax.core.mesh import varying_axes
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 
-_Emission: TypeAlias = tuple[optax.Updates, optax.OptState]
+# The updates, the sum, and the optimizer's state.
+_Emission: TypeAlias = tuple[optax.Updates, Tree, optax.OptState]
+_Finish: TypeAlias = Callable[..., tuple[optax.Updates, Tree]]
 
 
 class Outcome(NamedTuple):
-    """What an update of the inner optimizer would come to.
+    """The shapes of an update of the inner optimizer.
 
     Attributes:
-        updates: tree of ``jax.ShapeDtypeStruct``.
-        inner_state: likewise.
-        axes: of the mesh, over which it communicates.
+        updates: tree of ``jax.ShapeDtypeStruct``, the updates.
+        inner_state: tree of ``jax.ShapeDtypeStruct``, the new state.
+        axes: the mesh axes over which the optimizer communicates.
     """
 
     updates: Tree
@@ -37,10 +39,15 @@ class Outcome(NamedTuple):
 
 
 class RunInner:
-    """The inner optimizer's update where the window is complete, else zeros."""
+    """Runs the inner optimizer if the window is complete, and returns zeros otherwise.
 
-    def __init__(self, inner: optax.GradientTransformationExtraArgs) -> None:
+    ``finish((last, total), *window)`` returns the mean of a window's last micro-batch and the sum of the others, and an
+    empty sum.
+    """
+
+    def __init__(self, inner: optax.GradientTransformationExtraArgs, finish: _Finish) -> None:
         self._inner = inner
+        self._finish = finish
         self._functions_for = functools.lru_cache(maxsize=16)(self._functions)
 
     def look(
@@ -50,7 +57,7 @@ class RunInner:
         params: optax.Params | None,
         extra_args: dict[str, object],
     ) -> Outcome:
-        """What would come of such updates."""
+        """The shapes of the optimizer's result for such updates."""
         traced_args, static_args = split_extra_args(extra_args)
         update = functools.partial(self._inner.update, **static_args)
         program, (emitted, new_state) = versions.traced(
@@ -61,59 +68,71 @@ class RunInner:
     def __call__(
         self,
         emits: jax.Array,
-        mean: optax.Updates,
+        last: optax.Updates,
+        total: Tree,
+        window: tuple[jax.Array, ...],
         inner_state: optax.OptState,
         params: optax.Params | None,
         extra_args: dict[str, object],
         outcome: Outcome,
-    ) -> _Emission:
-        """Updates in the dtypes that the optimizer emits, and its state in those that it has."""
+    ) -> tuple[optax.Updates, optax.Updates, Tree, optax.OptState]:
+        """Processes a micro-batch.
+
+        Returns:
+            The updates in the dtypes that the optimizer emits; the micro-batch, if it is not the last of a window; the
+            sum; the optimizer's state in its own dtypes.
+        """
         traced_args, static_args = split_extra_args(extra_args)
         emitted = outcome.updates
         inner_state = mesh.varying_like(inner_state, outcome.inner_state)
-        dtypes = tuple(g.dtype for g in jax.tree.leaves(mean))
+        dtypes = tuple(g.dtype for g in jax.tree.leaves(last))
         step, step_if = self._functions_for(dtypes)
         if static_args:
             step_if = in_place_if(functools.partial(step, **static_args))
         operand = None
-        if varying_axes(mean) - varying_axes(emitted):
-            # Means of each device become updates that are the same on all: one array cannot be of both types.
-            operand, held = mean, jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), emitted)
+        if varying_axes(last) - varying_axes(emitted):
+            # The means of each device become replicated updates: one array cannot have both types.
+            operand, held = last, jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), emitted)
         else:
-            # One tree for both, so that updates can take the mean's place in memory.
-            held = jax.tree.map(lambda g, u: g.astype(numerics.promoted(g.dtype, u.dtype)), mean, emitted)
+            # One tree serves for both, so that updates can reuse the gradient's memory.
+            held = jax.tree.map(lambda g, u: g.astype(numerics.promoted(g.dtype, u.dtype)), last, emitted)
         held = mesh.varying_like(held, emitted)
-        updates, inner_state = step_if(emits, (held, inner_state), operand, params, traced_args)
-        return jax.tree.map(lambda x, u: x.astype(u.dtype), updates, emitted), inner_state
+        held, total, inner_state = step_if(emits, (held, total, inner_state), operand, window, params, traced_args)
+        updates = jax.tree.map(lambda x, u: jnp.where(emits, x, jnp.zeros_like(x)).astype(u.dtype), held, emitted)
+        if operand is None:
+            last = jax.tree.map(lambda x, g: x.astype(g.dtype), held, last)
+        return updates, last, total, inner_state
 
     def _functions(self, dtypes: tuple[jnp.dtype, ...]) -> tuple[Callable[..., _Emission], Callable[..., _Emission]]:
-        """The update of means of these dtypes, and the conditional one."""
+        """The update for means of gradients with these dtypes, and its conditional version."""
 
         def step(
             carry: _Emission,
-            mean: optax.Updates | None,
+            last: optax.Updates | None,
+            window: tuple[jax.Array, ...],
             params: optax.Params | None,
             traced_args: dict[str, object],
             **static_args: object,
         ) -> _Emission:
-            held, inner_state = carry
-            if mean is None:
+            held, total, inner_state = carry
+            if last is None:
                 leaves, treedef = jax.tree.flatten(held)
-                mean = jax.tree.unflatten(treedef, [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
+                last = jax.tree.unflatten(treedef, [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)])
+            mean, total = self._finish((last, total), *window)
             updates, new_state = self._inner.update(mean, inner_state, params, **traced_args, **static_args)
-            # As in optax.MultiSteps, the state keeps its dtypes whatever those of the gradients.
-            done = jax.tree.map(lambda u, w: u.astype(w.dtype), updates, held), _in_dtypes_of(inner_state, new_state)
-            return mesh.varying_like(done, carry)
+            # As in optax.MultiSteps, the state keeps its dtypes, whatever those of the gradients are.
+            updates = jax.tree.map(lambda u, w: u.astype(w.dtype), updates, held)
+            return mesh.varying_like((updates, total, _in_dtypes_of(inner_state, new_state)), carry)
 
-        return step, in_place_if(step)  # type: ignore[arg-type] # It is run without keywords.
+        return step, in_place_if(step)  # type: ignore[arg-type] # It runs without keyword arguments.
 
 
 def _in_dtypes_of(old: Tree, new: Tree) -> Tree:
-    """``new``, but in the dtypes of ``old``."""
+    """``new`` in the dtypes of ``old``."""
 
     def cast(o: jax.Array, n: ArrayLike) -> jax.Array:
         array = jnp.asarray(n)
-        # An imaginary part is not dropped: let JAX say that the types differ.
+        # An imaginary part is not dropped: JAX raises an error, since the types differ.
         return array if jnp.iscomplexobj(array) and not jnp.iscomplexobj(o) else array.astype(o.dtype)
 
     return jax.tree.map(lambda o, n: n if jnp.result_type(o) == jnp.result_type(n) else cast(o, n), old, new)

@@ -1,7 +1,8 @@
 """Gradient accumulation that keeps the running sum in trits: 1.6, 3.2 or 4.8 bits a parameter instead of 32.
 
-Micro-batch gradients enter; zeros leave, and at every K-th the mean. The last of a window is added to the decoded sum
-and never quantised. State cost: 0.2 bytes a trit and parameter, with the default of two a tenth of f32's.
+At every K-th micro-batch gradient the mean is emitted, and zeros before. The last gradient of a window is added to the
+decoded sum and never quantised. State cost: 0.2 bytes a parameter for each trit; with the default of two trits, a tenth
+of f32's.
 """
 
 from typing import NamedTuple
@@ -22,10 +23,10 @@ class AccumulateTernaryState(NamedTuple):
     """State of `accumulate_ternary`.
 
     Attributes:
-        mini_step: ``[] int32``, micro-batches in the present window.
-        gradient_step: ``[] int32``, means emitted so far.
+        mini_step: ``[] int32``, the number of micro-batches in the present window.
+        gradient_step: ``[] int32``, the number of means emitted so far.
         acc_grads: tree like the parameters, with a coded sum for each.
-        nonfinite_count: ``[] int32``, micro-batches left out for a NaN or an infinity.
+        nonfinite_count: ``[] int32``, the number of micro-batches left out because of a NaN or an infinity.
     """
 
     mini_step: jax.Array
@@ -38,15 +39,15 @@ class TernaryMultiStepsState(NamedTuple):
     """State of `ternary_multi_steps`.
 
     Attributes:
-        mini_step: ``[] int32``, micro-batches in the present window.
-        gradient_step: ``[] int32``, updates of the inner optimizer so far.
+        mini_step: ``[] int32``, the number of micro-batches in the present window.
+        gradient_step: ``[] int32``, the number of updates of the inner optimizer so far.
         inner_opt_state: the inner optimizer's state.
         acc_grads: tree like the parameters, with a coded sum for each.
-        skip_state: what ``should_skip_update_fn`` said last.
-        nonfinite_count: ``[] int32``, micro-batches left out for a NaN or an infinity.
+        skip_state: the last state that ``should_skip_update_fn`` returned.
+        nonfinite_count: ``[] int32``, the number of micro-batches left out because of a NaN or an infinity.
 
     With `vsa_optax.compressed_pmean` inside, each device has its own ``acc_grads`` and ``skip_state``, whose arrays
-    have an axis of one device in front; the other fields are the same on all devices.
+    have a leading axis for the devices; the other fields are the same on all devices.
     """
 
     mini_step: jax.Array
@@ -57,91 +58,77 @@ class TernaryMultiStepsState(NamedTuple):
     nonfinite_count: jax.Array
 
     def fields_of_each_device(self) -> tuple[str, ...]:
-        """As `core.mesh.OfEachDevice` asks for."""
+        """The names of the fields that differ between devices, for `core.mesh.OfEachDevice`."""
         return ("acc_grads", "skip_state") if mesh.axes_in(self.inner_opt_state) else ()
 
 
-class _WindowStep(NamedTuple):
-    """What one micro-batch comes to.
+class _Taken(NamedTuple):
+    """The result of adding a micro-batch, before it is known whether it is accepted.
 
     Attributes:
-        mean: tree in the gradients' dtypes, the mean or the sum if the window is complete, else zeros.
-        emits: ``[] bool``, whether it is.
-        mini_step: as in the state.
-        gradient_step: as in the state.
-        acc_grads: as in the state.
+        grown: the sum including the micro-batch.
+        is_finite: ``[] bool``, whether it may be added.
+        is_last: ``[] bool``, whether it completes the window.
+        divisor: ``[] int32``, the divisor of the complete sum.
     """
 
-    mean: optax.Updates
-    emits: jax.Array
-    mini_step: jax.Array
-    gradient_step: jax.Array
-    acc_grads: Tree
+    grown: Tree
+    is_finite: jax.Array
+    is_last: jax.Array
+    divisor: jax.Array
 
 
 class _Window:
-    """Takes one micro-batch after the other, and gives back their mean.
+    """Takes one micro-batch after the other, and returns their mean.
 
-    Outside jit, JAX compiles a loop anew for each new function object (`in_place_if`): they are made once.
+    A micro-batch is added before it is known to be finite. The new sum is kept beside the old one until then, so no
+    condition comes before the end, at which a GPU would wait for the host. The last micro-batch of a window is also
+    added, without use: the mean is computed from the old sum and the unquantised gradient.
     """
 
     def __init__(self, total: TernarySum, every_k: EveryK, use_mean: bool) -> None:
         self._total = total
         self._every_k = every_k
         self._use_mean = use_mean
-        self._add_if = in_place_if(self._add)
-        self._finish_if = in_place_if(self._finish)
+        self._add = jax.jit(total.add)  # This is for steps that are not compiled.
 
-    def __call__(
-        self, updates: optax.Updates, state: AccumulateTernaryState | TernaryMultiStepsState, is_accepted: jax.Array
-    ) -> _WindowStep:
-        """One micro-batch, which counts if it is accepted."""
-        k = jnp.asarray(self._every_k(state.gradient_step), jnp.int32)
-        emits = is_accepted & (state.mini_step >= k - 1)
-        adds = is_accepted & ~emits
-        # `is_added` is always true, but the compiler cannot know that before the sum is done.
-        carry = state.acc_grads, ~adds
-        acc_grads, is_added = self._add_if(adds, carry, updates, state.gradient_step, state.mini_step)
-        # So the mean, or the zeros, can take the gradient's place in memory, which nothing reads any more.
-        last = jax.tree.map(lambda g: jnp.where(emits & is_added, g, jnp.zeros_like(g)), updates)
-        divisor = k if self._use_mean else jnp.ones_like(k)
-        mean, acc_grads = self._finish_if(emits, (last, acc_grads), state.gradient_step, divisor)
-        return _WindowStep(
-            mean=mean,
-            emits=emits,
-            mini_step=jnp.where(emits, 0, state.mini_step + adds.astype(jnp.int32)),
-            gradient_step=_count_if(emits, state.gradient_step),
-            acc_grads=acc_grads,
-        )
+    def take(self, updates: optax.Updates, acc_grads: Tree, gradient_step: jax.Array, mini_step: jax.Array) -> _Taken:
+        """Adds a micro-batch to the sum."""
+        k = jnp.asarray(self._every_k(gradient_step), jnp.int32)
+        grown, is_finite = self._add(acc_grads, updates, gradient_step, mini_step)
+        return _Taken(grown, is_finite, mini_step >= k - 1, k if self._use_mean else jnp.ones_like(k))
 
-    def _add(
-        self, carry: tuple[Tree, jax.Array], updates: optax.Updates, gradient_step: jax.Array, mini_step: jax.Array
-    ) -> tuple[Tree, jax.Array]:
-        acc_grads, is_added = carry
-        return self._total.add(acc_grads, updates, gradient_step, mini_step), is_added | True
-
-    def _finish(
+    def finish(
         self, carry: tuple[optax.Updates, Tree], gradient_step: jax.Array, divisor: jax.Array
     ) -> tuple[optax.Updates, Tree]:
-        """The mean, and the empty sum."""
+        """The mean of a window's last micro-batch and the sum of the others, and an empty sum."""
         last, acc_grads = carry
         mean = self._total.finish(last, acc_grads, gradient_step, divisor)
         # Zeros that vary over the devices of a shard_map if the sum does.
         return mean, jax.tree.map(lambda x: jnp.where(True, jnp.zeros_like(x), x), acc_grads)
 
 
+def _counted(state: Tree, is_finite: jax.Array, emits: jax.Array, adds: jax.Array) -> dict[str, jax.Array]:
+    """The counters of a state after a micro-batch."""
+    return {
+        "mini_step": jnp.where(emits, 0, state.mini_step + adds.astype(jnp.int32)),
+        "gradient_step": _count_if(emits, state.gradient_step),
+        "nonfinite_count": _count_if(~is_finite, state.nonfinite_count),
+    }
+
+
 class TernaryMultiSteps(optax.GradientTransformationExtraArgs):  # type: ignore[misc] # Optax ships no types.
-    """What `ternary_multi_steps` returns: a transformation that can also be asked whether it has just updated."""
+    """The transformation that `ternary_multi_steps` returns; `has_updated` shows whether it has just updated."""
 
     @staticmethod
     def has_updated(state: Tree) -> jax.Array:
-        """``[] bool``: whether the last update was that of the inner optimizer and not zeros."""
+        """``[] bool``: whether the last update was that of the inner optimizer instead of zeros."""
         if not isinstance(state, TernaryMultiStepsState):
             raise ValueError(f"state must be of type TernaryMultiStepsState, got {type(state).__name__}")
         return (state.mini_step == 0) & (state.gradient_step > 0)
 
     def gradient_transformation(self) -> "TernaryMultiSteps":
-        """Itself, for programs that were written for ``optax.MultiSteps``, which is no transformation."""
+        """Returns itself, for programs written for ``optax.MultiSteps``, which is not itself a transformation."""
         return self
 
 
@@ -156,12 +143,13 @@ def accumulate_ternary(
 ) -> optax.GradientTransformationExtraArgs:
     """Emits the mean of K gradients at every K-th step, and zeros between; the running sum is kept in trits.
 
-    What follows in the chain runs at every step, on zeros between: right for what zeros leave alone, such as plain SGD.
-    To run Adam on emissions only, wrap it in `ternary_multi_steps`, which has the same arguments and errors.
+    The following links of the chain run at every step, on zeros between emissions. This is right for optimizers that
+    zeros do not change, such as plain SGD. To run Adam on emissions only, wrap it in `vsa_optax.ternary_multi_steps`,
+    which has the same arguments and errors.
 
-    **Error.** The relative squared error of the mean of K gradients, whose last is not quantised, for gradients that
-    are pure noise (each independent of the others, the worst case) and, beside it, ``v (K - 1) / 2``, which it follows
-    while it is small, v being the error of quantising once:
+    **Error.** The table has the relative squared error of the mean of K gradients, the last of which is not quantised,
+    for the worst case: independent gradients of pure noise. In parentheses is ``v (K - 1) / 2``, which the error
+    follows while it is small; v is the error of one quantisation:
 
     ==========  ======  ======  ===================  ===================  ===================
     ``trits``   bits    v       K = 2                K = 8                K = 32
@@ -171,49 +159,52 @@ def accumulate_ternary(
     3           4.82    0.0035  0.0017 (0.0017)      0.0117 (0.012)       0.049 (0.054)
     ==========  ======  ======  ===================  ===================  ===================
 
-    The more the gradients agree, the less: the error is relative to their sum. The default is the fewest that
-    trained a network and a transformer to float32's loss within a standard deviation over seeds: two trits at K = 8,
-    three at K = 32 (where two lost 2.8 and 4.4 standard deviations on the transformer, in two runs).
+    The error is relative to the sum of the gradients, so it is smaller if the gradients agree. The default is the
+    smallest number of trits with which a network and a transformer reached float32's loss within a standard deviation
+    over seeds. It is two trits at K = 8 and three at K = 32, where two trits lost 2.8 and 4.4 standard deviations on
+    the transformer, in two runs.
 
-    **On a GPU** sums of large leaves are kernels of their own, as `TritCodec`'s.
+    **On a GPU**, custom kernels sum large leaves, as in `vsa_optax.TritCodec`.
 
-    **Not finite.** A micro-batch with a NaN or an infinity, or in a coded leaf a number beyond 5e33, is left out and
-    counted, as if it had not happened: the mean is that of K others, zeros leave, and nothing that is not finite enters
-    the state.
+    **Non-finite values.** A micro-batch with a NaN or an infinity, or one that would give a coded block a scale beyond
+    5e33, is left out and counted. Zeros are emitted, the mean is that of K other micro-batches, and no non-finite value
+    enters the state. The old sum is kept beside the new one until the latter is known to be finite.
 
-    **Many devices.** With parameters replicated, so is the sum. With parameters sharded it lies whole on every device
-    all the same, and each micro-batch's gradient is gathered for it (see `TritCodec`): in two trits, over more than
-    ten devices, ``optax.MultiSteps`` takes less. Inside ``jax.shard_map`` each device can sum its own shard. Gradients
-    that differ between devices which share the state are to be averaged before; to average means of windows instead,
-    take `ternary_multi_steps`.
+    **Many devices.** The sum is replicated, even if parameters are sharded. Each micro-batch's gradient is then
+    gathered, as in `vsa_optax.TritCodec`. With two trits and more than ten devices, ``optax.MultiSteps`` takes less
+    memory. Inside ``jax.shard_map`` each device can sum its own shard. If devices share the state, average gradients
+    over them first, or use `vsa_optax.ternary_multi_steps`, which can average means of windows instead.
 
     Args:
         every_k_schedule: K, an integer ``>= 1``, or a function of the gradient step that returns one, as in
             ``optax.MultiSteps``.
-        trits: a coordinate, 1, 2 or 3; None takes two for K up to 8, and three for more or for a function.
-        rounding: ``"nearest"``, or ``"stochastic"``, which is right on average over seeds and has 27, 6 and 4 times the
-            squared error at K = 8 with 1, 2 and 3 trits.
-        block_size: coordinates that share a scale, a power of two from 2 to 65536. Leaves with fewer are summed in f32.
-        use_grad_mean: whether to emit the mean or the sum.
-        seed: of the random rotations, one a window, ``>= 0``.
+        trits: the number of trits per coordinate, 1, 2 or 3; None takes two for K up to 8, and three for more or for a
+            function.
+        rounding: ``"nearest"``, or ``"stochastic"``, which is unbiased over seeds and has 27, 6 and 4 times the squared
+            error at K = 8 with 1, 2 and 3 trits.
+        block_size: the number of coordinates that share a scale, a power of two from 2 to 65536. Leaves with fewer
+            coordinates are summed in f32.
+        use_grad_mean: whether to emit the mean instead of the sum.
+        seed: the seed of the random rotations, one per window, ``>= 0``.
 
     Returns:
-        A transformation whose updates have the dtypes that came in.
+        A transformation whose updates keep the dtypes of the gradients.
 
     State cost:
-        ``(1.6 * trits + 16 / block_size) / 8`` bytes a coordinate of leaves of at least a block, 4 of smaller ones, and
-        12 bytes. What is left of a leaf behind whole fives of blocks is padded to at most twice as many coordinates; of
-        a leaf of at least 131,072 coordinates, and 125 blocks, to one more five, at most 4 % of the leaf.
+        ``(1.6 * trits + 16 / block_size) / 8`` bytes a coordinate of leaves of at least a block, 4 bytes of smaller
+        ones, and 12 bytes. The remainder of a leaf after whole groups of five blocks is padded to at most twice as many
+        coordinates. In a leaf of at least 131,072 coordinates and 125 blocks, it is padded to one more group of five,
+        at most 4 % of the leaf.
 
     Raises:
-        ValueError: an argument outside its range; at ``update``, gradients whose structure or shapes are not those
-            given to ``init`` (another shape of the same size is seen only where ``params`` are given), or that differ
-            between devices which share the state; a state that was made otherwise.
-        TypeError: a leaf that is neither floating point nor complex; at ``update``, where ``params`` are given, a
-            complex gradient of a real parameter, or the reverse.
+        ValueError: if an argument is outside its range; at ``update``, if structure or shapes of the gradients differ
+            from those given to ``init`` (another shape of the same size is detected only if ``params`` are given); if
+            gradients differ between devices that share the state; if the state has another type.
+        TypeError: if a leaf is neither floating point nor complex; at ``update`` with ``params``, if the gradient of a
+            real parameter is complex, or the reverse.
 
     Warns:
-        UserWarning: more than 32 micro-batches in one trit, if ``every_k_schedule`` is a number.
+        UserWarning: if ``every_k_schedule`` is a number, and it is more than 32 micro-batches in one trit.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsa_optax
@@ -227,16 +218,17 @@ def accumulate_ternary(
         True
 
     References:
-        ``optax.MultiSteps``, whose semantics of windows these are. The rotation and the levels: see `TritCodec`.
+        ``optax.MultiSteps``: the semantics of windows. The references of `vsa_optax.TritCodec`: rotation and levels.
     """
     every_k = check_every_k(every_k_schedule)
     total = make_ternary_sum(every_k_schedule, trits=trits, rounding=rounding, block_size=block_size, seed=seed)
     window = _Window(total, every_k, checks.check_bool("use_grad_mean", use_grad_mean))
+    finish_if = in_place_if(window.finish)
 
     def init_fn(params: optax.Params) -> AccumulateTernaryState:
         warn_of_command_buffers()
         checks.check_inexact_leaves(params)
-        # Of parameters that are shards, each device has its own sum.
+        # If the parameters are shards, each device has its own sum.
         return AccumulateTernaryState(_zero(), _zero(), mesh.varying_like(total.zeros(params), params), _zero())
 
     def update_fn(
@@ -245,13 +237,16 @@ def accumulate_ternary(
         del extra_args
         _check_state(state, AccumulateTernaryState)
         checks.check_same_leaves(params, updates, what="gradients")
-        is_finite = total.takes(state.acc_grads, updates)
+        total.check_same(state.acc_grads, updates)
         updates, acc_grads = _on_each_device(updates, state.acc_grads, state.mini_step)
         mesh.note_window(updates)
-        is_finite = mesh.all_devices_agree(is_finite, _axes_to_agree_over(updates, state.mini_step))
-        step = window(updates, state._replace(acc_grads=acc_grads), is_finite)
-        nonfinite_count = _count_if(~is_finite, state.nonfinite_count)
-        return step.mean, AccumulateTernaryState(step.mini_step, step.gradient_step, step.acc_grads, nonfinite_count)
+        taken = window.take(updates, acc_grads, state.gradient_step, state.mini_step)
+        is_finite = mesh.all_devices_agree(taken.is_finite, _axes_to_agree_over(updates, state.mini_step))
+        emits, adds = is_finite & taken.is_last, is_finite & ~taken.is_last
+        held, acc_grads = finish_if(emits, (updates, acc_grads), state.gradient_step, taken.divisor)
+        acc_grads = total.settle(acc_grads, taken.grown, held, adds)
+        mean = jax.tree.map(lambda x: jnp.where(emits, x, jnp.zeros_like(x)), held)
+        return mean, AccumulateTernaryState(acc_grads=acc_grads, **_counted(state, is_finite, emits, adds))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -269,9 +264,9 @@ def ternary_multi_steps(
 ) -> TernaryMultiSteps:
     """``optax.MultiSteps`` that keeps the accumulated gradient in trits, and runs ``opt`` on emitting steps only.
 
-    Between emissions zeros leave and ``opt`` does not run, where ``MultiSteps`` runs it at every micro-batch and throws
-    the result away. What the accumulated mean loses is in `accumulate_ternary`'s table. A micro-batch that is not
-    finite is left out as there, whatever ``should_skip_update_fn`` says of it.
+    Between emissions, zeros are emitted and ``opt`` does not run, while ``MultiSteps`` runs it at every micro-batch and
+    discards the result. `vsa_optax.accumulate_ternary` tabulates the error of the mean. A non-finite micro-batch is
+    left out and counted, whatever ``should_skip_update_fn`` returns for it.
 
     With `vsa_optax.phase_switched` inside, its steps are emissions: all micro-batches of a PREDICT step are skipped.
 
@@ -280,43 +275,49 @@ def ternary_multi_steps(
 
         opt = ternary_multi_steps(optax.chain(compressed_pmean("data", TritCodec()), optax.adam(1e-3)), 8)
 
-    All devices come to the end of a window at the same micro-batch: one that is not finite on some device, or that
-    ``should_skip_update_fn`` wants skipped there, is left out on all, and counted by all. Otherwise some devices would
-    wait in ``opt``'s collectives, for ever, for those whose window is not complete. To agree costs one number sent a
-    micro-batch. The axes to agree over are those over which gradients vary, if ``shard_map`` checks replication;
-    without the check, those over which ``opt`` communicates, as its state or its program says. ``jax.lax.pmean`` of the
-    gradients before ``update`` needs no agreement, but sends each of them.
+    All devices reach the end of a window at the same micro-batch. If a micro-batch is non-finite on some device, or
+    ``should_skip_update_fn`` skips it there, all devices leave it out and count it. Otherwise some devices would wait
+    forever in the collectives of ``opt`` for those whose window is not complete. This agreement costs one number sent
+    per micro-batch. If ``shard_map`` checks replication, devices agree over the axes over which gradients vary. Without
+    the check, they agree over those over which ``opt`` communicates, as its state or its program shows.
+    ``jax.lax.pmean`` of the gradients before ``update`` needs no agreement, but sends each gradient.
 
-    With `compressed_pmean` inside, each device's sum, and what ``should_skip_update_fn`` keeps, has an axis of the
-    devices in front: let `state_specs` say how ``shard_map`` lays out the state, and make it inside. A sum cannot go to
-    another number of devices: there, take ``mini_step``, ``acc_grads`` and ``skip_state`` from a fresh state, which
-    begins the window anew (for the residuals see `compressed_pmean`).
+    With `vsa_optax.compressed_pmean` inside, the sum and the state of ``should_skip_update_fn`` differ between devices
+    and have a leading axis for them. `vsa_optax.state_specs` returns the ``shard_map`` specs of the state; create the
+    state inside ``shard_map``. A sum cannot be restored on another number of devices. There, take ``mini_step``,
+    ``acc_grads`` and ``skip_state`` from a fresh state, which restarts the window. `vsa_optax.compressed_pmean` shows
+    how to restore the residuals.
 
     Args:
-        opt: the optimizer.
-        every_k_schedule: see `accumulate_ternary`.
-        use_grad_mean: see `accumulate_ternary`.
-        should_skip_update_fn: ``(updates, gradient_step, params) -> (should_skip, skip_state)``, as in ``MultiSteps``:
-            a micro-batch for which it says so counts as if it had not happened.
-        trits: see `accumulate_ternary`.
-        rounding: see `accumulate_ternary`.
-        block_size: see `accumulate_ternary`.
-        seed: see `accumulate_ternary`.
+        opt: the optimizer to wrap.
+        every_k_schedule: K, an integer ``>= 1``, or a function of the gradient step that returns one, as in
+            ``optax.MultiSteps``.
+        use_grad_mean: whether ``opt`` receives the mean instead of the sum.
+        should_skip_update_fn: ``(updates, gradient_step, params) -> (should_skip, skip_state)``, as in ``MultiSteps``.
+            If ``should_skip`` is true, the micro-batch does not count.
+        trits: the number of trits per coordinate, 1, 2 or 3; None takes two for K up to 8, and three for more or for a
+            function.
+        rounding: ``"nearest"``, or ``"stochastic"``, which is unbiased over seeds but has a larger error.
+        block_size: the number of coordinates that share a scale, a power of two from 2 to 65536. Leaves with fewer
+            coordinates are summed in f32.
+        seed: the seed of the random rotations, one per window, ``>= 0``.
 
     Returns:
-        A transformation that hands extra arguments to ``opt`` and has a function ``has_updated(state)``, and
-        ``gradient_transformation()``, as ``MultiSteps`` has, which returns itself. Its state has the fields of
-        ``MultiStepsState`` and ``nonfinite_count``. ``opt``'s state keeps its dtypes where gradients are wider than
+        A transformation that forwards extra arguments to ``opt`` and has a function ``has_updated(state)``. Like
+        ``MultiSteps``, it has ``gradient_transformation()``, which returns itself. Its state has the fields of
+        ``MultiStepsState`` and ``nonfinite_count``. The state of ``opt`` keeps its dtypes if gradients are wider than
         parameters.
 
     State cost:
-        that of `accumulate_ternary` and ``opt``'s own.
+        that of `vsa_optax.accumulate_ternary`, and the state of ``opt``.
 
     Raises:
-        ValueError: as `accumulate_ternary`; an ``opt`` that is not a gradient transformation; a
-            ``should_skip_update_fn`` that does not return a bool; at ``update``, a state that was made by
-            ``optax.MultiSteps``, or for another number of devices.
-        TypeError: as `accumulate_ternary`.
+        ValueError: if an argument is outside its range, or ``opt`` is not a gradient transformation; if
+            ``should_skip_update_fn`` does not return a bool; at ``update``, if structure or shapes of the gradients
+            differ from those given to ``init``, or if the state was made by ``optax.MultiSteps`` or for another number
+            of devices.
+        TypeError: if a leaf is neither floating point nor complex; at ``update`` with ``params``, if the gradient of a
+            real parameter is complex, or the reverse.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsa_optax
@@ -335,8 +336,7 @@ def ternary_multi_steps(
     every_k = check_every_k(every_k_schedule)
     total = make_ternary_sum(every_k_schedule, trits=trits, rounding=rounding, block_size=block_size, seed=seed)
     window = _Window(total, every_k, checks.check_bool("use_grad_mean", use_grad_mean))
-
-    run_inner = RunInner(optax.with_extra_args_support(opt))
+    run_inner = RunInner(optax.with_extra_args_support(opt), window.finish)
 
     def init_fn(params: optax.Params) -> TernaryMultiStepsState:
         warn_of_command_buffers()
@@ -347,7 +347,7 @@ def ternary_multi_steps(
         own = mesh.varying_like(total.zeros(params), params), skip_state
         if axes := mesh.axes_in(inner_opt_state):
             own = mesh.with_axis_in_front(own)
-            # Else a loop inside shard_map could not carry it.
+            # Without this, a loop inside shard_map could not carry the state.
             if mesh.is_mapped(tuple(axes)) and mesh.is_checked(axes):
                 own = jax.tree.map(lambda x: as_varying(x, axes), own)
         return TernaryMultiStepsState(_zero(), _zero(), inner_opt_state, *own, _zero())
@@ -361,23 +361,28 @@ def ternary_multi_steps(
             acc_grads = mesh.of_this_device("acc_grads", acc_grads)
         checks.check_same_leaves(params, updates, what="gradients")
         should_skip, skip_state = _ask(should_skip_update_fn, updates, state.gradient_step, params)
-        is_finite = total.takes(acc_grads, updates)
+        total.check_same(acc_grads, updates)
         updates, acc_grads = _on_each_device(updates, acc_grads, state.mini_step)
         outcome = run_inner.look(updates, state.inner_opt_state, params, extra_args)
-        is_accepted = is_finite & ~should_skip
+        taken = window.take(updates, acc_grads, state.gradient_step, state.mini_step)
+        is_finite, is_accepted = taken.is_finite, taken.is_finite & ~should_skip
         if axes := _axes_to_agree_over((updates, is_accepted), state.mini_step, outcome.axes):
             is_finite, is_accepted = mesh.all_devices_agree(jnp.stack([is_finite, is_accepted]), axes)
         else:
             mesh.note_window(updates)
-        step = window(updates, state._replace(acc_grads=acc_grads), is_accepted)
-        new_updates, inner_opt_state = run_inner(
-            step.emits, step.mean, state.inner_opt_state, params, extra_args, outcome
+        emits, adds = is_accepted & taken.is_last, is_accepted & ~taken.is_last
+        window_of = state.gradient_step, taken.divisor
+        new_updates, updates, acc_grads, inner_opt_state = run_inner(
+            emits, updates, acc_grads, window_of, state.inner_opt_state, params, extra_args, outcome
         )
-        own = step.acc_grads, skip_state
+        own = total.settle(acc_grads, taken.grown, updates, adds), skip_state
         if is_of_each_device:
             own = mesh.varying_like(mesh.with_axis_in_front(own), (state.acc_grads, state.skip_state))
         return new_updates, TernaryMultiStepsState(
-            step.mini_step, step.gradient_step, inner_opt_state, *own, _count_if(~is_finite, state.nonfinite_count)
+            inner_opt_state=inner_opt_state,
+            acc_grads=own[0],
+            skip_state=own[1],
+            **_counted(state, is_finite, emits, adds),
         )
 
     return TernaryMultiSteps(init_fn, update_fn)
@@ -392,7 +397,7 @@ def _check_state(state: object, kind: type) -> None:
 
 
 def _on_each_device(updates: optax.Updates, acc_grads: Tree, mini_step: jax.Array) -> tuple[optax.Updates, Tree]:
-    """Both, varying over the same axes; ``ValueError`` if gradients vary over more than the sum."""
+    """Both trees, varying over the same axes; ``ValueError`` if gradients vary over more axes than the sum."""
 
     def varying(gradient: jax.Array, part: Tree) -> jax.Array:
         if differing := varying_axes(gradient) - varying_axes(part) - varying_axes(mini_step):
@@ -411,10 +416,10 @@ def _on_each_device(updates: optax.Updates, acc_grads: Tree, mini_step: jax.Arra
 
 
 def _axes_to_agree_over(tree: Tree, mini_step: jax.Array, communicated: frozenset[str] = frozenset()) -> frozenset[str]:
-    """The mesh axes along which a window has to be one, but ``tree`` may differ.
+    """The mesh axes along which devices must share a window although ``tree`` may differ.
 
-    These are the axes along which devices share the window, and those along which they communicate when it is complete:
-    without a check of replication nothing else is known.
+    These are the axes along which devices share the window. Without a replication check they are unknown, and those
+    along which devices communicate when it is complete are used.
     """
     shared = varying_axes(tree) - varying_axes(mini_step)
     return shared | (communicated & varying_axes((tree, mini_step)) if mesh.is_checked(communicated) else communicated)
@@ -426,7 +431,7 @@ def _ask(
     gradient_step: jax.Array,
     params: optax.Params | None,
 ) -> tuple[jax.Array, Tree]:
-    """What ``should_skip_update_fn`` says: ``[] bool``, and a tree to keep."""
+    """The result of ``should_skip_update_fn``: ``[] bool``, and a tree to keep."""
     if fun is None:
         return jnp.array(False), ()
     should_skip, skip_state = fun(updates, gradient_step, params)
@@ -440,7 +445,7 @@ def _ask(
 
 
 def _zero() -> jax.Array:
-    # A new one for each counter: one buffer cannot be donated twice.
+    # Each counter gets its own array, since one buffer cannot be donated twice.
     return jnp.zeros([], jnp.int32)
 
 

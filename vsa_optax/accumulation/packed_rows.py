@@ -5,15 +5,15 @@
 
 for a random rotation R of each block and a quantiser Q.
 
-The trits lie in rows that can be unpacked, changed and packed again where they are, a few at a time. A row is five
-blocks of a vector, which share its bytes: digit ``j`` of byte ``i`` belongs to coordinate ``i`` of block ``j``. What is
-left of a vector behind whole rows becomes one more row, of narrower blocks. Done a few rows at a time, nothing needs
-memory of the vector's size beside the vector and its trits.
+The trits are stored in rows that can be unpacked, changed and packed again in place, a few at a time. A row is five
+blocks of a vector, which share its bytes: digit ``j`` of byte ``i`` belongs to coordinate ``i`` of block ``j``. The
+remainder of a vector after whole rows becomes one more row, of narrower blocks. With a few rows at a time, no memory of
+the vector's size is needed besides the vector and its trits.
 
-For vectors of at least 2^17 coordinates and 25 rows it is the order of `kernels.trit_blocks`, too. A smaller one lies
-otherwise there: what one packed, the other cannot read.
+For vectors of at least 2^17 coordinates and 25 rows, `kernels.trit_blocks` has the same order. For smaller vectors the
+orders differ, and neither module can read the trits of the other.
 
-On a GPU of NVIDIA's, vectors in whole rows of blocks of 1024 are added and finished by `kernels.gpu.trit_kernels`.
+On an NVIDIA GPU, `kernels.gpu.trit_kernels` add and finish vectors in whole rows of blocks of 1024.
 
 Axes: n coordinates, t trits, m bytes, b blocks.
 """
@@ -30,16 +30,16 @@ from vsa_optax.kernels import blocks, lloyd_max, packing, platforms, rotation, t
 
 BLOCKS = blocks.BLOCKS_IN_ROW
 _NARROWEST = 32
-# Coordinates in work at once: what a core's cache holds; what keeps a GPU busy.
+# The number of coordinates at a time: those that a core's cache holds, and those that keep a GPU busy.
 _AT_ONCE_ON_CPU, _AT_ONCE = 1 << 18, 1 << 23
 
 
 class Rows(NamedTuple):
-    """Rows of one width that lie one behind the other.
+    """Consecutive rows of the same width.
 
     Attributes:
-        num: how many.
-        width: coordinates in each of their five blocks, a power of two.
+        num: the number of rows.
+        width: the number of coordinates in each of their five blocks, a power of two.
     """
 
     num: int
@@ -47,22 +47,22 @@ class Rows(NamedTuple):
 
     @property
     def num_blocks(self) -> int:
-        """In all rows."""
+        """The number of blocks in all rows."""
         return BLOCKS * self.num
 
     @property
     def size(self) -> int:
-        """Coordinates in all rows."""
+        """The number of coordinates in all rows."""
         return BLOCKS * self.num * self.width
 
     @property
     def num_bytes(self) -> int:
-        """For a trit of each coordinate."""
+        """The number of bytes for one trit of each coordinate."""
         return self.num * self.width
 
     @property
     def num_words(self) -> int:
-        """Random words for a sign of each coordinate."""
+        """The number of random words for a sign of each coordinate."""
         return self.num_blocks * -(-self.width // 32)
 
 
@@ -71,7 +71,7 @@ class Coded(NamedTuple):
 
     Attributes:
         codes: ``[t, m] uint8``, the base-three digits of the level numbers, lowest digit first.
-        scales: ``[b] bfloat16``.
+        scales: ``[b] bfloat16``, the scale of each block.
     """
 
     codes: jax.Array
@@ -79,13 +79,13 @@ class Coded(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What belongs to some rows.
+    """The data of some rows.
 
     Attributes:
-        rows: static.
-        first: ``[] int``, the number of the first of them.
+        rows: static, the rows.
+        first: ``[] int``, the index of the first row.
         x: ``[n] f32``, their coordinates.
-        words: ``[num_words] uint32``, random.
+        words: ``[num_words] uint32``, their random words.
         coded: their trits.
     """
 
@@ -106,7 +106,7 @@ class Stage(Protocol):
     def __call__(self, fun: Callable[[*Operands], Result], /, *operands: *Operands) -> Result: ...  # noqa: D102
 
 
-# Gives back new coordinates and trits; None where they stay.
+# The function returns new coordinates and trits, or None for those that do not change.
 PieceFunction: TypeAlias = Callable[[Piece, Stage], tuple[jax.Array | None, Coded | None]]
 
 
@@ -123,26 +123,35 @@ def rows_of(size: int, block_size: int) -> tuple[Rows, Rows]:
 
 
 def num_words(size: int, block_size: int) -> int:
-    """Random words for a sign of each coordinate, padding included."""
+    """The number of random words for a sign of each coordinate, including padding."""
     return sum(rows.num_words for rows in rows_of(size, block_size))
 
 
 def zeros(size: int, *, trits: int, block_size: int) -> Coded:
-    """``size`` coordinates of zero."""
+    """A coded vector of ``size`` zeros."""
     all_rows = rows_of(size, block_size)
     num_bytes, num_blocks = sum(rows.num_bytes for rows in all_rows), sum(rows.num_blocks for rows in all_rows)
     return Coded(jnp.zeros([trits, num_bytes], jnp.uint8), jnp.zeros([num_blocks], jnp.bfloat16))
 
 
 @functools.partial(jax.jit, static_argnames=("block_size",))
-def add(total: Coded, x: jax.Array, words: jax.Array, rounding_key: jax.Array | None, *, block_size: int) -> Coded:
-    """Turns ``x``, adds the decoded sum, and quantises again.
+def add(
+    total: Coded,
+    x: jax.Array,
+    words: jax.Array,
+    rounding_key: jax.Array | None,
+    first_word: int | jax.Array = 0,
+    *,
+    block_size: int,
+) -> Coded:
+    """Rotates ``x``, adds the decoded sum, and quantises the result.
 
     Args:
         total: the sum.
         x: ``[n] f32``.
-        words: ``[num_words] uint32``, the rotation, the same for all that is added.
+        words: ``[...] uint32``, of which `num_words` are the rotation, the same for all that is added.
         rounding_key: for stochastic rounding to the levels of `uniform`; with None, the nearest one of `lloyd_max`.
+        first_word: ``[] int32``, where the rotation's begin.
         block_size: a power of two.
     """
     trits = total.codes.shape[0]
@@ -165,25 +174,38 @@ def add(total: Coded, x: jax.Array, words: jax.Array, rounding_key: jax.Array | 
         codes = trit_blocks.pack_numbers(numbers.reshape(piece.rows.num, -1), trits)
         return None, Coded(codes.reshape(trits, -1), scales)
 
-    def anywhere(total: Coded, x: jax.Array, words: jax.Array, rounding_key: jax.Array | None) -> Coded:
-        return _by_rows(functools.partial(add_piece, rounding_key), x, words, total, block_size)[1]
+    def anywhere(
+        total: Coded, x: jax.Array, words: jax.Array, first_word: jax.Array, rounding_key: jax.Array | None
+    ) -> Coded:
+        own = _own_words(words, first_word, x.size, block_size)
+        return _by_rows(functools.partial(add_piece, rounding_key), x, own, total, block_size)[1]
 
-    def on_gpu(total: Coded, x: jax.Array, words: jax.Array, rounding_key: jax.Array | None) -> Coded:
-        from vsa_optax.kernels.gpu import trit_kernels  # Pallas with it, which few need.
+    def on_gpu(
+        total: Coded, x: jax.Array, words: jax.Array, first_word: jax.Array, rounding_key: jax.Array | None
+    ) -> Coded:
+        from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
 
         key_data = None if rounding_key is None else jax.random.key_data(rounding_key)
-        return Coded(*trit_kernels.add(x, words[None], key_data, *total))
+        return Coded(*trit_kernels.add(x, words[None], key_data, *total, first_word=first_word))
 
+    operands = total, x, words, jnp.asarray(first_word, jnp.int32), rounding_key
     if trit_blocks.suits_gpu(x.size, block_size):
-        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, total, x, words, rounding_key)
-    return anywhere(total, x, words, rounding_key)
+        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, *operands)
+    return anywhere(*operands)
 
 
 @functools.partial(jax.jit, static_argnames=("block_size", "nearest"))
 def finish(
-    total: Coded, x: jax.Array, words: jax.Array, divisor: jax.Array, *, block_size: int, nearest: bool
+    total: Coded,
+    x: jax.Array,
+    words: jax.Array,
+    divisor: jax.Array,
+    first_word: int | jax.Array = 0,
+    *,
+    block_size: int,
+    nearest: bool,
 ) -> jax.Array:
-    """``[n] f32``: the sum, turned back, plus ``x``, over ``divisor``; ``nearest`` as it was rounded."""
+    """``[n] f32``: the sum, rotated back, plus ``x``, over ``divisor``; ``nearest`` must be that of the rounding."""
 
     def finish_piece(divisor: jax.Array, piece: Piece, stage: Stage) -> tuple[jax.Array, None]:
         rows = piece.rows
@@ -191,17 +213,23 @@ def finish(
         turned = rotation.rotate_back(decoded, [piece.words.reshape(rows.num_blocks, -1)])
         return (turned.reshape(-1) + piece.x) / divisor, None
 
-    def anywhere(total: Coded, x: jax.Array, words: jax.Array, divisor: jax.Array) -> jax.Array:
-        return _by_rows(functools.partial(finish_piece, divisor), x, words, total, block_size)[0]
+    def anywhere(total: Coded, x: jax.Array, words: jax.Array, first_word: jax.Array, divisor: jax.Array) -> jax.Array:
+        own = _own_words(words, first_word, x.size, block_size)
+        return _by_rows(functools.partial(finish_piece, divisor), x, own, total, block_size)[0]
 
-    def on_gpu(total: Coded, x: jax.Array, words: jax.Array, divisor: jax.Array) -> jax.Array:
-        from vsa_optax.kernels.gpu import trit_kernels  # Pallas with it, which few need.
+    def on_gpu(total: Coded, x: jax.Array, words: jax.Array, first_word: jax.Array, divisor: jax.Array) -> jax.Array:
+        from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
 
-        return trit_kernels.finish(*total, x, words[None], divisor, nearest=nearest)
+        return trit_kernels.finish(*total, x, words[None], divisor, first_word=first_word, nearest=nearest)
 
+    operands = total, x, words, jnp.asarray(first_word, jnp.int32), divisor
     if trit_blocks.suits_gpu(x.size, block_size):
-        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, total, x, words, divisor)
-    return anywhere(total, x, words, divisor)
+        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, *operands)
+    return anywhere(*operands)
+
+
+def _own_words(words: jax.Array, first_word: jax.Array, size: int, block_size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(words, first_word, num_words(size, block_size))
 
 
 def _decode(total: Coded, rows: Rows, *, nearest: bool) -> jax.Array:
@@ -218,7 +246,7 @@ def _by_rows(
     fun: PieceFunction, x: jax.Array, words: jax.Array, coded: Coded, block_size: int
 ) -> tuple[jax.Array, Coded]:
     """``x`` and ``coded`` after ``fun`` on a few rows at a time, in place."""
-    # Something true that the compiler cannot know to be so.
+    # This is true, but the compiler cannot know it.
     is_true = jnp.maximum(words[0], jnp.uint32(1)) > 0
 
     def in_a_loop(fun: Callable[[*Operands], Result], *operands: *Operands) -> Result:
@@ -227,7 +255,10 @@ def _by_rows(
     def over_all(stage: Stage, at_once: int, x: jax.Array, words: jax.Array, coded: Coded) -> tuple[jax.Array, Coded]:
         whole, last = rows_of(x.size, block_size)
         if whole.num:
-            x, coded = _in_turns(fun, stage, whole, max(1, at_once // (BLOCKS * block_size)), x, words, coded)
+            # XLA dissolves a loop of one iteration, and a CPU then works on many leaves at once, each with its memory.
+            begins = is_true if stage is in_a_loop else True
+            at_once = max(1, at_once // (BLOCKS * block_size))
+            x, coded = _in_turns(fun, stage, whole, at_once, begins, x, words, coded)
         if last.num:
             x, coded = _on_last(fun, stage, whole, last, x, words, coded)
         return x, coded
@@ -242,11 +273,18 @@ def _by_rows(
 
 
 def _in_turns(
-    fun: PieceFunction, stage: Stage, rows: Rows, at_once: int, x: jax.Array, words: jax.Array, coded: Coded
+    fun: PieceFunction,
+    stage: Stage,
+    rows: Rows,
+    at_once: int,
+    begins: jax.Array | bool,
+    x: jax.Array,
+    words: jax.Array,
+    coded: Coded,
 ) -> tuple[jax.Array, Coded]:
-    """``fun`` on at most ``at_once`` rows after the other.
+    """Applies ``fun`` to at most ``at_once`` rows at a time, if ``begins``.
 
-    The last turn may be short of rows: it takes some that are done with it, which stay as they are.
+    If too few rows remain for the last turn, it also takes some that are done, which do not change.
     """
     num_turns = -(-rows.num // at_once)
     few = Rows(-(-rows.num // num_turns), rows.width)
@@ -276,13 +314,13 @@ def _in_turns(
             coded = Coded(codes, put(coded.scales, new.scales, old.scales, rows.num_blocks))
         return x, coded
 
-    return lax.fori_loop(0, num_turns, turn, (x, coded))
+    return lax.fori_loop(0, num_turns if begins is True else jnp.where(begins, num_turns, 0), turn, (x, coded))
 
 
 def _on_last(
     fun: PieceFunction, stage: Stage, whole: Rows, last: Rows, x: jax.Array, words: jax.Array, coded: Coded
 ) -> tuple[jax.Array, Coded]:
-    """``fun`` on the row behind the ``whole`` ones."""
+    """Applies ``fun`` to the row after the ``whole`` ones."""
     rest = x[whole.size :]
     padded = jnp.pad(rest, (0, last.size - rest.size))
     old = Coded(coded.codes[:, whole.num_bytes :], coded.scales[whole.num_blocks :])
@@ -304,7 +342,7 @@ def _directly(fun: Callable[[*Operands], Result], *operands: *Operands) -> Resul
 
 
 def _in_a_loop(is_true: jax.Array, fun: Callable[[*Operands], Result], *operands: *Operands) -> Result:
-    """``fun(*operands)`` in a loop of one turn.
+    """``fun(*operands)`` in a loop of one iteration.
 
     Without it XLA, on a CPU, fuses what ``fun`` does into each of the loops that read its result, and does it again in
     each, which takes several times as long. Any barrier but a loop is dropped before that.

@@ -1,19 +1,20 @@
-"""A tree of micro-batch gradients summed in one, two or three trits a coordinate.
+"""Sums a tree of micro-batch gradients in one, two or three trits a coordinate.
 
-With S the coded sum, R a random rotation, one for the whole window of K micro-batches, and Q the quantiser,
+Let S be the coded sum, R a random rotation for the whole window of K micro-batches, and Q the quantiser:
 
     S <- Q(deQ(S) + R g_k)
     sum = R^-1 deQ(S)
 
-A leaf smaller than a block is summed in at least f32.
+A leaf smaller than a block is summed in at least f32. Leaves that are smaller than five blocks are coded together, each
+in its own row.
 """
 
 import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Hashable
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Callable, Hashable, Sequence
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,41 +26,96 @@ from vsa_optax.codecs import codec as codecs
 from vsa_optax.codecs.trit import RawLeaf
 from vsa_optax.core import checks
 from vsa_optax.core.axis_names import without_names
+from vsa_optax.core.mesh import varying_axes
 from vsa_optax.core.trees import is_placeholder
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics, signs
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
-# How many micro-batches make a mean, by the number of means so far.
+# The number of micro-batches in a mean, as a function of the number of means so far.
 EveryK: TypeAlias = Callable[[jax.Array], ArrayLike]
 
 _MANY_FOR_ONE_TRIT = 32
-# Micro-batches up to which training came out as with f32 when their mean was kept in two trits.
+# Up to this many micro-batches, training with their mean in two trits reached the loss of f32.
 _FEW_ENOUGH_FOR_TWO_TRITS = 8
-# The largest gradient is 5e33: a hundred thousand such can be added in one place.
-_HEADROOM = np.float32(2**16)
+# The product with the root of the largest block's size is far from overflow, and so are the numbers made from it.
+LARGEST_SCALE = float(np.finfo(np.float32).max) / 2**16
 
 
 class SummedLeaf(NamedTuple):
     """The coded sum of one array, its trits in the order of `packed_rows`.
 
-    It is not a `codecs.trit.CodedLeaf`, although it has the same fields: those trits lie in another order.
+    It is not a `codecs.trit.CodedLeaf`, although it has the same fields: the order of the trits is different.
 
     Attributes:
-        codes: ``[t, m] uint8``.
-        scales: ``[b] bfloat16``.
+        codes: ``[t, m] uint8``, the packed trits.
+        scales: ``[b] bfloat16``, the scale of each block.
     """
 
     codes: jax.Array
     scales: jax.Array
 
 
+class _Member(NamedTuple):
+    """A coded leaf.
+
+    Attributes:
+        number: static, the index of the leaf.
+        size: static, the number of coordinates.
+        coded: its sum.
+        first_word: static, the index of its first random word.
+        num_words: static, the number of its random words.
+    """
+
+    number: int
+    size: int
+    coded: packed_rows.Coded
+    first_word: int
+    num_words: int
+
+
+class _Group(NamedTuple):
+    """Leaves that are coded together: one leaf, or several, each in its own row.
+
+    Attributes:
+        members: the leaves.
+        padded_size: static, the number of coordinates of each, including padding.
+        coded: their sums, one after the other.
+        words: ``[...] uint32``, random words, which include those of the leaves.
+        first_word: static, the index of the first random word of the leaves.
+        block_size: static, the number of coordinates in a block.
+    """
+
+    members: list[_Member]
+    padded_size: int
+    coded: packed_rows.Coded
+    words: jax.Array
+    first_word: int
+    block_size: int
+
+    def joined(self, leaves: Sequence[ArrayLike]) -> jax.Array:
+        """``[n] f32``: the coordinates of the group's members, taken from all leaves of a tree."""
+        return _concatenated(
+            [jnp.pad(codecs.as_reals(leaves[m.number]), (0, self.padded_size - m.size)) for m in self.members]
+        )
+
+    def apart(self, reals: jax.Array) -> dict[int, jax.Array]:
+        """Coordinates by the leaf's number, the inverse of `joined`."""
+        parts = jnp.split(reals, len(self.members))
+        return {m.number: part[: m.size] for m, part in zip(self.members, parts, strict=True)}
+
+    def sums(self, coded: packed_rows.Coded) -> dict[int, list[jax.Array]]:
+        """The arrays of sums by the leaf's number."""
+        parts = [jnp.split(array, len(self.members), axis=-1) for array in coded]
+        return {m.number: list(arrays) for m, *arrays in zip(self.members, *parts, strict=True)}
+
+
 @dataclasses.dataclass(frozen=True)
 class TernarySum:
-    """The settings of a coded sum, and what can be done with one.
+    """The settings of a coded sum, and its operations.
 
-    A sum is a tree like the gradients, with a `SummedLeaf` or, if it is small, a `RawLeaf` for each. A container may
-    put nodes of its own in their place: only the arrays, and their order, are read. Shapes and dtypes are those of the
+    A sum is a tree like the gradients, with a `SummedLeaf` for each leaf, or a `RawLeaf` for a small one. A container
+    may replace these nodes with its own: only the arrays and their order are read. Shapes and dtypes are those of the
     gradients.
     """
 
@@ -77,51 +133,65 @@ class TernarySum:
             return RawLeaf(jnp.zeros_like(leaf, dtype=_wide(leaf)))
         return SummedLeaf(*packed_rows.zeros(_num_reals(leaf), trits=self.trits, block_size=self.block_size))
 
-    def takes(self, total: Tree, gradients: Tree) -> jax.Array:
-        """``[] bool``: whether the gradients are finite, and those to be coded below 5e33, so that sums stay finite.
+    def add(self, total: Tree, gradients: Tree, window: jax.Array, position: jax.Array) -> tuple[Tree, jax.Array]:
+        """Adds one micro-batch to the sum, and checks whether the result may be kept.
 
-        ``ValueError`` if they are not those of ``zeros``.
-        """
-        self._check_same(total, gradients)
-
-        def takes_leaf(gradient: ArrayLike) -> jax.Array:
-            array = jnp.asarray(gradient)
-            if self._is_small(array):
-                return numerics.is_finite(array)
-            # In its own shape: sharded, each device looks at what it has.
-            coded_as = jnp.complex64 if jnp.iscomplexobj(array) else jnp.float32
-            return numerics.is_finite(array.astype(coded_as) * coded_as(_HEADROOM))
-
-        return functools.reduce(jnp.logical_and, map(takes_leaf, jax.tree.leaves(gradients)), jnp.array(True))
-
-    def add(self, total: Tree, gradients: Tree, window: jax.Array, position: jax.Array) -> Tree:
-        """The sum with one more micro-batch.
+        Each leaf is added before the others are checked: the result must be dropped if one of them is not finite.
 
         Args:
             total: the sum.
             gradients: tree of ``[*shape]``.
-            window: ``[] int32``, which rotation.
-            position: ``[] int32``, the micro-batch's number in the window.
+            window: ``[] int32``, which selects the rotation.
+            position: ``[] int32``, the number of the micro-batch in the window.
+
+        Returns:
+            The new sum, and ``[] bool``: whether it is finite and none of its scales exceeds 5e33, so that the numbers
+            made from it are also finite.
         """
         is_stochastic = self.rounding == "stochastic"
         rounding_key = signs.stream(self.seed, window, 1, position) if is_stochastic else None
-
-        def added(
-            leaf: SummedLeaf | RawLeaf, words: jax.Array, index: int, gradient: jax.Array
-        ) -> SummedLeaf | RawLeaf:
-            if isinstance(leaf, RawLeaf):
-                return RawLeaf(leaf.values + jnp.asarray(gradient, leaf.values.dtype))
-            grown = packed_rows.add(
-                packed_rows.Coded(*leaf),
-                codecs.as_reals(gradient),
-                words,
-                None if rounding_key is None else jax.random.fold_in(rounding_key, index),
-                block_size=self.block_size,
+        leaves = list(map(jnp.asarray, jax.tree.leaves(gradients)))
+        raw, groups = self._sorted(jax.tree.leaves(total), leaves, window)
+        arrays: dict[int, list[jax.Array]] = {}
+        found, scales = [], []
+        values, numbers = list(raw.values()), list(raw)
+        for alike in _numbers_of_alike(values, [leaves[i] for i in numbers]):
+            old, new = jnp.stack([values[i] for i in alike]), jnp.stack([leaves[numbers[i]] for i in alike])
+            sums = old + new.astype(old.dtype)
+            found.append(numerics.is_finite(sums))
+            arrays |= {numbers[i]: [of_leaf] for i, of_leaf in zip(alike, sums, strict=True)}
+        for group in groups:
+            coded = packed_rows.add(
+                group.coded,
+                group.joined(leaves),
+                group.words,
+                None if rounding_key is None else jax.random.fold_in(rounding_key, group.members[0].number),
+                group.first_word,
+                block_size=group.block_size,
             )
-            return SummedLeaf(*grown)
+            scales.append(coded.scales)
+            arrays |= group.sums(coded)
+        # A non-finite gradient makes a scale NaN, so the gradients need not be read again.
+        limit = jnp.asarray(LARGEST_SCALE, jnp.bfloat16)
+        found += [jnp.all(jnp.stack([scales[i] for i in alike]) <= limit) for alike in _numbers_of_alike(scales)]
+        is_finite = functools.reduce(jnp.logical_and, found, jnp.array(True))
+        grown = [array for i in range(len(leaves)) for array in arrays[i]]
+        return jax.tree.unflatten(jax.tree.structure(total), grown), is_finite
 
-        grown = jax.tree.leaves(self._map(added, total, window, gradients))
-        return jax.tree.unflatten(jax.tree.structure(total), grown)
+    def settle(self, total: Tree, grown: Tree, gradients: Tree, adds: jax.Array) -> Tree:
+        """``grown``, which `add` returned for a sum and gradients, if ``adds``; otherwise the sum.
+
+        Small leaves are added again to the present sum: otherwise XLA would make two copies of each.
+        """
+        old, new = iter(jax.tree.leaves(total)), iter(jax.tree.leaves(grown))
+        arrays = []
+        for leaf in jax.tree.leaves(gradients):
+            for _ in range(1 if self._is_small(leaf) else 2):
+                was, becomes = next(old), next(new)
+                if self._is_small(leaf):
+                    becomes = was + jnp.asarray(leaf, was.dtype)
+                arrays.append(jnp.where(adds, becomes, was))
+        return jax.tree.unflatten(jax.tree.structure(total), arrays)
 
     def finish(self, last: Tree, total: Tree, window: jax.Array, divisor: jax.Array) -> Tree:
         """``(total + last) / divisor``, in the dtypes of ``last``.
@@ -129,58 +199,63 @@ class TernarySum:
         Args:
             last: tree of ``[*shape]``, a micro-batch that is not quantised.
             total: the sum of the others.
-            window: ``[] int32``, which rotation.
-            divisor: ``[] int32``.
+            window: ``[] int32``, which selects the rotation.
+            divisor: ``[] int32``, the divisor of the sum.
         """
-
-        def finished(leaf: SummedLeaf | RawLeaf, words: jax.Array, index: int, gradient: jax.Array) -> jax.Array:
-            del index
-            spec = codecs.spec_of(gradient)
-            if isinstance(leaf, RawLeaf):
-                wide = numerics.promoted(leaf.values.dtype, spec.dtype)
-                whole = leaf.values.astype(wide) + jnp.asarray(gradient, wide)
-                return codecs.as_decoded(whole / divisor.astype(jnp.finfo(wide).dtype).astype(wide), spec)
+        leaves, treedef = jax.tree.flatten(last)
+        raw, groups = self._sorted(jax.tree.leaves(total), leaves, window)
+        means: dict[int, jax.Array] = {}
+        for i, values in raw.items():
+            spec = codecs.spec_of(leaves[i])
+            wide = numerics.promoted(values.dtype, spec.dtype)
+            whole = values.astype(wide) + jnp.asarray(leaves[i], wide)
+            means[i] = codecs.as_decoded(whole / divisor.astype(jnp.finfo(wide).dtype).astype(wide), spec)
+        for group in groups:
             reals = packed_rows.finish(
-                packed_rows.Coded(*leaf),
-                codecs.as_reals(gradient),
-                words,
+                group.coded,
+                group.joined(leaves),
+                group.words,
                 divisor.astype(jnp.float32),
-                block_size=self.block_size,
+                group.first_word,
+                block_size=group.block_size,
                 nearest=self.rounding == "nearest",
             )
-            return codecs.as_decoded(codecs.from_reals(reals, spec), spec)
-
-        return self._map(finished, total, window, last)
+            for i, of_leaf in group.apart(reals).items():
+                spec = codecs.spec_of(leaves[i])
+                means[i] = codecs.as_decoded(codecs.from_reals(of_leaf, spec), spec)
+        return jax.tree.unflatten(treedef, [means[i] for i in range(len(leaves))])
 
     def _is_small(self, leaf: ArrayLike) -> bool:
         return _num_reals(leaf) < self.block_size
 
-    def _map(
-        self,
-        fun: Callable[[SummedLeaf | RawLeaf, jax.Array, int, jax.Array], Any],
-        total: Tree,
-        window: jax.Array,
-        gradients: Tree,
-    ) -> Tree:
-        """Tree of ``fun(leaf, words, index, gradient)`` for each gradient: its sum, the random words of its rotation.
+    def _sorted(
+        self, arrays: Sequence[jax.Array], leaves: Sequence[ArrayLike], window: jax.Array
+    ) -> tuple[dict[int, jax.Array], list[_Group]]:
+        """The sums of small leaves by number, and groups of the others; leaves smaller than a row share a group.
 
-        The words of all leaves are drawn at once: a generator for each would take most of the time to compile.
+        The random words of all leaves are drawn at once: a generator for each would take most of the compile time.
         """
-        leaves, treedef = jax.tree.flatten(gradients)
-        sizes = [0 if self._is_small(g) else packed_rows.num_words(_num_reals(g), self.block_size) for g in leaves]
-        words = signs.random_bits(signs.stream(self.seed, window, 0), (sum(sizes),))
-        ends = np.cumsum(sizes)
-        arrays = iter(jax.tree.leaves(total))
-        results = []
-        for index, (gradient, size) in enumerate(zip(leaves, sizes, strict=True)):
-            leaf = RawLeaf(next(arrays)) if self._is_small(gradient) else SummedLeaf(next(arrays), next(arrays))
-            results.append(fun(leaf, words[ends[index] - size : ends[index]], index, gradient))
-        return jax.tree.unflatten(treedef, results)
+        sizes = [_num_reals(leaf) for leaf in leaves]
+        nums = [0 if size < self.block_size else packed_rows.num_words(size, self.block_size) for size in sizes]
+        words = signs.random_bits(signs.stream(self.seed, window, 0), (sum(nums),))
+        rest = iter(arrays)
+        raw: dict[int, jax.Array] = {}
+        alike: dict[Hashable, list[_Member]] = {}
+        for i, (leaf, size, num) in enumerate(zip(leaves, sizes, nums, strict=True)):
+            if not num:
+                raw[i] = next(rest)
+                continue
+            fills_a_row = size >= packed_rows.BLOCKS * self.block_size
+            # Inside a shard_map, replicated leaves must not be joined with varying ones.
+            kind = i if fills_a_row else (num, varying_axes(leaf))
+            coded = packed_rows.Coded(next(rest), next(rest))
+            alike.setdefault(kind, []).append(_Member(i, size, coded, sum(nums[:i]), num))
+        return raw, [_joined(members, words, self.block_size) for members in alike.values()]
 
-    def _check_same(self, total: Tree, gradients: Tree) -> None:
-        """``ValueError`` that names the leaf, unless the sum is one of arrays like the gradients.
+    def check_same(self, total: Tree, gradients: Tree) -> None:
+        """``ValueError`` that names the leaf, unless the sum belongs to arrays like the gradients.
 
-        Of an array that is coded the sum tells how many coordinates it has, to a row of blocks, but not its shape.
+        The sum shows the number of coordinates of a coded array, up to a row of blocks, but not its shape.
         """
         gradient_at = dict(jax.tree_util.tree_leaves_with_path(gradients))
 
@@ -201,13 +276,38 @@ class TernarySum:
         checks.check_same_tree(expected, gradients, what="gradients")
 
 
+def _numbers_of_alike(*lists: Sequence[jax.Array]) -> list[list[int]]:
+    """Groups the indices at which the arrays of each list have the same type, so that they can be stacked.
+
+    For many small arrays, launching a kernel for each takes longer than its work.
+    """
+    of_types: dict[object, list[int]] = {}
+    for i, row in enumerate(zip(*lists, strict=True)):
+        of_types.setdefault(tuple(map(jax.typeof, row)), []).append(i)
+    return list(of_types.values())
+
+
+def _joined(members: list[_Member], words: jax.Array, block_size: int) -> _Group:
+    if len(members) == 1:
+        (leaf,) = members
+        return _Group(members, leaf.size, leaf.coded, words, leaf.first_word, block_size)
+    row = packed_rows.rows_of(members[0].size, block_size)[1]
+    coded = packed_rows.Coded(*(_concatenated(arrays) for arrays in zip(*(m.coded for m in members), strict=True)))
+    words = _concatenated([words[m.first_word : m.first_word + m.num_words] for m in members])
+    return _Group(members, row.size, coded, words, 0, row.width)
+
+
+def _concatenated(arrays: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate(arrays, axis=-1) if len(arrays) > 1 else arrays[0]
+
+
 def make_ternary_sum(
     every_k_schedule: int | EveryK, *, trits: checks.NumTrits | None, rounding: Rounding, block_size: int, seed: int
 ) -> TernarySum:
-    """The sum of these settings, checked; ranges as in `vsa_optax.accumulate_ternary`.
+    """Checks the settings of a sum, with the ranges of `vsa_optax.accumulate_ternary`, and returns the sum.
 
-    Without ``trits`` two, or three where the micro-batches are many or their number is a function. Warns where the sum
-    is known to come out badly.
+    The default of ``trits`` is two, or three if there are many micro-batches or their number is a function. A warning
+    is shown if the sum is known to be inaccurate.
     """
     _check_static("block_size", block_size, jax.Array)
     num = None if callable(every_k_schedule) else int(every_k_schedule)
@@ -236,7 +336,7 @@ def check_every_k(every_k_schedule: int | EveryK) -> EveryK:
 
 
 def _check_static(name: str, value: object, refused: type) -> None:
-    """``ValueError`` for a number that ``optax.inject_hyperparams`` has made an array of."""
+    """``ValueError`` for a number that ``optax.inject_hyperparams`` has turned into an array."""
     if isinstance(value, refused):
         raise ValueError(
             f"{name} must be Python's own integer, since it is part of the program, got {value!r}. Let "
@@ -246,7 +346,7 @@ def _check_static(name: str, value: object, refused: type) -> None:
 
 
 def _holds_arrays(node: Tree) -> bool:
-    """Whether all children of a node are arrays, as of each node that a sum has for an array, whatever its type."""
+    """Whether all children of a node are arrays, as for each node that represents an array in a sum."""
     children = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
     return bool(children) and jax.tree_util.all_leaves(children)
 
@@ -256,6 +356,6 @@ def _wide(leaf: ArrayLike) -> jnp.dtype:
 
 
 def _num_reals(leaf: ArrayLike) -> int:
-    """Coordinates, a complex number counting as two."""
+    """The number of coordinates; a complex number counts as two."""
     is_complex = jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating)
     return math.prod(jnp.shape(leaf)) * (2 if is_complex else 1)

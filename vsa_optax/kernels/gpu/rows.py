@@ -55,7 +55,6 @@ def call(
     rows: int,
     tuning: Tuning,
     interpret: bool,
-    in_place: dict[int, int] | None = None,
 ) -> Sequence[jax.Array]:
     """The kernel, whose first argument is the row, for each row."""
 
@@ -69,24 +68,25 @@ def call(
         program,
         grid=(pl.cdiv(rows, tuning.rows),),
         out_shape=[platforms.shape_like(shape, dtype, operands) for shape, dtype in outputs],
-        input_output_aliases=in_place or {},
         name=name,
         compiler_params=triton.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages),
         interpret=interpret,
     )(*operands)
 
 
-def rotated(x: jax.Array, words: Ref, matrices: Ref, block: jax.Array) -> jax.Array:
-    """``[32, 32] f32``: a block after a round for each row of the words."""
+def rotated(x: jax.Array, words: Ref, matrices: Ref, block: jax.Array, first_word: int | jax.Array = 0) -> jax.Array:
+    """``[32, 32] f32``: a block after a round for each row of the words; the vector's begin at ``first_word``."""
     for turn in range(words.shape[0]):
-        x = tiles.transformed(tiles.flip(x, tiles.sign_bits(words, turn, block)), matrices)
+        x = tiles.transformed(tiles.flip(x, tiles.sign_bits(words, turn, block, first_word)), matrices)
     return x
 
 
-def rotated_back(y: jax.Array, words: Ref, matrices: Ref, block: jax.Array) -> jax.Array:
+def rotated_back(
+    y: jax.Array, words: Ref, matrices: Ref, block: jax.Array, first_word: int | jax.Array = 0
+) -> jax.Array:
     """The inverse of `rotated`."""
     for turn in reversed(range(words.shape[0])):
-        y = tiles.flip(tiles.transformed(y, matrices), tiles.sign_bits(words, turn, block))
+        y = tiles.flip(tiles.transformed(y, matrices), tiles.sign_bits(words, turn, block, first_word))
     return y
 
 

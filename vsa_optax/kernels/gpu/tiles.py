@@ -29,9 +29,9 @@ def hadamard() -> jax.Array:
     return jnp.asarray(np.stack([matrix / SIDE, matrix]), jnp.bfloat16)
 
 
-def sign_bits(words: Ref, turn: int, block: jax.Array) -> jax.Array:
+def sign_bits(words: Ref, turn: int, block: jax.Array, first_word: int | jax.Array = 0) -> jax.Array:
     """``[32, 32] uint32``: a block's random signs in the highest bits, as in `signs.sign_bits`."""
-    of_rows = words[turn, pl.ds(block * SIDE, SIDE)]
+    of_rows = words[turn, pl.ds(first_word + block * SIDE, SIDE)]
     return (of_rows[:, None] << lax.broadcasted_iota(jnp.uint32, (SIDE, SIDE), 1)) & _SIGN
 
 

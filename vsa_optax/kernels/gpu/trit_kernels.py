@@ -2,7 +2,7 @@
 
     encode       Q(R x)
     decode_sum   R^-1 sum_k c_k deQ(S_k)
-    add          S <- Q(deQ(S) + R x), in place
+    add          Q(deQ(S) + R x)
     finish       (R^-1 deQ(S) + x) / divisor
 
 for a random rotation R of each block of 1024 and a quantiser Q. A program takes a row: five blocks of the vector, which
@@ -168,18 +168,20 @@ def add(
     codes: jax.Array,
     scales: jax.Array,
     *,
+    first_word: int | jax.Array = 0,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """A coded sum with one more vector, in the sum's place.
+    """A coded sum with one more vector, beside the old sum.
 
     Args:
         x: ``[n]``.
-        words: as in `encode`, of one round.
+        words: ``[1, ...] uint32``, as in `encode` the vector's among others.
         rounding: ``[2] uint32``, the key of the random numbers for stochastic rounding to `uniform` levels; with None,
             the nearest one of `lloyd_max`.
         codes: ``[t, 1024 r] uint8``.
         scales: ``[b] bfloat16``.
+        first_word: ``[] int32``, where the vector's words begin.
         tuning: how it is compiled, if otherwise than was measured to be best.
         interpret: to run without a GPU, for tests.
 
@@ -189,11 +191,10 @@ def add(
     trits, is_nearest = codes.shape[0], rounding is None
     tuning = tuning or ADD[trits]
     kernel = functools.partial(_add_kernel, trits=trits, is_nearest=is_nearest, is_unrolled=tuning.is_unrolled)
-    operands = [x, words, words if rounding is None else rounding, tiles.hadamard()]
+    operands = [x, words, _one(first_word), words if rounding is None else rounding, tiles.hadamard()]
     operands = [*operands, levels.table(trits), codes, scales]
     outputs = [(codes.shape, codes.dtype), (scales.shape, scales.dtype)]
-    in_place = {len(operands) - 2: 0, len(operands) - 1: 1}
-    new = rows.call("trit_add", kernel, operands, outputs, num_rows(x.size), tuning, interpret, in_place)
+    new = rows.call("trit_add", kernel, operands, outputs, num_rows(x.size), tuning, interpret)
     return new[0], new[1]
 
 
@@ -201,6 +202,7 @@ def _add_kernel(
     row: jax.Array,
     x: Ref,
     words: Ref,
+    first_word: Ref,
     rounding: Ref,
     matrices: Ref,
     table: Ref,
@@ -221,7 +223,7 @@ def _add_kernel(
         numbers, rest = levels.first_numbers(rest)
         old = levels.values_of(numbers, table, trits, nearest=is_nearest)
         grown = old * (old_scales[block].astype(jnp.float32) * unit)
-        grown += rows.rotated(rows.coordinates(x, block), words, matrices, block)
+        grown += rows.rotated(rows.coordinates(x, block), words, matrices, block, first_word[0])
         if is_nearest:
             digits, scale = levels.nearest_levels(grown, trits, table, unbiased=False)
         else:
@@ -241,6 +243,7 @@ def finish(
     divisor: jax.Array,
     *,
     nearest: bool,
+    first_word: int | jax.Array = 0,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -253,13 +256,14 @@ def finish(
         words: as in `add`.
         divisor: ``[] f32``.
         nearest: as it was rounded.
+        first_word: as in `add`.
         tuning: how it is compiled, if otherwise than was measured to be best.
         interpret: to run without a GPU, for tests.
     """
     tuning = tuning or FINISH[len(codes)]
     kernel = functools.partial(_finish_kernel, trits=codes.shape[0], nearest=nearest, is_unrolled=tuning.is_unrolled)
     share = (1 / divisor).reshape(1)
-    operands = [codes, scales, x, words, share, tiles.hadamard(), levels.table(codes.shape[0])]
+    operands = [codes, scales, x, words, _one(first_word), share, tiles.hadamard(), levels.table(codes.shape[0])]
     outputs = [(x.shape, jnp.float32)]
     (finished,) = rows.call("trit_finish", kernel, operands, outputs, num_rows(x.size), tuning, interpret)
     return finished
@@ -271,6 +275,7 @@ def _finish_kernel(
     scales: Ref,
     x: Ref,
     words: Ref,
+    first_word: Ref,
     share: Ref,
     matrices: Ref,
     table: Ref,
@@ -286,9 +291,13 @@ def _finish_kernel(
         block = row * BLOCKS + i
         numbers, rest = levels.first_numbers(rest)
         values = levels.values_of(numbers, table, trits, nearest=nearest)
-        back = rows.rotated_back(values, words, matrices, block)
+        back = rows.rotated_back(values, words, matrices, block, first_word[0])
         whole = back * (scales[block].astype(jnp.float32) * unit) + rows.coordinates(x, block)
         rows.put_coordinates(finished, block, whole * share[0])
         return rest
 
     rows.over_blocks(finish_block, rows.codes(codes, row), is_unrolled=is_unrolled)
+
+
+def _one(number: int | jax.Array) -> jax.Array:
+    return jnp.asarray(number, jnp.int32).reshape(1)
