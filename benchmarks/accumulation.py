@@ -1,9 +1,8 @@
-"""Accumulating gradients in trits, beside `optax.MultiSteps` and others: what is lost.
+"""Accumulates gradients in trits, `optax.MultiSteps` and other ways, and measures the loss of accuracy.
 
 Run `python benchmarks/accumulation.py fidelity training > benchmarks/accumulation.log`; without a name both are run.
-They start a process a core: where there is a GPU, put `JAX_PLATFORMS=cpu` in front. All of `training` takes an hour on
-two cores: `--case` and `--methods` choose from it. What accumulating in trits saves, and what it costs, is measured by
-`accumulation_costs.py`.
+They start one process per core; on a machine with a GPU, prefix `JAX_PLATFORMS=cpu`. All of `training` takes an hour on
+two cores; `--case` and `--methods` select a part. `accumulation_costs.py` measures memory and time.
 """
 
 import argparse
@@ -39,7 +38,7 @@ class Method(NamedTuple):
     """A way to take the mean of K gradients one after the other.
 
     Attributes:
-        state: K, tree like the gradients -> what is kept.
+        state: K, tree like the gradients -> state.
         mean: tree with an axis ``[K]`` in front, number of the window -> tree.
     """
 
@@ -168,7 +167,7 @@ def fidelity(options):
         f"digits, characters: gradients of K batches at the same weights, after {CAPTURED_AFTER} steps of Adam",
         *(make().description.split("; final")[0] for make in CAPTURED_FROM.values()),
     )
-    # What takes longest first.
+    # The longest jobs come first.
     jobs = [
         (data, name, k, seeds[data]) for data in reversed(ALL_K) for k in reversed(ALL_K[data]) for name in methods()
     ]

@@ -1,9 +1,9 @@
-"""Accumulating gradients in trits, beside `optax.MultiSteps`: memory and time.
+"""Accumulates gradients in trits and with `optax.MultiSteps`, and measures memory and time.
 
-Run `python benchmarks/accumulation_costs.py memory speed > benchmarks/accumulation_cpu.log` on a machine that does
-nothing else; on a GPU the same makes `accumulation_gpu.log`. Without a name both are run. `memory` draws
+Run `python benchmarks/accumulation_costs.py memory speed > benchmarks/accumulation_cpu.log` on an otherwise idle
+machine; on a GPU the same command makes `accumulation_gpu.log`. Without a name both are run. `memory` draws
 `accumulation.png` beside the script. In the committed log of the GPU, the model of 151 million parameters has a width
-of 1024, 12 layers and 16 heads as `char_transformer.LARGE`. What is lost is measured by `accumulation.py`.
+of 1024, 12 layers and 16 heads as `char_transformer.LARGE`. `accumulation.py` measures the loss of accuracy.
 """
 
 import argparse

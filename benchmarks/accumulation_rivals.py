@@ -1,7 +1,7 @@
-"""Other ways to accumulate gradients in less memory: small implementations, with the semantics of `optax.MultiSteps`.
+"""Other ways to accumulate gradients in less memory: small implementations with the semantics of `optax.MultiSteps`.
 
-Each is a transformation that emits zeros but at every K-th micro-batch. Optax's own bfloat16 accumulator needs none:
-`optax.MultiSteps(..., accumulator_dtype=jnp.bfloat16)`.
+Each is a transformation that emits zeros except at every K-th micro-batch. Optax's own bfloat16 accumulator needs no
+implementation: `optax.MultiSteps(..., accumulator_dtype=jnp.bfloat16)`.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""Ways to average gradients over eight devices, the library's and others: what the scripts on collectives share.
+"""Ways to average gradients over eight devices, the library's and others, shared by the scripts on collectives.
 
-The devices are XLA's host devices, eight in a process, inside `jax.shard_map`; this must be imported before JAX looks
-for devices. Replication is checked for all but top-k, whose all-gather is not known to give the same everywhere.
+The devices are eight XLA host devices in one process, inside `jax.shard_map`; this module must be imported before JAX
+looks for devices. Replication is checked for all methods except top-k, whose all-gather is not marked as replicated.
 """
 
 import functools
@@ -22,7 +22,7 @@ os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ
 jax.config.update("jax_platforms", "cpu")
 
 NUM = 8
-BATCH = 16  # Of all devices together.
+BATCH = 16  # The batch of all devices together.
 ROWS = PartitionSpec("data")
 # Name: codec, and whether with error feedback.
 OURS = {

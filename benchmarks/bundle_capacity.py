@@ -1,10 +1,10 @@
-"""How many key-value pairs a bundle holds: recall against dimension, measured and in closed form.
+"""How many key-value pairs does a bundle hold? Recall against dimension, measured and in closed form.
 
 Run `python benchmarks/bundle_capacity.py | tee benchmarks/bundle_capacity.log`; it takes about 90 s on two cores.
 
 K values, out of a codebook of N bipolar hypervectors, are bound to K random keys and bundled. Each is then unbound with
-its key and cleaned up against the codebook; recall is the share of values found. Four ways to do it: bipolar keys and
-the plain sum; its sign, with ties by parity or left at zero; ternary keys and the plain sum.
+its key and cleaned up against the codebook; recall is the share of values found. There are four variants: bipolar keys
+and the plain sum; its sign, with ties by parity or left at zero; ternary keys and the plain sum.
 """
 
 import argparse

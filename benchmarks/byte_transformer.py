@@ -1,9 +1,9 @@
 """A transformer of ten million parameters that predicts the next byte of Python's standard library: a task for a GPU.
 
 Run `python benchmarks/byte_transformer.py` for a trial; `--case` and `--steps` make it shorter. The model is that of
-`char_transformer` with bfloat16 in its matrix products. The text is all source that the running interpreter's standard
-library has, but for tests; one file in twenty is held out. A batch is the windows' places in the text, which is on
-the device, so a run of any length is one `jax.lax.scan`.
+`char_transformer` with bfloat16 in its matrix products. The text is all source of the running interpreter's standard
+library except its tests; one file in twenty is held out. A batch holds the positions of windows in the text, which is
+on the device, so a run of any length is one `jax.lax.scan`.
 """
 
 import argparse

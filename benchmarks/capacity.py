@@ -1,12 +1,12 @@
-"""How many items come back from a bundle, against its dimension: ours, torchhd's, and the published curve; a picture.
+"""How many items can be recovered from a bundle? Ours, torchhd's and the published curve against dimension; a plot.
 
 Run `python benchmarks/capacity.py --plot benchmarks/capacity.png | tee benchmarks/capacity.log`; it takes four minutes
-on two cores. It wants torchhd beside this package: `pip install "vsa-optax[torchhd]" matplotlib`.
+on two cores. It needs torchhd beside this package: `pip install "vsa-optax[torchhd]" matplotlib`.
 
-Two ways to keep K items, out of a memory of N bipolar hypervectors, in one:
+There are two ways to keep K items, out of a memory of N bipolar hypervectors, in one:
 
-- pairs: the sum of `bind(key_i, item_i)`; item i is what is most similar to `unbind(sum, key_i)`;
-- a sequence: the sum of `permute(item_i, i)`; item i is what is most similar to `permute(sum, -i)`.
+- pairs: the sum of `bind(key_i, item_i)`; item i is the most similar to `unbind(sum, key_i)`;
+- a sequence: the sum of `permute(item_i, i)`; item i is the most similar to `permute(sum, -i)`.
 
 Both libraries draw their own hypervectors, and clean up against the whole memory. `bundle_capacity.py` has other
 bundles and other keys.

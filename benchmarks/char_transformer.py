@@ -19,15 +19,15 @@ _CHARACTERS = 2_000_000
 
 
 class Size(NamedTuple):
-    """Of a transformer.
+    """The size of a transformer.
 
     Attributes:
-        context: most characters that it sees.
-        width: of a character's vector.
-        layers: how many.
-        heads: of each layer.
-        dtype: of matrix products and attention; all else is float32.
-        recomputes: whether the backward pass computes anew what is cheap, all of a layer but the products with weights.
+        context: the largest number of characters that it sees.
+        width: the width of a character's vector.
+        layers: the number of layers.
+        heads: the number of heads in each layer.
+        dtype: the dtype of matrix products and attention; all else is float32.
+        recomputes: whether the backward pass recomputes the cheap parts of a layer: all except products with weights.
     """
 
     context: int

@@ -1,8 +1,8 @@
-"""What the unbiased TritCodec leaves of a bias on sparse blocks, whose rotations are furthest from Gaussian.
+"""The bias of the unbiased TritCodec on sparse blocks, whose rotations are furthest from Gaussian.
 
 Run `python benchmarks/codec_bias.py | tee benchmarks/codec_bias.log`; it takes a minute or two on two cores.
 
-The mean of `decode(encode(x, step))` over steps is compared with x at each coordinate. Were there no bias, the squared
+The mean of `decode(encode(x, step))` over steps is compared with x at each coordinate. Without bias, the squared
 distances in units of their standard errors would have a mean of 1, and the bias would shrink with more rotations.
 """
 

@@ -1,11 +1,10 @@
-"""What is left of a gradient after a codec, at how many bits, beside other codes.
+"""The error and the size of a coded gradient, beside other codes.
 
 Run `python benchmarks/codec_fidelity.py | tee benchmarks/codec_fidelity.log`; it takes about six minutes on two cores,
 and draws `codec_fidelity.png` beside itself.
 
-The error is ||x - decoded||^2 / ||x||^2, of numbers drawn for the purpose and of gradients of two networks. A seed
-draws the data (or the weights and batches behind a gradient) and is the codec's step, so that it has a rotation of its
-own.
+The error is ||x - decoded||^2 / ||x||^2 of random numbers and of gradients of two networks. A seed draws the data (or
+the weights and batches behind a gradient). It is also the codec's step, so each seed has its own rotation.
 """
 
 import argparse

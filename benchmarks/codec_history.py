@@ -1,9 +1,10 @@
-"""The predictor's memory in trits: how many bytes it takes, and what that does to predictions and to training.
+"""The predictor's history in trits: its bytes, and its effect on predictions and on training.
 
 Run `python benchmarks/codec_history.py | tee benchmarks/codec_history.log`; it takes about six minutes on two cores.
 
-`vsa_optax.phase_switched` with a `Cycle` of default lengths around Adam with a cosine schedule. The error of a
-prediction is ||x - predicted|| / ||x||, a mean over a run's CORRECT steps; ratios are taken between runs of one seed.
+The optimizer is `vsa_optax.phase_switched` with a `Cycle` of default lengths around Adam with a cosine schedule. The
+error of a prediction is ||x - predicted|| / ||x||, averaged over a run's CORRECT steps. Ratios are taken between runs
+of one seed.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def print_case(task_name, predicts, results):
 
 
 def print_floor(results):
-    """What no code of single numbers could do better, where predictions are good."""
+    """The bound of any code of single numbers, for good predictions."""
     plain = results["f32"][0].mean()
     *_, window, _, size = results["TritCodec(2)"]
     bits = 8 * window / (8 * size)

@@ -1,6 +1,6 @@
-"""Other ways to shorten a gradient, to compare the codecs with: small implementations, and published figures.
+"""Other ways to compress a gradient, for comparison with the codecs: small implementations, and published figures.
 
-Each has a codec's methods as far as `vsa_optax.compress_gradients` uses them. What it costs is counted, not packed.
+Each has the methods of a codec that `vsa_optax.compress_gradients` uses. Its bytes are counted, not packed.
 """
 
 import dataclasses

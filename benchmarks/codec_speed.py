@@ -1,4 +1,4 @@
-"""How fast the codecs run on an accelerator, against a copy of the same array.
+"""The speed of the codecs on an accelerator, compared with a copy of the same array.
 
 Run `python benchmarks/codec_speed.py | tee benchmarks/codec_speed_gpu.log`. Times on one CPU core are in
 `codec_times.py`.

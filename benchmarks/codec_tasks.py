@@ -1,4 +1,4 @@
-"""What the scripts on codecs share: two training tasks, gradients captured from them, tables and verdicts."""
+"""Shared by the scripts on codecs: two training tasks, gradients captured from them, tables and verdicts."""
 
 import concurrent.futures
 import functools
@@ -18,7 +18,7 @@ import optax
 
 from vsa_optax import demo
 
-BLOCK = 1024  # Of the codecs; smaller leaves are not coded.
+BLOCK = 1024  # The block size of the codecs; smaller leaves are not coded.
 TRITS = (1, 2, 3)
 
 

@@ -1,8 +1,8 @@
-"""How long a codec takes on one CPU core.
+"""The time that a codec takes on one CPU core.
 
-Run `python benchmarks/codec_times.py | tee benchmarks/codec_times.log` on a machine that does nothing else.
+Run `python benchmarks/codec_times.py | tee benchmarks/codec_times.log` on an otherwise idle machine.
 
-All variants take turns, so that each sees the same machine.
+All variants take turns, so that other load on the machine affects all of them.
 """
 
 # ruff: noqa: E402 # JAX reads the flags, and counts the cores, when it is imported.
@@ -46,7 +46,7 @@ def calls_of(codec, x):
 
 
 def in_place(function, x, repeats=1):
-    """A call that replaces the array by what the function makes of it, in the same memory, so many times."""
+    """A call that applies the function to the array repeatedly, in the same memory."""
     compiled = jax.jit(function, donate_argnums=0)
     kept = [x]
 

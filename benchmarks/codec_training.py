@@ -1,10 +1,10 @@
-"""Training with a codec between the gradient and Adam: what the loss of information costs in the end.
+"""Trains with a codec between the gradient and Adam, and compares final losses.
 
 Run `python benchmarks/codec_training.py | tee benchmarks/codec_training.log`; it takes eight minutes on two cores.
 
 Every gradient goes through `vsa_optax.compress_gradients`, with and without error feedback, in front of Adam with a
-cosine schedule. Methods share their seeds: the same weights and batches. The rate is the one that is best for f32; the
-digits, whose loss then vanishes, are trained at a cautious rate too.
+cosine schedule. Methods share their seeds, that is, weights and batches. The rate is the best one for f32. The digits,
+whose loss is then almost zero, are also trained at a lower rate.
 """
 
 import argparse

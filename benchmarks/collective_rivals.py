@@ -1,7 +1,7 @@
 """Other ways to average gradients over devices: small implementations, used like `vsa_optax.compressed_pmean`.
 
-Each is a transformation for `jax.shard_map` that takes a device's own gradient and gives back the mean's estimate, the
-same on all devices.
+Each is a transformation for `jax.shard_map` that receives a device's own gradient and returns an estimate of the mean,
+the same on all devices.
 """
 
 import math
@@ -59,8 +59,9 @@ def pmean(axis_name, dtype=jnp.float32):
 def power_sgd(axis_name, rank=4):
     """PowerSGD with error feedback and warm start (arXiv 1905.13727, algorithms 1 and 2), without its momentum.
 
-    One step of the power iteration on each matrix: P = mean(M Q), made orthonormal; Q = mean(M^T P); what leaves is
-    P Q^T. The last two axes of a leaf are the matrix. Vectors, and what would not become smaller, are sent as they are.
+    It takes one step of the power iteration on each matrix: P = mean(M Q), orthonormalised; Q = mean(M^T P); the result
+    is P Q^T. The last two axes of a leaf are the matrix. Vectors, and leaves that would not become smaller, are sent
+    uncompressed.
     """
 
     def is_low_rank(leaf):
@@ -134,10 +135,10 @@ def size_of(shapes):
 
 
 def all_reduced(size, num):
-    """What each of ``num`` devices sends to reduce ``size`` bytes: a reduce-scatter and an all-gather of them."""
+    """The bytes that each of ``num`` devices sends to reduce ``size`` bytes: a reduce-scatter and an all-gather."""
     return 2 * gathered(size, num)
 
 
 def gathered(size, num):
-    """What each of ``num`` devices sends in an all-gather, or an all-to-all, of ``size`` bytes in all."""
+    """The bytes that each of ``num`` devices sends in an all-gather, or an all-to-all, of ``size`` bytes in total."""
     return (num - 1) / num * size

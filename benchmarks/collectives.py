@@ -1,11 +1,11 @@
-"""Averaging gradients over eight devices: bytes sent, error of the mean, and when it pays.
+"""Averages gradients over eight devices: bytes sent, error of the mean, and the link speeds at which it saves time.
 
 Run `python benchmarks/collectives.py | tee benchmarks/collectives.log`, and for the rest of that log
-`collectives_training.py`. `--task` runs one part. How the devices are made is in `averaging_methods.py`.
+`collectives_training.py`. `--task` runs one part. `averaging_methods.py` creates the devices.
 
-What a device sends is counted twice: by formula from shapes alone, and from the HLO of a step, by the results of its
-collectives. An all-reduce of S bytes takes 2 (n - 1) / n S; an all-to-all or all-gather whose result has S bytes takes
-(n - 1) / n S.
+The bytes that a device sends are counted twice: by formula from shapes alone, and from the HLO of a step, by the
+results of its collectives. An all-reduce of S bytes sends 2 (n - 1) / n S. An all-to-all or all-gather whose result has
+S bytes sends (n - 1) / n S.
 """
 
 import argparse
@@ -112,7 +112,7 @@ MODELS = {
 
 
 def bytes_of(model, name):
-    """Bytes that a device sends: by formula, in the HLO that XLA is given, and in what it makes of it for the CPU.
+    """Bytes that a device sends: by formula, in the HLO before compilation, and in the HLO compiled for the CPU.
 
     The last is counted for the small model alone: a large one takes minutes to compile.
     """

@@ -1,7 +1,7 @@
-"""Training with gradients averaged over eight devices: the final loss behind each way to average.
+"""Trains with gradients averaged over eight devices, and compares the final losses of all ways to average.
 
 Run `python benchmarks/collectives_training.py | tee -a benchmarks/collectives.log` for the second half of that log; it
-can use as many cores as there are. How the devices are made is in `averaging_methods.py`.
+uses as many cores as there are. `averaging_methods.py` creates the devices.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def training(options):
         f"{steps} steps, cosine schedule; processes of {NUM} host devices, one a core; n = {seeds} seeds",
         "difference: to f32 with the same seed, mean [min, max]; sd: of f32 over the seeds; bytes: sent by each device",
     )
-    # What takes longest first.
+    # The longest jobs come first.
     jobs = [(name, seed, rate, steps) for name in reversed(names) for rate in rates for seed in range(seeds)]
     found = dict(zip(jobs, tasks.in_processes(final_loss, jobs), strict=True))
     losses = {

@@ -2,8 +2,8 @@
 
 Run `python benchmarks/digits_budget.py | tee benchmarks/digits_budget.log`; it takes about a minute on two cores.
 
-The demo compares runs at one rate. Whoever pays for backward passes asks another question: what would plain AdamW
-have reached with as many of them, its learning rate chosen for that and its schedule decayed over them?
+The demo compares runs at one rate. If backward passes are the cost, another question matters: what would plain AdamW
+reach with as many passes, with a learning rate chosen for them and a schedule that decays over them?
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """A convolutional network on scikit-learn's 8x8 digits: a task for `prediction.py`.
 
-Run `python benchmarks/digits_cnn.py` for a trial. A convolution is a matrix product with patches: it trains as
-`flax.linen.Conv` does, and on one core XLA is twenty times as fast with it.
+Run `python benchmarks/digits_cnn.py` for a trial. A convolution is a matrix product with patches: it trains like
+`flax.linen.Conv`, and on one core XLA runs it twenty times as fast.
 """
 
 import functools

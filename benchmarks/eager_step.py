@@ -1,11 +1,11 @@
-"""What an update costs outside `jax.jit`, as the library is, and with each of its kept function objects made anew.
+"""The cost of an update outside `jax.jit`, with the library as it is and with each kept function object created again.
 
 Run `python benchmarks/eager_step.py | tee benchmarks/eager_step.log`; it takes a few minutes on two cores.
 
-Outside jit, JAX compiles a loop or a conditional anew for each new function object that it is given, so the library
-makes these objects once. Here each is made at every update instead, by patches from outside, one at a time and all
-together. All variants take turns, so that each sees the same machine. Compilations are those that JAX reports. The
-benchmark follows the library's private parts: where these change, it has to.
+Outside jit, JAX compiles a loop or a conditional again for each new function object, so the library creates these
+objects once. Here patches create them at every update instead, one at a time and all together. All variants take turns,
+so that other load on the machine affects all of them. JAX reports the compilations. The benchmark patches private parts
+of the library, and must change with them.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def renewed(function):
 
 def loops_anew(module, name):
     """``module`` with a loop made at every call, instead of once, round the function of this name."""
-    others = module.in_place_if  # Patched itself, where all are made anew.
+    others = module.in_place_if  # It is patched itself if all objects are created again.
 
     def in_place_if(function):
         if function.__name__ != name:

@@ -1,7 +1,7 @@
-"""GPT-2 as it is published, 124 million parameters in 148 leaves: a training step of the usual size for a GPU.
+"""GPT-2 as published, 124 million parameters in 148 leaves: a training step of the usual size for a GPU.
 
 Radford et al., "Language models are unsupervised multitask learners" (2019): learned positions, normalisation before
-attention and before the MLP, the tanh approximation of GELU, output weights that are the embedding's. Parameters are
+attention and before the MLP, the tanh approximation of GELU, and output weights tied to the embedding. Parameters are
 float32, matrix products bfloat16.
 """
 
@@ -13,7 +13,7 @@ import optax
 
 
 class Size(NamedTuple):
-    """Of the model: tokens, positions, width, layers and heads."""
+    """The size of the model: tokens, positions, width, layers and heads."""
 
     vocabulary: int = 50257
     context: int = 1024

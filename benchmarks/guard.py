@@ -1,10 +1,10 @@
-"""Guarded training beside plain Adam, and how many backward passes plain Adam would need for the same loss.
+"""Compares guarded training with plain Adam, and counts the backward passes that plain Adam needs for the same loss.
 
-Run `python benchmarks/guard.py | tee benchmarks/guard.log`; it starts a process a core: where there is a GPU, put
-`JAX_PLATFORMS=cpu` in front. `--task` and `--seeds` choose from it.
+Run `python benchmarks/guard.py | tee benchmarks/guard.log`; it starts one process per core. On a machine with a GPU,
+prefix `JAX_PLATFORMS=cpu`. `--task` and `--seeds` select a part.
 
-Runs of equal length are compared seed by seed, at four rates round plain Adam's best, with the betas that are best for
-plain Adam and with the usual ones. Then plain Adam is given fewer and more steps, its rate and betas chosen for each.
+Runs of equal length are compared seed by seed, at four rates around plain Adam's best, with the best betas of plain
+Adam and with the usual ones. Then plain Adam takes fewer and more steps, with rate and betas chosen for each number.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Where steps grow at once: how high the loss peaks with the guard and without predictions.
+"""How high does the loss peak if steps suddenly grow, with the guard and without predictions?
 
 Run `JAX_PLATFORMS=cpu python benchmarks/guard_way.py | tee benchmarks/guard_way.log`; it takes minutes on one core.
 
-Three kinds: a rate that jumps by 100 at step 300, a rate of 0 for 100 steps, and optimizers that find their rate
-themselves. Then two ordinary trainings, whose skipped steps show what the bound on the way costs.
+There are three cases: a rate that jumps by 100 at step 300, a rate of 0 for 100 steps, and optimizers that find their
+own rate. Two ordinary trainings follow; their skipped steps show the cost of the bound on the distance moved.
 """
 
 import time

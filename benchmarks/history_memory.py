@@ -1,10 +1,10 @@
 """How much memory do secants need? Windows and dtypes of the history on the tasks without noise, at two rates.
 
-Run `JAX_PLATFORMS=cpu python benchmarks/history_memory.py | tee benchmarks/history_memory.log`; one process a core.
-Each run is `phase_switched` around Adam with the default guard, at plain Adam's best rate of `prediction.log`, and at a
-recipe's, a quarter of that. Losses are compared with plain Adam's of the same seed: no worse means that the mean
-difference of the logarithms is at most 1 %, or its 95 % interval contains 0. Copies are counted from the state itself,
-in parameters, without what Adam keeps.
+Run `JAX_PLATFORMS=cpu python benchmarks/history_memory.py | tee benchmarks/history_memory.log`; it starts one process
+per core. Each run is `phase_switched` around Adam with the default guard, at plain Adam's best rate of `prediction.log`
+and at a quarter of it, a typical recipe. Losses are compared with plain Adam's of the same seed. A loss is no worse if
+the mean difference of the logarithms is at most 1 %, or its 95 % interval contains 0. Copies of the parameters are
+counted from the state itself, without Adam's own.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""What a micro-step costs that only accumulates: GPT-2 of 124 million parameters in 148 leaves, on a GPU.
+"""The cost of a micro-step that only accumulates: GPT-2 of 124 million parameters in 148 leaves, on a GPU.
 
-Run `python benchmarks/micro_step.py | tee benchmarks/micro_step_gpu.log`. A program is compiled, then `STEPS` of its
-steps are in flight, in `ROUNDS` rounds, its state donated. Two parts:
+Run `python benchmarks/micro_step.py | tee benchmarks/micro_step_gpu.log`. A program is compiled; then `STEPS` of its
+steps are in flight, in `ROUNDS` rounds, with a donated state. There are two parts:
 
-    optimizer    update and apply_updates, of gradients that are there
+    optimizer    update and apply_updates, of existing gradients
     whole        forward and backward in bfloat16, with layers recomputed, on 8 x 1024 tokens, and the optimizer
 
-Windows are so long that no step emits. Each whole program is alone on the device; the allocator's peak only grows, so
-those that need little come first, and `forward and backward` once more at the end. With `--together` all programs are
-compiled at the same time, which takes less time in all, and each of them longer than alone.
+Windows are so long that no step emits. Each whole program is alone on the device. The allocator's peak only grows, so
+programs that need little memory come first, and `forward and backward` again at the end. With `--together` all programs
+are compiled at the same time, which takes less time in all, but longer for each.
 """
 
 import argparse

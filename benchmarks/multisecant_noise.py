@@ -1,9 +1,10 @@
-"""Is `multisecant` ever worse than the optimizer in it? Every task of the suite, three rates, mini-batches too.
+"""Is `multisecant` ever worse than the optimizer in it? Every task of the suite, three rates, mini-batches included.
 
-Run `JAX_PLATFORMS=cpu python benchmarks/multisecant_noise.py | tee benchmarks/multisecant_noise.log`; one process a
-core. Both take the same number of evaluations on the same batches, paired by seed. No worse means: the mean difference
-of the logarithm of the final loss is at most 1 %, or its 95 % interval contains 0, and no run is worse than plain's
-worst by more than 5 %. Time is that of the whole run, both in one process, one after the other, compiled before.
+Run `JAX_PLATFORMS=cpu python benchmarks/multisecant_noise.py | tee benchmarks/multisecant_noise.log`; it starts one
+process per core. Both take the same number of evaluations on the same batches, paired by seed. A result is no worse if
+two conditions hold. The mean difference of the logarithm of the final loss is at most 1 %, or its 95 % interval
+contains 0; and no run is worse than plain's worst by more than 5 %. The time is that of the whole run without
+compilation; both run in one process, one after the other.
 """
 
 import argparse

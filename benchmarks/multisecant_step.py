@@ -1,9 +1,9 @@
-"""What a step of `multisecant` costs next to plain AdamW's, steps in flight as in training; for a GPU.
+"""The cost of a `multisecant` step compared with plain AdamW, with steps in flight as in training; for a GPU.
 
 Run `python benchmarks/multisecant_step.py | tee benchmarks/multisecant_step_gpu.log`. Each variant takes blocks of
-steps without waiting between them, its state donated; blocks of all variants follow each other in rounds, and ratios
-are taken within a round. Beside the time stands what XLA says a program needs: arguments and temporaries, in bytes a
-parameter.
+steps with a donated state, without waiting between them. Blocks of all variants alternate in rounds, and ratios are
+taken within a round. Beside the time, the table has the bytes per parameter that XLA reports for a program's arguments
+and temporaries.
 """
 
 import argparse

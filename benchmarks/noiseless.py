@@ -1,12 +1,12 @@
-"""Tasks without noise: what is the loss after so many evaluations of loss and gradient, and after so many seconds?
+"""Tasks without noise: the loss after a number of evaluations of loss and gradient, and after a number of seconds.
 
 Run `JAX_PLATFORMS=cpu python benchmarks/noiseless.py --workers 16 --results noiseless.jsonl | tee noiseless.log`: each
-worker is a process of one thread. On a GPU, run `--tasks "Poisson;wave;neural" --workers 0`: everything in this
-process. The results' file has every run: what was stopped goes on from it, and a method can join later. `--tune` only
-chooses settings, `--compare` takes them as chosen, `--report` prints what the file has.
+worker is a process with one thread. On a GPU, run `--tasks "Poisson;wave;neural" --workers 0`: everything runs in this
+process. The file of results has every run, so an interrupted benchmark resumes from it, and a method can join later.
+`--tune` only chooses settings, `--compare` uses the chosen ones, and `--report` prints the contents of the file.
 
-Each method's settings are chosen for each budget by some seeds, and compared by others. `--time` and `--check` run no
-comparison: they time an evaluation of each task, and check gradients, that Adam lowers the losses, and the count of
+Some seeds choose each method's settings for each budget, and others compare the methods. `--time` and `--check` compare
+nothing: they time an evaluation of each task, and check gradients, that Adam lowers the losses, and the count of
 L-BFGS's evaluations.
 """
 
@@ -36,8 +36,8 @@ from noiseless_task import DATA_VARIABLE
 
 METHODS = noiseless_rivals.METHODS | noiseless_optimistix.METHODS
 FIRST_TUNING_SEED = 100
-BATCH_SECONDS = 10.0  # Of runs that a process makes with a program that it has to load first.
-CURVE = 2 ** np.arange(0, 24, 0.125)  # Counts of evaluations that are kept of a run, beside the budgets.
+BATCH_SECONDS = 10.0  # The time of the runs that a process makes with a program that it has to load first.
+CURVE = 2 ** np.arange(0, 24, 0.125)  # The counts of evaluations whose results are kept, besides the budgets.
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def compiled(name, method_name, own, scale):
 
 
 def run(job, scale):
-    """What is kept of a run: the lowest loss so far at some counts of evaluations, and seconds."""
+    """The stored result of a run: the lowest loss so far at some counts of evaluations, and seconds."""
     task, setting = task_of(job.task, scale), job.setting
     program, compile_seconds = compiled(job.task, job.method, setting.own, scale)
     params, data = jax.block_until_ready((task.init(job.seed), task.data(job.seed)))
@@ -128,7 +128,7 @@ def workers(options):
 
 
 def conditions(options):
-    """What a result depends on beside its job; two devices do not share a file's lines."""
+    """The options that a result depends on besides its job; two devices do not share lines of a file."""
     return [options.scale, options.precision, options.device or jax.devices()[0].device_kind]
 
 

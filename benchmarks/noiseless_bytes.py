@@ -1,8 +1,8 @@
 """One fixed batch of the byte transformer, 250 evaluations: a large network without noise, for a GPU.
 
-Run `python benchmarks/noiseless_bytes.py | tee benchmarks/noiseless_bytes_gpu.log`. Every setting that was tried stands
-in the table, each with the lowest loss so far after 125 and 250 evaluations of loss and gradient; L-BFGS counts those
-of its line search. Adam's and multisecant's rates follow a cosine that ends with the budget.
+Run `python benchmarks/noiseless_bytes.py | tee benchmarks/noiseless_bytes_gpu.log`. The table has every setting that
+was tried, each with its lowest loss so far after 125 and 250 evaluations of loss and gradient. L-BFGS counts the
+evaluations of its line search. The rates of Adam and multisecant follow a cosine that ends with the budget.
 """
 
 import argparse

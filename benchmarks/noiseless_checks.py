@@ -1,4 +1,4 @@
-"""What an evaluation of each task costs, and whether tasks and counts are what they are said to be."""
+"""Measures the cost of an evaluation of each task, and checks that tasks and counts are as described."""
 
 import functools
 import time

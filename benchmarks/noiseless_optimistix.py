@@ -1,9 +1,9 @@
-"""BFGS and Levenberg-Marquardt of Optimistix, where parameters are few; nothing is here unless it is installed.
+"""BFGS and Levenberg-Marquardt of Optimistix, for few parameters; this module is empty unless Optimistix is installed.
 
-BFGS: each step evaluates one point; one that its search rejects costs no backward pass, but counts like the others.
-Levenberg-Marquardt: each step evaluates a point's residuals and their Jacobian, and solves a least-squares problem by
-QR. Optimistix takes as many backward passes as there are residuals. By hand they can be had for about one, where each
-residual is of another point of the data. Both counts are shown.
+Each step of BFGS evaluates one point. A point that its search rejects needs no backward pass, but counts like the
+others. Each step of Levenberg-Marquardt evaluates a point's residuals and their Jacobian, and solves a least-squares
+problem by QR. Optimistix takes as many backward passes as there are residuals. A hand-written Jacobian costs about one
+if each residual belongs to another point of the data. Both counts are shown.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""What `noiseless.py` prints of each task, and the picture of them all."""
+"""Prints the results of `noiseless.py` for each task, and draws the plot of all tasks."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ WIDTHS = [54, 56, 34, 7, 11, 8, 9, 11, 8]
 
 
 class Row(NamedTuple):
-    """Of a method at a budget: what was chosen, losses by seed, mean evaluations, median seconds, and whole results."""
+    """The results of a method at a budget: setting, losses by seed, mean evaluations, median seconds, whole results."""
 
     setting: Setting
     losses: np.ndarray

@@ -1,8 +1,8 @@
-"""What a user without noise would take: Adam, Muon, L-BFGS, and this library's methods, each compiled whole.
+"""The alternatives of a user without noise: Adam, Muon, L-BFGS, and this library's methods, each compiled as a whole.
 
-A method runs until its evaluations of loss and gradient are used up. What comes back is the loss measured at each of
-them, at the end of whose line search it was if it has one. Without noise the parameters of the lowest loss can be kept,
-so that the lowest so far is what a method has to show: see `lowest`.
+A method runs until its evaluations of loss and gradient are used up. The result is the loss after each evaluation; a
+line search has only one, after its last evaluation. Without noise, the parameters of the lowest loss can be kept, so a
+method counts by its lowest loss so far, which `lowest` computes.
 """
 
 import functools
@@ -21,13 +21,13 @@ BETAS = ((0.9, 0.999), (0.9, 0.98), (0.95, 0.98), (0.8, 0.95))
 
 
 class Setting(NamedTuple):
-    """What a method is run with.
+    """The settings of a method.
 
     Attributes:
-        rate: half octaves above 0.001; 0 for methods without one.
-        betas: of Adam.
-        own: the method's own, each a name and a value, known when compiled.
-        stretch: steps for each evaluation, of methods that skip some.
+        rate: the rate in half octaves above 0.001; 0 for methods without one.
+        betas: the betas of Adam.
+        own: the method's own settings, each a name and a value, static when compiled.
+        stretch: the number of steps per evaluation, for methods that skip some.
     """
 
     rate: int = 0

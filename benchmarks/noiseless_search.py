@@ -1,7 +1,7 @@
-"""Which settings of a method to run next.
+"""Chooses the settings of a method to run next.
 
-A coarse grid at the middle budget, then half an octave of the rate at a time, until the best has neighbours on all
-sides. Other budgets start from what is best at the next one.
+The search starts with a coarse grid at the middle budget, then varies the rate by half octaves, until the best has
+neighbours on all sides. Other budgets start from the best setting of the next budget.
 """
 
 import itertools
@@ -39,7 +39,7 @@ def all_budgets(task):
 
 
 def run_budgets(task, name, method):
-    """What a method is run with: one run has all budgets in it unless there is a schedule."""
+    """The budgets of a method's runs: one run covers all budgets unless there is a schedule."""
     if name == BASELINE:
         return all_budgets(task)
     if method.has_rate:
@@ -74,7 +74,7 @@ def moves(method, setting):
 
 
 def loss_at(result, count, floor=0.0):
-    """The lowest of the first evaluations, of what was kept of a run."""
+    """The lowest loss of the first ``count`` evaluations in a run's stored result."""
     at = np.searchsorted(result["counts"], count, side="right") - 1
     return max(result["losses"][at], floor) if at >= 0 else np.inf
 
@@ -89,7 +89,7 @@ def scores(task, found, name, method_name, budget, at, seeds):
 
 
 def missing_jobs(found, task, name, method_name, method, seeds):
-    """What the search for a method's settings wants to be run next; nothing once it is over."""
+    """The next runs of the search for a method's settings; none once it is over."""
     if not method.suits(task):
         return []
     budgets = run_budgets(task, method_name, method)

@@ -1,4 +1,4 @@
-"""The tasks without noise: those of the suite on skipping backward passes, and four that people have."""
+"""The tasks without noise: those of the suite on skipping backward passes, and four typical tasks of users."""
 
 import functools
 
@@ -57,7 +57,7 @@ TASKS = {
 
 
 def export(path):
-    """Writes what comes from scikit-learn."""
+    """Writes the data from scikit-learn."""
     digits = [array for pair in demo.load_digits() for array in pair]
     arrays = {f"digits_{number}": array for number, array in enumerate(digits)}
     np.savez_compressed(path, china=noiseless_field.sample_image(), **arrays)

@@ -1,4 +1,4 @@
-"""Full-waveform inversion: the speed of sound in a square from what receivers round it record of several shots."""
+"""Full-waveform inversion: the speed of sound in a square, from recordings of several shots by receivers around it."""
 
 import functools
 
@@ -73,7 +73,7 @@ def wave(num_shots=4, num_receivers=64, num_steps=256):
         return jnp.zeros((SIDE, SIDE))
 
     def data(seed):
-        """What is observed, and the energy of what the even field does not explain."""
+        """The observations, and the energy of their part that the even field does not explain."""
         observed = through_nothing(jnp.arctanh(jnp.asarray(true_field(seed), jnp.float32) / MOST_CHANGE))
         return observed, jnp.sum((observed - through_nothing(init(seed))) ** 2)
 

@@ -1,17 +1,20 @@
-"""What a step of each kind costs next to plain AdamW's with steps in flight, as in training; where the rest of it goes.
+"""The cost of a step of each kind compared with plain AdamW, with steps in flight as in training, and its causes.
 
 Run `python benchmarks/phase_in_flight.py | tee benchmarks/phase_in_flight.log`; on a GPU the log is
-`phase_in_flight_gpu.log`. Each variant takes blocks of steps without waiting between them, its state donated; blocks of
-all variants follow each other in rounds, and ratios are taken within a round.
+`phase_in_flight_gpu.log`. Each variant takes blocks of steps with a donated state, without waiting between them. Blocks
+of all variants alternate in rounds, and ratios are taken within a round.
 
-A variant is a way to compile (one program with `jax.jit`, or one for each kind with `vsa_optax.jit_by_phase`) and what
-the steps of a block are: true steps while the guard is asleep; true steps that it watches; predicted steps. The history
-is filled by real steps first, and the machine is then held where it is by its own scalars. "alone" is the program of
-that kind without the host's choice before it, so what is above it is the host's, or its waits.
+A variant is a way to compile (one program with `jax.jit`, or one for each kind with `vsa_optax.jit_by_phase`) and a
+kind of step: true steps while the guard is asleep; true steps that it watches; predicted steps. Real steps first fill
+the history; then the machine is held in its phase by setting its scalars. In the variant "alone", the program of one
+kind runs without the host's choice before it. The difference to it is the time of the host, or its waits.
 
-Beside the time stand, a step: kernels and copies launched on a GPU, how much of the time it was busy (both from
-JAX's profiler), how often the host waited to know which program comes, conditionals and loops in the compiled program
-(beyond those of the model), and copies in it of arrays as large as the largest leaf.
+Beside the time, the table has these counts per step:
+
+- kernels and copies launched on a GPU, and the share of time it was busy (both from JAX's profiler);
+- waits of the host for the next kind;
+- conditionals and loops in the compiled program, without those of the model;
+- copies in it of arrays as large as the largest leaf.
 """
 
 import argparse
@@ -186,7 +189,7 @@ class Variant:
             step = lambda *carry: self.program.call(*carry)[0]  # noqa: E731 # The result without its forecast.
         else:
             step = self.program.call
-        if self.hold:  # Anew, since on a fixed batch what is watched may be found hopeless, and put to sleep.
+        if self.hold:  # Repeated for each block, since on a fixed batch the guard may fall asleep.
             state = self.carry[1]
             machine = jax.tree.map(jnp.array, self.hold(state.machine))
             self.carry = jax.block_until_ready((self.carry[0], state._replace(machine=machine)))
@@ -204,7 +207,7 @@ WAYS = ("one program", "by phase", "alone")
 
 
 def cases():
-    """What is measured: a name, whose optimizer, the way, where the machine is held."""
+    """The variants: a name, the optimizer, the way to compile, and the phase in which the machine is held."""
     rows = [("plain", "plain", "one program", None), ("phases=None", "phases=None", "one program", None)]
     rows += [(f"{held}, {way}", "default", way, held) for held in HELD for way in WAYS]
     rows += [

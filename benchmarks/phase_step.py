@@ -1,12 +1,13 @@
-"""What a step of each phase costs next to plain AdamW's, and next to the bytes that it has to move.
+"""The cost of a step of each phase compared with plain AdamW, and with the bytes that it has to move.
 
 Run `python benchmarks/phase_step.py | tee benchmarks/phase_step.log`; it takes about two minutes on two cores. On a GPU
-add `--hidden 8192 --batch 8192`: a step on a million parameters is over before the next can be launched.
+add `--hidden 8192 --batch 8192`: a step on a million parameters ends before the next can be launched.
 
-A multilayer perceptron of a million parameters is trained on batches of 1024, state donated. In every round each
-variant takes one step, so that all see the same machine; ratios are taken within a round. The optimizer alone (no
-gradient is computed, the same one is handed in) is then timed against its floor: the bytes it must read and write over
-the rate at which this machine copies one tree of that size, measured in the same rounds.
+A multilayer perceptron of a million parameters is trained on batches of 1024 with a donated state. In every round each
+variant takes one step, so that other load on the machine affects all of them; ratios are taken within a round. The
+optimizer alone is then compared with its lower bound; it receives the same gradient at every step. The bound is the
+bytes that it must read and write over the rate at which this machine copies a tree of that size, measured in the same
+rounds.
 """
 
 import argparse
@@ -41,9 +42,9 @@ def variants(window):
     # PREDICT reads the history and the residual and writes the prediction, which the parameters' update reads.
     # FULL does what AdamW does; the update is written and read, and recorded: the window writes one row, the recursion
     # reads and writes two trees. Calibrated, the true step reads the records too, and the update twice more.
-    # Secants: every step reads the moves, and the way there from two trees. FULL reads the changes and the newest
-    # gradient to compare, and writes a move, a change, the point and the gradient; PREDICT reads the changes and
-    # the newest gradient, and writes the prediction, which AdamW reads.
+    # Secants: every step reads the moves, and the displacement from two trees. FULL reads the changes and the newest
+    # gradient to compare, and writes a move, a change, the point and the gradient. PREDICT reads the changes and the
+    # newest gradient, and writes the prediction, which AdamW reads.
     return {
         "window, PREDICT": (make(update), Phase.PREDICT, window + 1 + 1 + 3),
         "window, FULL": (make(update), Phase.FULL, PLAIN_TREES + 2 + 2),

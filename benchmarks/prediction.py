@@ -1,19 +1,20 @@
-"""The suite: training with skipped backward passes beside what else one could do with as many, each at its best.
+"""The suite: training with skipped backward passes compared with other methods of as many passes, each at its best.
 
 Run `python benchmarks/prediction.py | tee benchmarks/prediction.log` for the tasks without noise and the small ones in
-mini-batches; it starts a process a core: where there is a GPU, put `JAX_PLATFORMS=cpu` in front. On a GPU, run
-`--task bytes`, or `--task sentences` (see `sentence_transformer.py` for its weights): one run after the other. With
-`--results FILE` it goes on where it was stopped, and takes what runs with other `--methods` have written.
+mini-batches. It starts one process per core; on a machine with a GPU, prefix `JAX_PLATFORMS=cpu`. On a GPU, run
+`--task bytes`, or `--task sentences` (`sentence_transformer.py` describes its weights): one run after the other. With
+`--results FILE` it resumes where it was stopped, and uses the results that runs with other `--methods` have written.
+`prediction_picture.py` draws the picture from the log.
 
-Each method chooses rate, betas and its own settings by a few seeds, and is compared by others: at these settings, and
-with plain Adam's betas at a quarter of plain Adam's best rate, which is where recipes usually are. Plain Adam is given
-fewer and more steps, rate and betas chosen and compared by the same seeds: that tells how many backward passes it needs
-for the loss that a method ends at.
+Some seeds choose each method's rate, betas and own settings, and others compare the methods. They are compared at these
+settings, and with plain Adam's betas at a quarter of plain Adam's best rate, which is typical of recipes. Plain Adam
+also takes fewer and more steps, with rate and betas chosen and compared by the same seeds. This shows how many backward
+passes it needs for the final loss of a method.
 
 `coast` is Adam in disguise: a gradient of zero in every second step is plain Adam on the gradients in between, with
-betas `(b1**2, b2**2)` and, to a percent, the rate times `sqrt(1 + b2)`. A grid of plain Adam's that lacks these lets
-it look like a saving; hence (0.8, 0.95), and rates in steps of the square root of 2. X
-than both: theirs has three pairs of betas, and rates a factor of 2 or more apart.
+betas `(b1**2, b2**2)` and, to a percent, the rate times `sqrt(1 + b2)`. Without these betas in plain Adam's grid,
+`coast` would look like a saving. So the grid has (0.8, 0.95), and rates in steps of the square root of 2. The grid of
+`guard.py` has three pairs of betas, and rates a factor of 2 or more apart.
 """
 
 import argparse
@@ -37,13 +38,13 @@ import sentence_transformer
 from guard import BETAS as GUARD_BETAS
 from guard import MOST_WORSE, MOST_WORSE_SEED, geometric_mean
 from prediction_methods import METHODS, RECIPE, WARMUP
-from prediction_report import draw, print_case
+from prediction_report import print_case
 
 CASES = prediction_tasks.CASES | digits_cnn.CASES | sentence_transformer.CASES | byte_transformer.CASES
 BETAS = (*GUARD_BETAS, (0.8, 0.95))
 LARGE = [*sentence_transformer.CASES, *byte_transformer.CASES]
-# What takes part where runs are long; there each method takes the betas that are best for plain Adam, and on a GPU the
-# first of its settings.
+# The methods that are compared if runs are long. There, each method takes the best betas of plain Adam, and on a GPU
+# the first of its settings.
 FEW_METHODS = [
     method for method in METHODS if method not in ("conservative", "aggressive", "line, guarded", "line, 1 of 2")
 ]
@@ -111,7 +112,7 @@ def runs(name, method, variant, rates, steps, seeds):
 
 
 def in_turn(jobs):
-    """The results of the jobs, one after the other: for a GPU. What was done goes to the standard error."""
+    """The results of the jobs, one after the other, for a GPU. Progress goes to the standard error."""
     for job in jobs:
         began = time.perf_counter()
         results = runs(*job)
@@ -232,7 +233,7 @@ def budgets_of(name, steps, fewest=None):
 
 
 def budget_tuning_jobs(name, plan, steps, best, budgets):
-    """Plain Adam with other numbers of steps: its best rate and those round it, with all betas unless runs are long."""
+    """Plain Adam with other numbers of steps: its best rate and its neighbours, with all betas unless runs are long."""
     _, rate, betas = best["plain"]
     at = plan.rates.index(rate)
     rates = [*itertools.product(plan.rates[max(0, at - 2) : at + 3], (betas,) if name in LARGE else plan.betas)]
@@ -305,11 +306,8 @@ def suite(options):
             name, plans[name], {budget: at for budget, at in best_at[name].items() if budget != steps[name]}
         )
     found = gathered(run_all, jobs)
-    pictures = {}
     for name in names:
-        pictures[name] = print_case(name, CASES[name], plans[name], steps[name], best[name], best_at[name], found)
-    if options.plot:
-        draw(pictures, options.plot)
+        print_case(name, CASES[name], plans[name], steps[name], best[name], best_at[name], found)
 
 
 def main():
@@ -322,7 +320,6 @@ def main():
     parser.add_argument("--fewest", type=float, help="also give plain Adam this fraction of the steps, such as 0.2")
     parser.add_argument("--steps", type=int, help="instead of each task's own, for a trial")
     parser.add_argument("--results", type=pathlib.Path, help="a file to keep each run's results in, and to go on from")
-    parser.add_argument("--plot", help="a PNG to write")
     began = time.perf_counter()
     suite(parser.parse_args())
     print(f"{time.perf_counter() - began:.0f} s in all")

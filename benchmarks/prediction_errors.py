@@ -1,11 +1,11 @@
-"""How well the next gradients and updates are predicted, out of sample, beside four predictions that are for free.
+"""The out-of-sample accuracy of predicted gradients and updates, compared with four predictions that cost nothing.
 
-Run `python benchmarks/prediction_errors.py | tee benchmarks/prediction_errors.log`; it starts a process a core: where
-there is a GPU, put `JAX_PLATFORMS=cpu` in front. `--task` chooses from the tasks.
+Run `python benchmarks/prediction_errors.py | tee benchmarks/prediction_errors.log`; it starts one process per core. On
+a machine with a GPU, prefix `JAX_PLATFORMS=cpu`. `--task` selects from the tasks.
 
-Gradients, and the updates of Adam at rate 1, are recorded along runs of plain Adam, and each is predicted from records
-that end some steps before: by lines in time and, gradients, by secants. The predictions are the library's own, put
-together from the products of all records with each other.
+Gradients, and the updates of Adam at rate 1, are recorded in runs of plain Adam. Each is predicted from records that
+end some steps before: by lines in time and, for gradients, by secants. The predictions are the library's own, computed
+from the inner products of all records.
 """
 
 import argparse
@@ -90,7 +90,7 @@ def relative_errors(grams, horizon):
     gram, products = features @ windows @ features.T, with_target @ features.T
 
     def seen(measured):
-        """What is known when a target is predicted: measurements of targets as old as the newest record."""
+        """The measurements known when a target is predicted: those of targets as old as the newest record."""
         delayed = np.concatenate([np.zeros_like(measured[:horizon]), measured[:-horizon]])
         return jnp.asarray(delayed, jnp.float32)
 

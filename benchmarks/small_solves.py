@@ -1,7 +1,7 @@
-"""The calibration's K × K systems, one a leaf: elimination written out beside library solvers.
+"""The calibration's K × K systems, one per leaf: unrolled elimination compared with library solvers.
 
-Run `python benchmarks/small_solves.py | tee benchmarks/small_solves.log`. Calls are in flight, not waited for one by
-one. Each takes the system that the last one gave, so that none can be left out.
+Run `python benchmarks/small_solves.py | tee benchmarks/small_solves.log`. Calls are in flight; the host does not wait
+for each. Each call receives the result of the last one, so that XLA cannot remove any.
 """
 
 import argparse

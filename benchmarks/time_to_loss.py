@@ -2,8 +2,9 @@
 
 Run `python benchmarks/time_to_loss.py | tee benchmarks/time_to_loss.log`; on a GPU add `--case "PINN, 4 x 256"` (its
 log is `time_to_loss_gpu.log`). All runs of a seed start from the same parameters and take the same number of steps with
-the same cosine schedule and betas, in flight, their state donated; they take turns, so that all see the same machine.
-The loss is that of the parameters at the end. Compiling is left out: each program has run before.
+the same cosine schedule and betas. Steps are in flight with a donated state. Runs take turns, so that other load on the
+machine affects all of them. The loss is that of the final parameters. The time excludes compilation: each program has
+run before.
 """
 
 import argparse
@@ -74,13 +75,16 @@ def main():
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--precision", default="highest", help="of matrix products; a GPU's default is TF32")
     options = parser.parse_args()
+    jax.config.update("jax_default_matmul_precision", options.precision)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "optax"))
     print(f"machine: {platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}")
     print(f"versions: python {platform.python_version()}, {versions}")
     print(
         f"n = {options.seeds} seeds; {options.steps} steps of Adam, betas {tuple(options.betas)}, a cosine from "
-        f"{options.rate:g}; medians [smallest, largest] of ratios to plain Adam's with the same seed"
+        f"{options.rate:g}, products: {options.precision}; medians [smallest, largest] of ratios to plain Adam's with "
+        "the same seed"
     )
     schedule = optax.cosine_decay_schedule(options.rate, options.steps)
     for name, make in CASES.items():

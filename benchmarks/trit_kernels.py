@@ -1,8 +1,8 @@
-"""How fast trits are coded, added and decoded on a GPU, beside a copy of the array, XLA's way, and other codecs.
+"""The speed of coding, adding and decoding trits on a GPU, compared with a copy of the array, XLA and other codecs.
 
-Run `python benchmarks/trit_kernels.py | tee benchmarks/trit_kernels_gpu.log`; with `--tune`, each kernel as it can be
-compiled, `| tee benchmarks/trit_kernels_tuning.log`. Calls are in flight, as in training: `CALLS` are issued without
-waiting. Rates count the bytes that must move, of the vector and of its code, and stand as shares of what `x + 1` moves.
+Run `python benchmarks/trit_kernels.py | tee benchmarks/trit_kernels_gpu.log`. With `--tune`, it times each variant of
+each kernel: `| tee benchmarks/trit_kernels_tuning.log`. Calls are in flight, as in training: `CALLS` are issued without
+waiting. Rates count the bytes of the vector and of its code that must be moved, as shares of the rate of `x + 1`.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def bits_of(trits):
 
 
 def seconds_of(call, state, calls=CALLS):
-    """Of one call among many in flight; ``call`` takes what it gave back last."""
+    """Seconds of one call among many in flight; ``call`` receives its last result."""
     start = time.perf_counter()
     for _ in range(calls):
         state = call(state)

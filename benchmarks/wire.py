@@ -1,12 +1,12 @@
-"""Averaging gradients of two GPUs over links that are really there: exchange alone, and a training step of GPT-2.
+"""Averages gradients of two GPUs over real links: the exchange alone, and a training step of GPT-2.
 
-Run `python benchmarks/wire.py | tee benchmarks/wire_gpu.log` on a machine with two GPUs; `--small` is the same on two
-devices of a CPU in miniature, to test the script. `--link`, `--task` and `--methods` run a part; all of it takes some
-twelve minutes, most of them to compile six steps of GPT-2 on each kind of link. On four GPUs: `--devices 4`.
+Run `python benchmarks/wire.py | tee benchmarks/wire_gpu.log` on a machine with two GPUs; `--small` is a miniature on
+two CPU devices, to test the script. `--link`, `--task` and `--methods` run a part. All of it takes some twelve minutes,
+most of them to compile six steps of GPT-2 on each kind of link. On four GPUs, use `--devices 4`.
 
-NVLink is what one process has. A slow link are processes with one GPU each, whose NCCL may use TCP sockets of the
-loopback interface only; how many sockets and channels decides its speed. What each link carries is measured in the same
-process. What is done there is in `wire_worker.py`.
+One process with all GPUs uses NVLink. A slow link consists of processes with one GPU each, whose NCCL may use only TCP
+sockets of the loopback interface; the numbers of sockets and channels determine its speed. The throughput of each link
+is measured in the same process. `wire_worker.py` does the work.
 """
 
 import argparse
@@ -37,11 +37,11 @@ class Link(NamedTuple):
     """How devices are connected.
 
     Attributes:
-        description: for the log.
+        description: the description in the log.
         is_shared: whether one process has all devices.
-        settings: of NCCL.
-        seconds: after which its processes are ended.
-        tasks: what is measured there.
+        settings: the settings of NCCL.
+        seconds: the time after which its processes are ended.
+        tasks: the tasks measured on the link.
     """
 
     description: str
@@ -73,10 +73,10 @@ LINKS = {
 
 
 def environment(link, options, process):
-    """Of one of its processes."""
+    """The environment variables of one of the link's processes."""
     own = dict(os.environ) | link.settings
     own["PYTHONUNBUFFERED"] = "1"
-    if not link.is_shared:  # Those of other links compile the same programs: they take them from the first one's.
+    if not link.is_shared:  # Processes on other links compile the same programs: they use the first one's cache.
         own["JAX_COMPILATION_CACHE_DIR"] = options.cache
     if options.small:
         num = options.devices if link.is_shared else 1
@@ -117,7 +117,7 @@ def measure(name, options):
     ]
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        # What the others say is shown if they fail.
+        # The output of the others is shown if they fail.
         said = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
         processes = [
             subprocess.Popen(

@@ -1,4 +1,4 @@
-"""What an exchange of gradients takes, by formula: bytes that a device sends, and seconds on a link."""
+"""The cost of an exchange of gradients by formula: bytes that a device sends, and seconds on a link."""
 
 import math
 

@@ -1,8 +1,8 @@
-"""One process of `wire.py`: measures what it is told to, and prints tables if it is the first.
+"""One process of `wire.py`: runs the given measurements, and prints tables if it is the first.
 
-Arguments: which of how many processes, the coordinator's port, a folder that all links share, tasks by commas, methods
-by commas (none for all), and `small` for a miniature. Times are medians of rounds. In a round
-each method has a block of steps in flight; one block follows the other.
+The arguments are the process's number, the number of processes, the coordinator's port, a folder shared by all links,
+tasks and methods separated by commas (no method for all), and `small` for a miniature. Times are medians of rounds. In
+a round each method has a block of steps in flight, one block after the other.
 """
 
 import concurrent.futures
@@ -53,7 +53,7 @@ class Scale(NamedTuple):
 
 LARGE = Scale((2**27, 2**26), gpt2.SMALL, 8, 64 << 20)
 MINIATURE = Scale((2**17, 2**16), gpt2.TINY, 2, 256 << 10)
-CHOSEN = set()  # Of the methods; none for all.
+CHOSEN = set()  # The chosen methods; empty for all.
 CODECS = {"two trits": TritCodec(2), "one trit": TritCodec(1)}
 
 
@@ -94,7 +94,7 @@ def on_devices(function, in_specs, out_specs, is_checked=True, donate=()):
 
 
 def made(function, spec):
-    """What a function gives, laid out."""
+    """The result of a function, with the sharding ``spec``."""
     return jax.jit(function, out_shardings=NamedSharding(mesh(), spec))()
 
 

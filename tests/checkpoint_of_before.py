@@ -145,7 +145,7 @@ CASES = {
 
 @functools.cache
 def fresh_states():
-    """What a run of each case begins with: the template."""
+    """The initial state of a run of each case: the template."""
     return jax.jit(lambda: {name: case.fresh() for name, case in CASES.items()}, **CHEAP)()
 
 

@@ -1,9 +1,9 @@
-"""What every test shares: eight host devices, programs compiled quickly, and Hypothesis without surprises.
+"""The configuration of all tests: eight host devices, programs compiled quickly, and deterministic Hypothesis.
 
-Most of a run's time would be compilation, of some thousand programs that are small and run a few times. So XLA leaves
-out what makes them fast, which takes a fifth of the time. Tests of what an optimized program does have it compiled as a
-user's (`samples.AS_USERS_DO`). With ``XLA_FLAGS`` set, all programs but those that are `samples.CHEAP` are compiled as
-it says: with ``XLA_FLAGS=--xla_force_host_platform_device_count=8`` as a user's are, which takes twice as long.
+Most of a run's time would be the compilation of some thousand small programs that run a few times. So XLA skips its
+optimizations, and compilation takes a fifth of the time. Tests of optimized programs compile them like a user's program
+(`samples.AS_USERS_DO`). With ``XLA_FLAGS`` set, its options apply to all programs except `samples.CHEAP` ones. With
+``XLA_FLAGS=--xla_force_host_platform_device_count=8`` programs are compiled like a user's, which takes twice as long.
 """
 
 import os

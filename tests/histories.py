@@ -1,4 +1,4 @@
-"""What a history alone predicts, by its own pieces."""
+"""The predictions of a history alone, from its own pieces."""
 
 import functools
 

@@ -132,7 +132,7 @@ def refuse(folder, word, tree):
 
 
 def digests(state, devices):
-    """Of all that is on each device: what every device has, and what this one alone has."""
+    """The hashes of the arrays on each device: of those that every device has, and of those that only this one has."""
     for device in devices:
         shared, own = hashlib.sha256(), hashlib.sha256()
         for leaf in jax.tree.leaves(state):

@@ -54,6 +54,7 @@ LEGACY = "prediction/test_legacy.py -k trainers or lengths"
 LOSSES = "test_loss_history.py -k same_loss or repeated or measured_in_predict or finite or ring or beside"
 LOSS_STATISTICS = "test_loss_statistics.py"
 PICTURES = "test_plots.py -k page or stretches"
+MEMORY = "test_memory.py"
 WALK = "prediction/test_machine.py -k short_cycles or prolong or walk_equals"
 ADAPTIVE = "prediction/test_machine.py -k adaptive"
 LOSS = "prediction/test_machine.py -k adaptive or nonfinite_values"
@@ -138,6 +139,13 @@ MUTANTS = [
         "prediction/test_guard.py -k before_the_parameters_move",
     ),
     Mutant("secant.SecantScalars.distance", "jnp.sqrt(self.squared_norm)", "self.squared_norm", DRIFT),
+    Mutant("guard._judged", "_WORTH * state.leap", "state.leap", GUARD),
+    Mutant("guard._judged", "(hopeless == 0)", "(hopeless >= 0)", GUARD),
+    Mutant("guard._judged", "jnp.where(falls_asleep, 0, length)", "length", GUARD),
+    Mutant("guard._judged", "error > _HOPELESS_ERROR, 2, 1", "error > _HOPELESS_ERROR, 2, 0", GUARD),
+    Mutant("guard.watched_for_certain", "jnp.ceil", "1 + jnp.ceil", FORECAST),
+    Mutant("guard.watched_for_certain", "state.hopeless + 1) // 2", "state.hopeless)", FORECAST),
+    Mutant("guard.watched_for_certain", "state.leap > 0, 1, to_leap", "state.leap > 0, to_leap, to_leap", FORECAST),
     Mutant("guard._judged", "jnp.minimum(2 * sleep, _LONGEST_SLEEP)", "sleep", "prediction/test_guard.py -k sleeps"),
     Mutant("guard.after", "asleep=state.asleep - 1", "asleep=state.asleep - 2", "prediction/test_guard.py -k sleep"),
     Mutant("step.PhaseStep.__call__", "guard.asleep == 0", "guard.asleep >= 0", "prediction/test_guard.py -k asleep"),
@@ -186,7 +194,7 @@ MUTANTS = [
     Mutant("multisecant_fit._hessian", "[None] + 2 * RIDGE", "[None]", f"{LEAP_FIT} -k least_squares"),
     Mutant("inner_products.inner_of_all_records", "conj()", "real", "kernels/test_inner_products.py -k all_records"),
     Mutant("forecast._of_guard", "done + 1 >= leap_length", "done + 2 >= leap_length", FORECAST),
-    Mutant("forecast._of_guard", "jnp.maximum(phases.warmup_steps - done, 1), 1)", "phases.warmup_steps, 1)", FORECAST),
+    Mutant("forecast._of_guard", "phases.warmup_steps - done", "phases.warmup_steps", FORECAST),
     Mutant("forecast._of_guard", "(StepKind.PLAIN, asleep)", "(StepKind.PLAIN, asleep + 1)", FORECAST),
     Mutant("forecast._of_cycle", "state.calibration is None", "True", FORECAST),
     Mutant("forecast._of_cycle", "done % phases.correct_every\n", "done\n", FORECAST),
@@ -769,6 +777,7 @@ MUTANTS = [
     Mutant("conditional.in_place_if", "return loop[0]", "return ~loop[0]", LINE),
     Mutant("trees.all_finite", "finite &= numerics", "finite |= numerics", STEP),
     Mutant("trees.tree_where", "jnp.where(condition, n, o)", "jnp.where(condition, o, n)", STEP),
+    Mutant("step._behind", "~jnp.any(jnp.isnan(leaf))", "True", "prediction/test_jit_by_phase.py -k copies_no_record"),
     Mutant("step.PhaseStep._consult", "_behind(~is_predict & is_finite", "_behind(is_predict & is_finite", LINE),
     Mutant("step.PhaseStep._consult", "is_due = is_compared & is_finite", "is_due = is_compared | is_finite", TWIN),
     Mutant("step.PhaseStep.__call__", "(~is_predict & has_gradient", "(~is_predict | has_gradient", LINE),
@@ -801,6 +810,11 @@ MUTANTS = [
         "mesh.follows_window", "_noted.first = (place, link)", "pass", "test_collective_windows.py -k before_a_window"
     ),
     Mutant("pmean._check_made_inside", "leaf.shape[0] == 1", "leaf.shape[0] > 1", COLLECTIVE_REFUSALS),
+    Mutant("memory._parts_of", "value, of_field", "value, part", MEMORY),
+    Mutant("memory._parts_of", "type(node) in _PARTS", "False", MEMORY),
+    Mutant("memory._bytes_of", "per_device and sharding", "sharding", MEMORY),
+    Mutant("memory._bytes_of", "int(leaf.dtype.itemsize)", "4", MEMORY),
+    Mutant("memory.in_units", "size >= unit", "size > unit", MEMORY),
     Mutant("stats.phase_stats", "total - machine.predict_steps", "total + machine.predict_steps", WALK),
     Mutant("stats.needs_backward", "opt_state).phase != Phase", "opt_state).phase == Phase", LINE),
     Mutant(

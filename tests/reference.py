@@ -204,9 +204,9 @@ def symmetric_fit(changes, eigenvalues, ridge, curvature):
 class Leap:
     """The step that minimises ``g's + s'Hs / 2 + damping * curvature * ||s - b||² / 2``, of flat arrays.
 
-    ``||s||²`` is ``sum(metric * s²)``. Attributes: ``inside`` and ``outside``, the step's parts in the span of the
-    moves and outside; ``change``, that of the gradient by the first; ``base`` and ``gradient``, what the span has of b
-    and of D times the gradient so changed; ``dimension``.
+    ``||s||²`` is ``sum(metric * s²)``. ``inside`` and ``outside`` are the step's parts in the span of the moves and
+    outside; ``change`` is that of the gradient by the first. ``base`` and ``gradient`` are the parts in the span of b
+    and of D times the changed gradient; ``dimension`` is that of the span.
     """
 
     def __init__(self, moves, changes, gradient, base, metric, *, curvature, damping, ridge, least):
@@ -291,7 +291,7 @@ class Multisecant:
         self.metric = np.sqrt(self.mean_square) + of.secants.EPSILON
 
     def update(self, point, gradient, value):
-        """What leads from ``point`` to the next one."""
+        """The step from ``point`` to the next point."""
         self.judge(point, gradient, value)
         if not self.num_accepted:
             return np.zeros_like(point)
@@ -348,7 +348,7 @@ class CompressedMean:
         return np.pad(bucket, (0, self.num * width - len(bucket))).reshape(self.num, width)
 
     def mean(self, gradients):
-        """What leaves, and for each device what is not sent yet."""
+        """The emitted mean, and the unsent part of each device."""
         num, like = self.num, gradients[0]
         if num == 1:
             return self.rounded(like), [[np.zeros_like(x) for x in like]]
@@ -407,7 +407,7 @@ class MomentumPredictor:
         return self.last
 
     def true_step(self, gradient):
-        """What leaves for a true gradient."""
+        """The emitted update for a true gradient."""
         gradient = np.asarray(gradient, np.float64)
         if len(self.records) > 1:
             self.errors.append(np.linalg.norm(gradient - self.expected()) / np.linalg.norm(gradient))

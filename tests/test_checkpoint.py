@@ -451,7 +451,7 @@ def test_only_the_newest_are_kept(tmp_path):
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["new step", "same step"])
 def test_interrupted_at_every_operation(is_replaced, tmp_path, monkeypatch):
-    """What happens to the disk stops before the n-th operation, for every n, and nothing tidies up."""
+    """The process dies before the n-th operation on the disk, for every n, and nothing cleans up."""
 
     class Died(BaseException):
         pass

@@ -305,7 +305,7 @@ def switching(average):
 
 @pytest.mark.parametrize("wrapped", [switching, leaping])
 def test_two_devices_decide_alike_and_go_on_from_a_checkpoint(wrapped, tmp_path):
-    """The same bits on both but for residuals; a true step sends a gradient, and a predicted one does not."""
+    """Both have the same bits, except for residuals; a true step sends a gradient, and a predicted one does not."""
     checkpoint = pytest.importorskip("vsa_optax.checkpoint")
     state, step = made_for_two(wrapped)
     params, data = jnp.zeros(40), batches(16)[:, :2]

@@ -100,7 +100,7 @@ def expected():
 
 @pytest.mark.parametrize("case", RUNS)
 def test_each_device_sums_its_own_and_emissions_cross_the_wire(case):
-    """A NaN on one device, or what one alone wants skipped, is left out by all; none waits for the others for ever."""
+    """All devices skip a NaN of one device, or a step that one alone wants skipped; none waits forever."""
     inner = optax.chain(average(error_feedback=True), optax.adam(1e-2))
     opt = ternary_multi_steps(inner, K, True, skip_much, trits=3, block_size=32)
     params, state, walked = RUNS[case](opt)

@@ -1,7 +1,7 @@
-"""Every state through every container that people keep states in: what comes back is the state, and trains on.
+"""Every state survives every container that users keep states in, and training continues with it.
 
-Containers take the nodes of a state apart and put others together from the arrays, in their own ways. What they do is
-seen without running anything: updates are traced, and states are filled with numbers, not trained.
+Containers take the nodes of a state apart and build others from the arrays, in their own ways. The tests show this
+without running anything: updates are traced, and states are filled with numbers, not trained.
 """
 
 import functools
@@ -148,7 +148,7 @@ NNX = {
 @pytest.mark.parametrize("container", NNX)
 @every_transformation
 def test_nnx_updates_it_again_and_again(name, container):
-    """The first update writes to what `init` made, the second to what came back, as all others would."""
+    """The first update writes to the state from `init`, the second to a restored one, as all others would."""
     run, wrt = NNX[container]
     first, second = traced(lambda: run(name, wrt), name)
     assert jax.tree.structure(first) == jax.tree.structure(second)

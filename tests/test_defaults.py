@@ -52,6 +52,7 @@ ProbeRun(gradients, loss, steps_to_plain, seconds_per_step, state_bytes, argumen
 QualityCycle(*, predict_steps=4, most_error=0.5)
 Recursive(*, decay=0.95, predicts='update', calibrate=True, residual_decay=None, dtype=None)
 Secants(window=16, *, dtype=None)
+StateBytes(moments, history, accumulator, residual, losses, bookkeeping)
 TritCodec(trits=2, *, block_size=1024, unbiased=False, seed=42)
 Window(length=8, *, decay=0.95, predicts='update', calibrate=True, residual_decay=None, dtype=None, codec=None)
 accumulate_ternary(every_k_schedule, *, trits=None, rounding='nearest', block_size=1024, use_grad_mean=True, seed=0)
@@ -78,6 +79,7 @@ predict_gradients(*, predictor=Secants(window=16, dtype=None), \
 phases=Guarded(tolerance=0.14, longest=20, warmup_steps=10))
 probe.main(argv=None)
 probe.probe(loss, params, batches, opt, steps=100)
+state_bytes(tree, *, per_device=False)
 state_specs(opt_state, axis_name)
 ternary_accumulator(num_microbatches, *, trits=None, rounding='nearest', block_size=1024, use_grad_mean=True, seed=0)
 ternary_multi_steps(opt, every_k_schedule, use_grad_mean=True, should_skip_update_fn=None, *, trits=None, \
@@ -143,7 +145,7 @@ def test_the_page_on_settings_names_the_defaults():
 
 
 def numbers(pattern, text):
-    """What the groups of the pattern find in the text, line ends taken for spaces."""
+    """The numbers in the groups of the pattern; line ends in the text count as spaces."""
     (found,) = re.findall(pattern, " ".join(text.split()))
     return pytest.approx(list(map(float, found if isinstance(found, tuple) else [found])), rel=1e-6)
 
@@ -153,28 +155,30 @@ def test_docstrings_say_the_numbers():
     largest = ternary_sum.LARGEST_SCALE
     looks = vsa_optax.PhaseStats.__doc__.replace("the four largest", "the 4 largest")
     accumulates = vsa_optax.accumulate_ternary.__doc__
-    sleeps = [guard._HOPELESS_STEPS, guard._SHORTEST_SLEEP, guard._LONGEST_SLEEP]
+    sleeps = [guard._MOST_WATCHED, guard._SHORTEST_SLEEP, guard._LONGEST_SLEEP, guard._MOST_WATCHED / 2]
     lengths = [machine._SHORTEST_FULL, machine._LONGEST_FULL, machine._SHORTEST_PREDICT, machine._LONGEST_PREDICT]
     assert numbers(r"within (\d+) % ", vsa_optax.balanced.__doc__) == [100 * Guarded().tolerance]
-    assert numbers(r"within (\d+) % .* Up to (\d+) steps", vsa_optax.aggressive.__doc__) == [
+    assert numbers(r"within (\d+) % .* up to (\d+) steps", vsa_optax.aggressive.__doc__) == [
         100 * bold.tolerance,
         bold.longest,
     ]
-    assert numbers(r"after (\d+) true steps .* for the next (\d+), .* up to (\d+),", guard.__doc__) == sleeps
-    assert numbers(r"within (\d+) to (\d+) and (\d+) to (\d+) steps", AdaptiveCycle.__doc__) == lengths
+    rule = r"u reaches (\d+), .* the next (\d+) true steps .* up to (\d+), .* watches (\d+) steps"
+    assert numbers(rule, guard.__doc__) == sleeps
+    bounds = r"FULL stays between (\d+) and (\d+) steps and PREDICT between (\d+) and (\d+);"
+    assert numbers(bounds, AdaptiveCycle.__doc__) == lengths
     cycle, (full, predict) = LegacyCycle(), (jnp.int32(40), jnp.int32(60))
     worse = [cycle.moved(full, predict, True, False), cycle.moved(jnp.int32(60), jnp.int32(3), True, False)]
     better = [cycle.moved(full, predict, False, True), cycle.moved(jnp.int32(1), jnp.int32(99), False, True)]
     (full_up, predict_down), most = (worse[0][0] - 40, 60 - worse[0][1]), worse[1]
     (full_down, predict_up), least = (40 - better[0][0], better[0][1] - 60), better[1]
     said = (
-        r"FULL (\d+) steps longer, up to (\d+), and PREDICT (\d+) shorter, down to (\d+); .* FULL (\d+) shorter, "
-        + (r"down to (\d+), and PREDICT (\d+) longer, up to (\d+)")
+        r"FULL becomes (\d+) steps longer, up to (\d+), and PREDICT (\d+) shorter, down to (\d+)\. .* FULL becomes "
+        + (r"(\d+) steps shorter, down to (\d+), and PREDICT (\d+) longer, up to (\d+)")
     )
     rule = [full_up, most[0], predict_down, most[1], full_down, least[0], predict_up, least[1]]
     assert numbers(said, LegacyCycle.__doc__) == rule
     bound, ring = vsa_optax.MultisecantStats.__doc__, leap.MultisecantState.__doc__
-    assert numbers(r"coming step: (\d+) or more", bound) == [leap.MOST_DAMPING]
+    assert numbers(r"coming step. At (\d+) or more", bound) == [leap.MOST_DAMPING]
     assert numbers(r"losses: ``\[(\d+)\]``", ring) == [leap.NUM_LOSSES]
     assert numbers(r"up to (\d+) evaluations apart", multisecant.__doc__) == [leap.MOST_REST]
     assert numbers(r"the (\d+) largest leaves of at most (\d+)", looks) == [step._NUM_LOOKED_AT, step._LOOKED_AT]
@@ -213,7 +217,7 @@ def test_docstrings_say_the_bytes_of_what_is_in_trits():
         each = written(r"``(\(1\.6 .*?)`` bytes a", vsa_optax.accumulate_ternary, trits=trits, block_size=block_size)
         assert bytes_of(state) == pytest.approx(size * each + 12)
         codec = TritCodec(trits, block_size=block_size)
-        each = written(r"``(\(1\.6 .*?)`` bytes a", TritCodec, trits=trits, block_size=block_size)
+        each = written(r"``(\(1\.6 .*?)`` bytes per", TritCodec, trits=trits, block_size=block_size)
         assert codec.nbytes(jnp.zeros(size)) == pytest.approx(size * each + 4)
 
 
@@ -223,15 +227,15 @@ def test_docstrings_say_the_bytes_of_what_is_in_trits():
     ids=["s", "w", "coded", "r", "m"],
 )
 def test_docstrings_say_the_bytes_of_a_history(predictor):
-    """Of two leaves: copies of the parameters, what is calibrated of each, and some scalars."""
+    """Two leaves need copies of the parameters, a calibration of each, and some scalars."""
     params = {"a": jnp.zeros((10, 64)), "b": jnp.zeros((5, 128))}
     opt = vsa_optax.phase_switched(optax.sgd(1.0), predictor=predictor)
     state = jax.eval_shape(opt.init, params)
     codec, length = getattr(predictor, "codec", None), {Secants: 16, Window: 8}.get(type(predictor))
     size = bytes_of(params) if codec is None else codec.nbytes(params)
     kept = written(r"``([^`]* \* P)``", type(predictor), W=length, P=size, Q=size)
-    each = 56 if codec else written(r"(?:``([^`]*)``|calibrated, (\d+)) a leaf", type(predictor), W=length)
-    more = written(r"a leaf, and ``([^`]*)``", type(predictor), W=length) if predictor == Secants() else 0
+    each = 56 if codec else written(r"(?:``([^`]*)``|(\d+)) bytes per leaf", type(predictor), W=length)
+    more = written(r"per leaf and ``([^`]*)``", type(predictor), W=length) if predictor == Secants() else 0
     assert 0 <= bytes_of((state.history, state.machine.calibration)) - kept - 2 * each - more < 60
 
 
@@ -242,9 +246,9 @@ def test_docstrings_say_the_bytes_of_leaps(window, history_dtype):
     params, doc = {"w": jnp.zeros((10, 64)), "b": jnp.zeros(7)}, vsa_optax.multisecant
     opt = vsa_optax.multisecant(optax.sgd(1.0), history_window=window, history_dtype=history_dtype)
     state = jax.eval_shape(opt.init, params)
-    copies = written(r"twice the parameters, ``([^`]*)`` times them in", doc, W=window)
+    copies = written(r"twice the parameters, ``([^`]*)`` copies of them in", doc, W=window)
     scalars = written(r"in ``history_dtype``, and ``([^`]*)`` bytes", doc, W=window)
     size = bytes_of(params)
     assert bytes_of(state) == 2 * size + copies * size * (1 if history_dtype is None else 0.5) + scalars
     if (window, history_dtype) == (8, jnp.bfloat16):
-        assert numbers(r"bytes: (\d+) bytes a float32", doc.__doc__) == [4 * (bytes_of(state) - scalars) / size]
+        assert numbers(r"bytes: (\d+) bytes per float32", doc.__doc__) == [4 * (bytes_of(state) - scalars) / size]

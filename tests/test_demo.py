@@ -240,10 +240,14 @@ def test_records_every_step(finished: _Demo) -> None:
 
 def test_state_bytes_are_those_of_the_documented_cost(finished: _Demo) -> None:
     size = 4 * (64 * 64 + 64 + 64 * 10 + 10)
-    assert 2 * size <= finished.plain.state_bytes < 2 * size + 100
+    plain, switched = finished.plain.state_bytes, finished.switched.state_bytes
+    assert 2 * size <= plain.moments == plain.total < 2 * size + 100
     trees = 2 + 2 * _WINDOW + 2  # Moments; moves and changes; newest parameters and gradient.
     products = 4 * 4 * (_WINDOW**2 + 1) + 4 * _WINDOW**2  # Of four leaves' changes, and of the moves.
-    assert 0 < finished.switched.state_bytes - trees * size - products < 150
+    assert 0 < switched.total - trees * size - products < 150
+    assert (switched.moments, switched.accumulator, switched.residual, switched.losses) == (plain.moments, 0, 0, 0)
+    for run in finished.runs.values():
+        assert f"  {run.method:20}  {run.state_bytes}\n" in finished.output
 
 
 def test_same_seed_same_losses(on_small_batches: _Demo, tmp_path: Path) -> None:

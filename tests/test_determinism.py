@@ -58,7 +58,7 @@ def train(opt, params, batch, *, steps=STEPS):
     state = jax.tree.map(lambda x: on_the_mesh(x, mesh), opt.init(params))
     step = step.lower(params, state, batch).compile()
     for _ in range(steps):
-        params, state = step(params, state, batch)  # An error, if what left were not laid out as what came.
+        params, state = step(params, state, batch)  # An error if the results' sharding were not the arguments'.
     return params, state
 
 
@@ -82,7 +82,7 @@ def test_there_are_eight_devices():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_replicated_over_eight_devices_the_bits_are_those_of_one(case):
     results = [train_replicated(CASES.index(case), count) for count in (1, 8)]
-    # What secants are judged by is a matter of rounding, which ridge predicts is not.
+    # The scores of secants differ by rounding; the ridge that predicts does not.
     scores = [results[i][1].machine.calibration for i in range(2)]
     jax.tree.map(lambda one, eight: np.testing.assert_allclose(one, eight, rtol=1e-4), *scores)
     if "when" in case:

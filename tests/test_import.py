@@ -1,4 +1,4 @@
-"""What `import vsa_optax` costs, and what it does not bring along."""
+"""The cost of `import vsa_optax`, and the modules that it does not import."""
 
 import importlib.metadata
 import json

@@ -1,4 +1,4 @@
-"""What lies where: the tests of a module, who imports whom, how far a call travels, and what completion offers."""
+"""The layout: the tests of each module, the imports, the modules that a call enters, and the completed names."""
 
 import ast
 import collections
@@ -37,7 +37,7 @@ TESTED_IN = {
     "probe_report.py": "test_probe.py",
     "probe_runs.py": "test_probe.py",
 }
-# What each folder imports besides itself.
+# The folders that each folder imports besides itself.
 MAY_IMPORT = {
     "prediction": {"codecs", "core", "kernels"},
     "compression": {"codecs", "core", "kernels"},

@@ -94,7 +94,7 @@ def test_errors_of_predictions_stand_beside_the_losses_they_were_measured_with()
     state, phases, _ = trained(value_in_predict=False)
     (true_steps,) = np.nonzero(phases != Phase.PREDICT)
     errors = np.asarray(state.errors[: len(true_steps)])
-    # A calibrated line is compared at every true step; only errors behind a leap count.
+    # A calibrated line is compared at every true step; only errors after a leap count.
     behind = np.array([step > 0 and phases[step - 1] == Phase.PREDICT for step in true_steps])
     assert (errors[behind] >= 0).all()
     assert (errors[true_steps < 2] == -1).all()

@@ -85,7 +85,7 @@ def test_a_constant_is_a_plateau(constant):
     assert not report.spikes
     assert not report.is_converging
     assert not report.is_diverging
-    assert report.is_plateau == (constant != 0)  # Of 0 there is no relative change.
+    assert report.is_plateau == (constant != 0)  # A loss of 0 has no relative change.
     assert report.improvement_rate == (None if constant == 0 else 0)
 
 
@@ -118,7 +118,7 @@ def test_the_trend_is_the_least_squares_line_over_uneven_steps():
 
 @pytest.mark.parametrize(("height", "is_spike"), [(2.9, False), (3.1, True)])
 def test_a_spike_is_that_many_deviations_above_the_losses_before_it(height, is_spike):
-    """Of which it is none: with it, none of 20 could be more than 4.25 deviations off."""
+    """The window excludes the loss itself: in a window of 20 with it, none could be more than 4.25 deviations off."""
     before = np.tile([1.0, 3.0], 10)  # Mean 2, deviation 1.
     report = report_of([*before, 2 + height, 2.0])
     expected = (LossSpike(20, pytest.approx(2 + height), pytest.approx(height, rel=1e-5)),)

@@ -1,6 +1,6 @@
 """Every public transformation lowers for GPU and TPU, on a machine that has neither.
 
-What fails only when it is compiled or run there is not seen here. No TPU has ever run any of it.
+Errors at compilation or at run time there are not detected. No TPU has ever run any of it.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""What a step costs: compilations, copies, bytes; and that two processes agree."""
+"""The cost of a step: compilations, copies, bytes; and the agreement of two processes."""
 
 import functools
 import os
@@ -83,7 +83,7 @@ def test_the_history_is_not_copied(case):
     compiled = make_step(CASES.index(case)).lower(PARAMS, state, jnp.ones((8, 40))).compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes - temporary_bytes_of_adamw()
     # Gradient, target, prediction and the optimizer's answer, all alive in a CORRECT step; for secants, the way and the
-    # change since the newest record, and for their guard what leaves, whose norm it takes. Far from W records.
+    # change since the newest record, and for their guard the update, whose norm it takes. Far from W records.
     assert temporary < (10 if case["line"] is Secants else 5) * PARAM_BYTES
     assert compiled.memory_analysis().alias_size_in_bytes >= PARAM_BYTES + sum(
         leaf.nbytes for leaf in jax.tree.leaves((state.history, state.residual, state.inner_state))

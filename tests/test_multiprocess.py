@@ -22,7 +22,7 @@ from vsa_optax import checkpoint
 WORKER = Path(__file__).with_name("multiprocess_worker.py")
 STEPS, SAVED_AT = 20, 7  # It is saved in the middle of a PREDICT phase.
 PATIENCE = 120  # Seconds, on a busy machine; alone, a run takes five.
-# What JAX says of a lost process: a collective has failed; or it has not been heard of, or was the coordinator.
+# JAX's errors for a lost process: a collective has failed; or it has not been heard of, or was the coordinator.
 LOST = r"RuntimeError: .*Gloo .* failed|JAX distributed service detected fatal errors"
 
 
@@ -51,7 +51,7 @@ class Process:
         return self._out.read_text() + self._err.read_text()
 
     def after(self, word):
-        """What follows the word at the beginning of a line of its output."""
+        """The words after ``word`` at the beginning of a line of its output."""
         [line] = [line for line in self._out.read_text().splitlines() if line.startswith(f"{word} ")]
         return line.split()[1:]
 
@@ -84,7 +84,7 @@ def two_processes(folder, *arguments):
 
 
 def held(processes):
-    """What the devices hold after all steps: first what all hold, then what each alone does."""
+    """The hashes of the devices' arrays after all steps: first of the replicated ones, then of the others."""
     of_devices = [device.split(":") for process in processes for device in process.after("end")]
     return list(zip(*of_devices, strict=True))
 
@@ -126,7 +126,7 @@ def test_every_process_holds_the_same_bits(killed):
 
 
 def test_a_nan_in_one_process_leaves_the_windows_of_both_in_step(killed):
-    """Micro-batches are summed by each process, and one of them leaves one out: else the other waited for ever."""
+    """Each process sums micro-batches, and one of them skips one; without agreement the other would wait forever."""
     (first, *walked), (second, *other) = both(killed, "accumulated")
     assert walked == other == ["1", "0", "0", "1", "0", "1"]
     (shared, own), (same, other) = first.split(":"), second.split(":")

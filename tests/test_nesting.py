@@ -81,7 +81,7 @@ def test_injected_rate_equals_the_constant_one():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), injected, constant)
 
 
-# Groups of parameters beside the one that is switched, whose optimizers would take the zeros of skipped steps for news.
+# Groups of parameters outside the machine, whose optimizers would use the zeros of skipped steps as gradients.
 STARVED = {
     "mask": lambda: optax.masked(rated(0.05), {"phase": True, "w": False}),
     "sgd": lambda: optax.partition({"a": rated(0.05), "b": optax.sgd(0.05)}, {"phase": "a", "w": "b"}),

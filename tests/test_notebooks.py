@@ -1,9 +1,10 @@
-"""The notebooks: stored clean, ready to install the package, and executed from top to bottom."""
+"""The notebooks: stored as they ran, ready to install the package, and executed from top to bottom."""
 
 import ast
 import asyncio
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,24 @@ def test_there_are_notebooks() -> None:
 
 
 @every_notebook
-def test_is_stored_clean(path: Path) -> None:
+def test_is_stored_as_it_ran(path: Path) -> None:
+    """From top to bottom in one go, without times, paths and warnings; so it can be read without being run."""
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) == (4, 5)
     assert notebook.metadata.kernelspec.name == "python3"
-    for cell in _code_cells(notebook):
-        assert not cell.outputs
-        assert cell.execution_count is None
+    cells = _code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(cell.metadata for cell in cells)
+    assert not cells[0].outputs
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data"}
+    assert all(output.name == "stdout" for output in outputs if output.output_type == "stream")
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_together_they_are_small() -> None:
+    assert sum(path.stat().st_size for path in _NOTEBOOKS) < 1_000_000
 
 
 @every_notebook
@@ -50,14 +61,18 @@ def test_installs_from_one_variable_if_need_be(path: Path) -> None:
     assert first.cell_type == "code"
     lines = first.source.splitlines()
     (install,) = (number for number, line in enumerate(lines) if "pip install" in line)
-    assert lines[install].split() == ["%pip", "install", "-q", '"$PACKAGE"']
+    assert lines[install].strip() == '%pip install -q "vsa-optax[demo] @ $URL"'
     lines[install] = "    pass"
     tree = ast.parse("\n".join(lines))
     (variable,) = (node for node in tree.body if isinstance(node, ast.Assign))
-    assert [ast.unparse(target) for target in variable.targets] == ["PACKAGE"]
-    assert ast.literal_eval(variable.value).startswith("vsa-optax[")
+    assert [ast.unparse(target) for target in variable.targets] == ["URL"]
+    assert ast.literal_eval(variable.value) == ""
+    assert any(line.startswith("#") and "git+https://" in line for line in lines)
     (condition,) = (node for node in tree.body if isinstance(node, ast.If))
     assert ast.unparse(condition.test) == "importlib.util.find_spec('vsa_optax') is None"
+    condition.test = ast.Constant(value=True)  # As if it were not installed.
+    with pytest.raises(ValueError, match="put the address of the package in URL"):
+        exec(compile(ast.fix_missing_locations(tree), path.name, "exec"), {})
     assert "pip install" not in "".join(cell.source for cell in notebook.cells[1:])
 
 
@@ -85,10 +100,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Any], No
         asyncio.run(manager.shutdown_kernel(now=True))
 
 
+def _words(cell: Any) -> list[str]:
+    """The output of a cell without its numbers, and without names that depend on them, such as those of phases."""
+    text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    return re.sub(r"[-+]?\d[\d,.]*(e[-+]?\d+)?|\b[A-Z]{4,}\b", "#", text).split()
+
+
 @every_notebook
 def test_runs_from_top_to_bottom(path: Path, run: Callable[[Any], None]) -> None:
     notebook = nbformat.read(path, as_version=4)
+    stored = [_words(cell) for cell in _code_cells(notebook)]
     run(notebook)
+    assert [_words(cell) for cell in _code_cells(notebook)[1:]] == stored
     for cell in _code_cells(notebook):
         assert cell.execution_count is not None
         for output in cell.outputs:
@@ -117,7 +140,7 @@ def _file_of(module: str) -> Path | None:
 
 
 def _imported(tree: ast.AST) -> dict[str, str]:
-    """What is imported anywhere in the tree, by the names that it gets."""
+    """The imports anywhere in the tree, by the names that they get."""
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""What a picture of a run shows, and that Matplotlib is imported only to draw one."""
+"""The contents of a run's plot, and that Matplotlib is imported only to draw one."""
 
 import subprocess
 import sys

@@ -1,7 +1,7 @@
-"""What a CPU does not show: products that an accelerator would round to TF32 or bfloat16 ask for all of f32's digits.
+"""Products that an accelerator would round to TF32 or bfloat16 request full f32 precision.
 
 Prediction, rotation and similarities take small differences of large products. On a CPU precision= changes nothing, so
-it is looked for in the traced programs.
+the tests look for it in the traced programs.
 """
 
 import jax

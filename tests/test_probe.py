@@ -201,7 +201,7 @@ def test_the_report_is_what_is_printed(full_batch, mini_batches):
 
 
 def test_the_page_shows_what_is_printed(full_batch):
-    """The heads of its table, the lines to paste, and what is said whatever was measured."""
+    """The heads of its table, the lines to paste, and the sentences common to all reports."""
     page = (Path(__file__).parents[1] / "docs" / "probe.md").read_text()
     shown = re.search(r"^```text\n(Probe of .*?)^```$", page, flags=re.MULTILINE | re.DOTALL)[1]
     (heads,) = [line for line in full_batch.printed.splitlines() if "loss at the end  ms a step" in line]

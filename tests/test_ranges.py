@@ -36,7 +36,7 @@ def accumulate(**given):
     return vsa_optax.accumulate_ternary(4, **given)
 
 
-# What is made, an argument of it, the first and the last number that it takes.
+# A factory, one of its arguments, and the smallest and largest number that it accepts.
 INTEGERS = [
     (Secants, "window", 2, LARGEST),
     (Window, "length", 2, LARGEST),

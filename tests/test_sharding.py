@@ -1,7 +1,7 @@
-"""Under `jax.jit` on eight devices, sharded automatically: one device's results, the state laid out as the parameters.
+"""Under `jax.jit` on eight devices with automatic sharding, results equal one device's, and the state is sharded alike.
 
-What is sent is read from the compiled program. Parameters are replicated, or each is split along one of its axes
-(FSDP); the batch is split, so that gradients are sums over devices.
+The compiled program shows the communication. Parameters are replicated, or each is split along one of its axes (FSDP);
+the batch is split, so that gradients are sums over devices.
 """
 
 import contextlib
@@ -87,10 +87,10 @@ def place(tree, mesh, specs):
 
 
 def placed(mesh, layout, path, leaf):
-    """The leaf of a first state, where it is to lie.
+    """The leaf of a first state with its final sharding.
 
-    Most do. Counters and codes are on one device, from where JAX may move them, or on all of a mesh that is set; so is
-    what a codec leaves as it is, which is going to lie where its parameter does.
+    Most leaves have it already. Counters and codes are on one device, from where JAX may move them, or on all of a mesh
+    that is set. So are arrays that a codec does not code, which will have the sharding of their parameters.
     """
     name = next((key.key for key in path if getattr(key, "key", None) in SHAPES), None)
     is_like = name is not None and leaf.shape[leaf.ndim - len(SHAPES[name]) :] == SHAPES[name]
@@ -109,7 +109,7 @@ def run(opt, layout, *, has_phases, in_context):
         state = jax.tree_util.tree_map_with_path(functools.partial(placed, mesh, layout), first)
         compiled = step.lower(params, state, batch).compile(**CHEAP)
         for _ in range(STEPS):
-            params, state = compiled(params, state, batch)  # An error, if what left were not laid out as what came.
+            params, state = compiled(params, state, batch)  # An error if the results' sharding were not the arguments'.
     return params, state, first, compiled
 
 

@@ -46,7 +46,7 @@ def test_unpack_inverts_pack(shape, seed):
 @pytest.mark.parametrize(("num_bytes", "size"), [(2, 5), (2, 11), (2, 0), (0, 1), (1, 0)])
 def test_a_size_that_does_not_go_with_the_bytes(num_bytes, size):
     valid = f"from {max(0, 5 * num_bytes - 4)} to {5 * num_bytes}, got {size}"
-    with pytest.raises(ValueError, match=f"size must need the {num_bytes} bytes that were given, so be {valid}"):
+    with pytest.raises(ValueError, match=f"size must match the {num_bytes} bytes given, so it must be {valid}"):
         trits.unpack(jnp.zeros(num_bytes, jnp.uint8), size)
 
 

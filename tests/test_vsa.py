@@ -387,8 +387,8 @@ def test_f64_stays_f64():
 # right one wins if t = sum z / sqrt(sum z^2) exceeds N - 1 standard normal numbers, p = E Phi(t)^(N - 1).
 #
 # For bipolar keys and a plain sum z = 1 + (K - 1 random signs), so E z = 1 and E z^2 = K, and t has mean sqrt(D / K).
-# Frady, Kleyko & Sommer (2018) take t as normal with variance 1, which it has for large K. For any K, by the delta
-# method,
+# Frady, Kleyko & Sommer (2018) take t as normal with variance 1, which it has for large K. The delta method gives the
+# variance for any K.
 #
 #     Var t = Var z / q - m Cov(z, z^2) / q^2 + m^2 Var z^2 / (4 q^3),    m = E z,  q = E z^2,
 #
@@ -423,7 +423,7 @@ VARIANTS = [("bipolar", None), ("bipolar", "bipolar"), ("bipolar", "ternary"), (
 
 
 def measured_recalls(dims, pairs, candidates, seeds, variants):
-    """Of every dimension and variant in one program: shorter vectors are the first coordinates of the longest."""
+    """The recall of every dimension and variant in one program: shorter vectors are prefixes of the longest."""
 
     def one(seed):
         for_rows, for_items, for_keys = jax.random.split(jax.random.fold_in(KEY, seed), 3)
@@ -437,7 +437,7 @@ def measured_recalls(dims, pairs, candidates, seeds, variants):
             shares.append(jnp.mean(vsa.cleanup(vsa.unbind(trace, key), codebook).item == items))
         return jnp.stack(shares)
 
-    # What runs longer than it compiles is worth a little more of the compiler's time.
+    # A program that runs longer than it compiles may use a little more of the compiler's time.
     options = {"xla_backend_optimization_level": int(len(dims) * candidates * max(dims) > 1e6)}
     run = jax.jit(lambda seeds: jax.lax.map(one, seeds), compiler_options=options)
     return np.mean(run(np.arange(seeds)), axis=0)

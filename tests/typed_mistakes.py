@@ -67,7 +67,7 @@ def numbers(opt: optax.GradientTransformation) -> None:
 
 
 def codecs() -> None:
-    """What is no codec."""
+    """Arguments that are not codecs."""
     compress_gradients(TritCodec)  # type: ignore[arg-type]
     compress_gradients("trits")  # type: ignore[arg-type]
     compressed_pmean("data", 2)  # type: ignore[arg-type]

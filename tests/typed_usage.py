@@ -29,6 +29,7 @@ from vsa_optax import (
     QualityCycle,
     Recursive,
     Secants,
+    StateBytes,
     TritCodec,
     Window,
     accumulate_ternary,
@@ -49,6 +50,7 @@ from vsa_optax import (
     plots,
     predict_gradients,
     probe,
+    state_bytes,
     state_specs,
     ternary_accumulator,
     ternary_multi_steps,
@@ -144,7 +146,7 @@ def use_transformations() -> list[optax.GradientTransformationExtraArgs]:
 
 
 def use_accumulation(params: Params) -> None:
-    """What is asked of a transformation that accumulates, and the accumulator for micro-batches."""
+    """The queries of a transformation that accumulates, and the accumulator for micro-batches."""
     opt: TernaryMultiSteps = ternary_multi_steps(optax.sgd(0.1), every_k_schedule=2, use_grad_mean=False)
     updated: jax.Array = opt.has_updated(opt.init(params))
     assert not updated
@@ -190,7 +192,7 @@ def use_arrays(x: jax.Array) -> None:
 
 
 def use_leaps(params: Params, x: jax.Array) -> MultisecantStats:
-    """A step, and what is known of it."""
+    """A step, and its statistics."""
     opt = multisecant(optax.sgd(0.1), learning_rate=None, history_dtype="float16")
     value, grads = jax.value_and_grad(loss)(params, x)
     stats = multisecant_stats(opt.init(params))
@@ -214,7 +216,7 @@ def use_momentum() -> MomentumSettings:
 
 
 def use_losses(params: Params) -> LossReport:
-    """What a run's losses say, and two pictures of them."""
+    """The report of a run's losses, and two plots of them."""
     opt: optax.GradientTransformationExtraArgs = track_loss(optax.sgd(0.1))
     _, state = opt.update(params, opt.init(params), params, value=1.0)
     report = loss_report(state)
@@ -246,7 +248,7 @@ def use_programs(params: Params, x: jax.Array) -> Params:
 
 
 def use_probe(params: Params, x: jax.Array) -> ProbeReport:
-    """What is measured, and what it speaks for; `test_probe` runs the like, which takes long."""
+    """The measurements and the recommendation; `test_probe` runs such a probe, which takes long."""
     report = probe(loss, params, x, optax.sgd(0.1), steps=20)
     assert_type(report, ProbeReport)
     runs: list[ProbeRun | None] = [report.plain, report.plain_as_long, report.phase_switched, report.multisecant]
@@ -256,6 +258,17 @@ def use_probe(params: Params, x: jax.Array) -> ProbeReport:
     assert report.recommendation in ("none", "phase_switched", "multisecant")
     assert report.code in str(report)
     return report
+
+
+def use_state_bytes(state: optax.OptState) -> int:
+    """By part, in all, and as text."""
+    size = state_bytes(state, per_device=True)
+    assert_type(size, StateBytes)
+    parts: list[int] = [size.moments, size.history, size.accumulator, size.residual, size.losses, size.bookkeeping]
+    assert sum(parts) == size.total
+    line: str = str(size)
+    assert line
+    return size.total
 
 
 def use_queries(state: optax.OptState) -> PhaseStats:
@@ -331,6 +344,7 @@ def main() -> None:
     assert use_momentum().phases.predict_steps == 4
     states = [opt.init(params) for opt in use_transformations()]
     assert len(states) > 1
+    assert use_state_bytes(states) > 0
     opt, state = use_transformations()[1], states[1]
     use_value_and_grad(params, x, state)
     value, grads = value_and_grad_by_phase(loss)(params, x, state=state)

@@ -1,6 +1,6 @@
 """Cheaper gradients for Optax: skip backward passes by closed-form prediction, keep or send gradients in a few bits."""
 
-# Under private names, so that completion offers what is public.
+# The private names keep completion to the public ones.
 import importlib as _importlib
 import typing as _typing
 
@@ -14,6 +14,7 @@ if _typing.TYPE_CHECKING:
     from vsa_optax.compression.pmean import compressed_pmean, state_specs
     from vsa_optax.loss_history import track_loss
     from vsa_optax.loss_statistics import LossReport, LossStatistics, loss_report
+    from vsa_optax.memory import StateBytes, state_bytes
     from vsa_optax.prediction.api import phase_switched, predict_gradients
     from vsa_optax.prediction.guard import GuardAction
     from vsa_optax.prediction.jit_by_phase import jit_by_phase
@@ -52,6 +53,7 @@ __all__ = [
     "QualityCycle",
     "Recursive",
     "Secants",
+    "StateBytes",
     "TritCodec",
     "Window",
     "accumulate_ternary",
@@ -72,6 +74,7 @@ __all__ = [
     "plots",
     "predict_gradients",
     "probe",
+    "state_bytes",
     "state_specs",
     "ternary_accumulator",
     "ternary_multi_steps",
@@ -81,7 +84,7 @@ __all__ = [
     "vsa",
 ]
 
-# Where each name lives. A module is imported when a name of it is first asked for: all together are slow to import.
+# The module of each name. A module is imported when one of its names is first used: importing all of them is slow.
 _HOMES = {
     "AdaptiveCycle": "prediction.phases",
     "Cycle": "prediction.phases",
@@ -103,6 +106,7 @@ _HOMES = {
     "QualityCycle": "prediction.phases",
     "Recursive": "prediction.predictors.factory",
     "Secants": "prediction.predictors.factory",
+    "StateBytes": "memory",
     "TritCodec": "codecs.trit",
     "Window": "prediction.predictors.factory",
     "accumulate_ternary": "accumulation.multi_steps",
@@ -120,6 +124,7 @@ _HOMES = {
     "phase_stats": "prediction.stats",
     "phase_switched": "prediction.api",
     "predict_gradients": "prediction.api",
+    "state_bytes": "memory",
     "state_specs": "compression.pmean",
     "ternary_accumulator": "accumulation.microbatching",
     "ternary_multi_steps": "accumulation.multi_steps",
@@ -127,7 +132,7 @@ _HOMES = {
     "value_and_grad_by_phase": "prediction.value_and_grad",
 }
 
-if not _typing.TYPE_CHECKING:  # A type checker would take every name for one of ours.
+if not _typing.TYPE_CHECKING:  # With this function, a type checker would accept every attribute name.
 
     def __getattr__(name: str) -> object:
         if name in ("checkpoint", "plots", "probe", "trits", "vsa"):

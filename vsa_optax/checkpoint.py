@@ -1,22 +1,23 @@
-"""Checkpoints of a whole training state through Orbax: whole or not there, and refused with the reason if they differ.
+"""Checkpoints of a whole training state through Orbax, written atomically and verified when they are restored.
 
-A tree of arrays enters, a folder leaves. From that folder and a template (a fresh state, say) the same bits come back,
-each array laid out on the devices as the template's is:
+`save` writes a tree of arrays to a folder. `restore` reads the same bits back, given a template such as a fresh state.
+Each array gets the sharding of the template's array:
 
-    step_00000042/arrays/        Orbax's own files, one array a leaf
+    step_00000042/arrays/        Orbax's own files, one array per leaf
     step_00000042/manifest.json  format version, settings and their fingerprint, all leaves, all files' sizes and hashes
 
-The folder is written under another name, flushed to the disk, and renamed when complete; what a killed process leaves
-behind is not taken for a checkpoint, and the next `save` removes it. All is JSON and arrays: nothing is unpickled.
+The folder is written under another name, flushed to the disk, and renamed when it is complete. The remains of a killed
+process do not count as a checkpoint, and the next `save` removes them. A checkpoint holds JSON and arrays only; nothing
+is unpickled.
 
-It costs, beyond Orbax's own reading and writing, a SHA-256 over the files in each direction. Needs the extra
-``vsa-optax[checkpoint]``; a POSIX file system, one run a folder.
+Besides Orbax's own work, saving and restoring each compute a SHA-256 over the files. The module needs the extra
+``vsa-optax[checkpoint]``, a POSIX file system, and a separate folder for each run.
 
-With several processes (``jax.distributed``) all call `save` and `restore` alike, on a folder that all of them see. Each
-writes and reads its shards of arrays that are global; process 0 does the rest, and `save` returns everywhere, or fails
-everywhere, once it has. A checkpoint may be restored by another number of processes.
+With several processes (``jax.distributed``), all call `save` and `restore` with a folder that all can access. Each
+process writes and reads its own shards of global arrays, and process 0 does the rest. `save` returns in all processes,
+or fails in all, once process 0 is done. Another number of processes can restore the checkpoint.
 
-Flax linen, whose ``TrainState`` is a tree of arrays once its step is one:
+Flax linen, whose ``TrainState`` is a tree of arrays once its step is an array:
 
     >>> import tempfile
     >>> import flax.linen as nn, jax, jax.numpy as jnp, optax, vsa_optax
@@ -33,7 +34,7 @@ Flax linen, whose ``TrainState`` is a tree of arrays once its step is one:
     >>> step, state.params["kernel"].shape
     (42, (3, 1))
 
-Flax nnx, whose objects give their arrays and take them back:
+Flax nnx, whose objects are turned into arrays and updated from them:
 
     >>> from flax import nnx
     >>> def fresh_model():
@@ -78,32 +79,31 @@ def save(
     config: Mapping[str, Any] | None = None,
     keep: int | None = None,
 ) -> Path:
-    """Writes ``tree`` as the checkpoint of ``step``; returns once it is on the disk.
+    """Writes ``tree`` as the checkpoint of ``step``, and returns once it is on the disk.
 
-    At every moment a killed process, or a machine that loses power, leaves every earlier checkpoint whole, and this one
-    whole or absent. A checkpoint of the same step is replaced, and stays in force until the new one is complete.
+    If the process is killed or the machine loses power at any moment, all earlier checkpoints stay complete, and this
+    one is complete or absent. A checkpoint of the same step is replaced; it stays valid until the new one is complete.
 
     Zero-size leaves, which Orbax refuses, and None are kept in the manifest only. Typed PRNG keys are kept as their
-    data and the name of their generator. A scalar's weak type is kept, that of a larger array is not.
+    data and the name of their generator. The weak type of a scalar is kept; that of a larger array is not.
 
     Args:
-        directory: a local folder for the checkpoints of one run; made if missing. Other files in it are left alone.
-        step: number of the checkpoint, ``>= 0``.
+        directory: a local folder for the checkpoints of one run, created if missing. Its other files are left alone.
+        step: the number of the checkpoint, ``>= 0``.
         tree: any pytree of arrays: parameters, optimizer state, batch statistics, or a dict of them all.
-        config: the settings the state was made with, which `restore` compares: a mapping of strings to what JSON can
-            hold, e.g. the keyword arguments of `vsa_optax.phase_switched`. None is the empty mapping.
-        keep: how many checkpoints to keep, ``>= 1``: this one, and of the others those of the highest steps. None keeps
-            all.
+        config: the settings that the state was made with, which `restore` compares. It maps strings to JSON values,
+            e.g. the lengths of a `vsa_optax.Cycle`. None is the empty mapping.
+        keep: the number of checkpoints to keep, ``>= 1``: this one and the others of the highest steps. None keeps all.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        ImportError: Orbax is not installed.
-        TypeError: a leaf that is no array, a Python number for instance; a ``config`` that JSON cannot hold.
-        ValueError: an argument outside its range; a deleted (donated) array; with several processes, an array that is
-            not global.
-        OSError: the folder cannot be written, here or by process 0; what was written of it is removed.
+        ImportError: if Orbax is not installed.
+        TypeError: if a leaf is not an array, e.g. a Python number, or if JSON cannot represent ``config``.
+        ValueError: if an argument is outside its range, if an array is deleted (donated), or, with several processes,
+            if an array is not global.
+        OSError: if this process or process 0 cannot write the folder. The unfinished checkpoint is removed.
 
     Example:
         >>> import tempfile
@@ -163,30 +163,30 @@ def restore(
     step: int | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> tuple[int, Any]:
-    """Reads a checkpoint into the structure, and onto the devices, of ``template``.
+    """Reads a checkpoint into the structure and the shardings of ``template``.
 
-    Everything is checked before any array is read: the format version, the settings, every leaf's place, shape and
-    dtype, and the hash of every file. A damaged checkpoint is refused, not passed over for an older one, which can be
-    asked for by its step. The hashes find accidents; they are no signature. A scalar that states did not have when the
-    checkpoint was made (``ignored_gradients``, what the guard knows of the way) is restored as 0.
+    Everything is checked before any array is read: the format version, the settings, the place, shape and dtype of
+    every leaf, and the hash of every file. A damaged checkpoint is an error. `restore` does not fall back to an older
+    one; pass its step to read it. The hashes detect accidents; they are not a signature. A scalar that the library
+    added to states after the checkpoint was made is restored as 0 (``ignored_gradients``, the guard's path lengths).
 
     Args:
         directory: the folder given to `save`.
-        template: a tree of arrays or of ``jax.ShapeDtypeStruct``, e.g. the state a fresh run starts with, or
-            ``jax.eval_shape`` of it. Its values are not used. An array, or a struct with a sharding, gets its sharding;
-            arrays that are not committed to a device stay so; NumPy arrays stay NumPy arrays.
-        step: which checkpoint; None for the one of the highest step.
+        template: a tree of arrays or of ``jax.ShapeDtypeStruct``, e.g. the state of a fresh run, or ``jax.eval_shape``
+            of it. Its values are not used. A restored array gets the sharding of its array or struct, if that has one.
+            Arrays that are not committed to a device stay uncommitted; NumPy arrays stay NumPy arrays.
+        step: the step of the checkpoint; None for the highest step.
         config: the settings, which must equal those given to `save`.
 
     Returns:
         ``(step, tree)``.
 
     Raises:
-        ImportError: Orbax is not installed.
-        FileNotFoundError: there is no folder, no checkpoint in it, or none of that step.
-        TypeError: a template leaf that is no array; a ``config`` that JSON cannot hold.
-        ValueError: another format version; other settings, each named with both values; leaves that are missing, left
-            over, or of another shape or dtype, each named; a missing or damaged manifest or file, named.
+        ImportError: if Orbax is not installed.
+        FileNotFoundError: if there is no folder, no checkpoint in it, or none of that step.
+        TypeError: if a leaf of the template is not an array, or if JSON cannot represent ``config``.
+        ValueError: if the format version or the settings differ, if leaves are missing, left over, or of another shape
+            or dtype, or if the manifest or a file is missing or damaged. The error names each difference.
 
     Example:
         >>> import tempfile
@@ -249,12 +249,12 @@ def restore(
 
 
 def latest_step(directory: str | os.PathLike[str]) -> int | None:
-    """The highest step that has a checkpoint, or None; remains of a killed `save` do not count.
+    """Returns the highest step that has a checkpoint, or None; the remains of a killed `save` do not count.
 
-    Looks at names only, since a folder gets its name when it is complete; `restore` checks what is inside.
+    It reads names only, since a folder gets its name when it is complete. `restore` checks the contents.
 
     Args:
-        directory: the folder given to `save`; need not exist.
+        directory: the folder given to `save`. It need not exist.
 
     Returns:
         The step, or None.
@@ -268,7 +268,7 @@ def latest_step(directory: str | os.PathLike[str]) -> int | None:
 
 
 def _in_process_0(fun: Callable[[], None]) -> None:
-    """Process 0 calls ``fun``, and the others wait until it has; where it fails, it fails in all."""
+    """Calls ``fun`` in process 0 while the others wait for it. If it fails, all processes fail."""
     error = None
     if jax.process_index() == 0:
         try:
@@ -276,7 +276,7 @@ def _in_process_0(fun: Callable[[], None]) -> None:
         except Exception as caught:
             error = caught
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils  # One process needs none of it.
+        from jax.experimental import multihost_utils  # A single process does not need it.
 
         if multihost_utils.broadcast_one_to_all(np.int32(error is not None)) and error is None:
             raise OSError("process 0 could not write the checkpoint; its own error says why")

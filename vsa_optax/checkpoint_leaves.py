@@ -1,7 +1,7 @@
-"""The leaves of a training state: what Orbax stores of each, how it is restored, and how two trees differ.
+"""The leaves of a training state: how Orbax stores each of them, how it is restored, and how two trees differ.
 
-A tree enters, and one `Leaf` for each array or None leaves. Orbax refuses zero-size arrays and does not keep weak
-types. The manifest keeps both, and None, and the name of a typed PRNG key's generator.
+`flatten` returns one `Leaf` for each array or None in a tree. Orbax refuses zero-size arrays and does not keep weak
+types. The manifest keeps both, as well as None and the name of a typed PRNG key's generator.
 """
 
 import math
@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 _DTYPES = (np.bool_, np.number, jax.dtypes.prng_key)
-# What states have had since some release, by the ends of their paths in a NamedTuple and in a dict, and what it is: in
-# a checkpoint that was made before, scalars are 0.
+# Leaves that a release added to states, by the ends of their paths in a NamedTuple and in a dict, with their kinds. An
+# older checkpoint lacks them; scalars are then restored as 0.
 _ADDED = {
     (".ignored_gradients", "['ignored_gradients']"): "int32[]",
     (".guard.way", "['guard']['way']"): "float32[]",
@@ -24,7 +24,7 @@ _ADDED = {
 
 
 class Leaf(NamedTuple):
-    """One leaf of a tree: its place, the name of its array in Orbax (None if it has none), and what it is."""
+    """One leaf of a tree: its path, the name of its array in Orbax (None if it has no array), and its value."""
 
     path: str
     key: str | None
@@ -32,13 +32,13 @@ class Leaf(NamedTuple):
 
     @property
     def is_key(self) -> bool:
-        """Whether it is a typed PRNG key."""
+        """Whether the leaf is a typed PRNG key."""
         return self.value is not None and jnp.issubdtype(self.value.dtype, jax.dtypes.prng_key)
 
     def entry(self) -> dict[str, Any]:
-        """What the manifest says of the leaf."""
+        """The manifest's entry of the leaf."""
         is_none = self.value is None
-        has_generator = self.is_key and isinstance(self.value, jax.Array)  # A template's struct does not tell.
+        has_generator = self.is_key and isinstance(self.value, jax.Array)  # A template's struct has none.
         return {
             "path": self.path,
             "key": self.key,
@@ -49,28 +49,28 @@ class Leaf(NamedTuple):
         }
 
     def to_store(self) -> Any:
-        """The array to give to Orbax."""
+        """The array that Orbax stores."""
         if self.is_key:
             return np.asarray(jax.random.key_data(self.value))
         return np.asarray(self.value) if isinstance(self.value, np.generic) else self.value
 
     @property
     def _sharding(self) -> Any:
-        """Where the restored array must lie; None if JAX may move it."""
+        """The sharding of the restored array; None if JAX may move it."""
         return self.value.sharding if getattr(self.value, "committed", True) else None
 
     def restore_args(self, ocp: Any) -> Any:
-        """How Orbax is to read the array: onto the devices, or, for what is finished here, into memory."""
+        """Tells Orbax how to read the array: onto devices, or into host memory if `from_stored` completes it."""
         is_host = isinstance(self.value, np.ndarray | np.generic)
         if is_host or self.is_key or self._sharding is None:
             return ocp.RestoreArgs(restore_type=np.ndarray)
         return ocp.ArrayRestoreArgs(sharding=self._sharding)
 
     def from_stored(self, data: Any, entry: dict[str, Any]) -> Any:
-        """The leaf that the template asks for; ``data`` is None for what Orbax does not hold."""
+        """The restored leaf of the template; ``data`` is None if Orbax holds no array for it."""
         if self.value is None:
             return None
-        if data is None:  # There is nothing in it, or it was added since, at 0.
+        if data is None:  # Its size is zero, or a later release added it, with value 0.
             bare = jax.ShapeDtypeStruct(self.value.shape, self.value.dtype)
             like = jax.eval_shape(jax.random.key_data, bare) if self.is_key else bare
             data = np.zeros(like.shape, like.dtype)
@@ -85,7 +85,7 @@ class Leaf(NamedTuple):
 
 
 def flatten(tree: Any, *, values: bool = True) -> tuple[list[Leaf], Any]:
-    """Leaves, None among them, and the structure; refuses what cannot be stored (``values``) or described."""
+    """The leaves, including None, and the structure; an error for a leaf that cannot be stored or described."""
     found, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
     allowed = jax.Array | np.ndarray | np.generic
     leaves: list[Leaf] = []
@@ -113,7 +113,7 @@ def flatten(tree: Any, *, values: bool = True) -> tuple[list[Leaf], Any]:
 
 
 def with_added_scalars(entries: dict[str, dict[str, Any]], wanted: list[Leaf]) -> dict[str, dict[str, Any]]:
-    """``entries``, and zeros for the wanted scalars that did not exist when the checkpoint was made."""
+    """``entries``, with zeros for the wanted scalars that did not exist when the checkpoint was made."""
     added = {}
     for leaf in wanted:
         entry = leaf._replace(key=None).entry()
@@ -124,7 +124,7 @@ def with_added_scalars(entries: dict[str, dict[str, Any]], wanted: list[Leaf]) -
 
 
 def differences(entries: dict[str, dict[str, Any]], wanted: list[Leaf]) -> list[str]:
-    """Each leaf that is missing, left over or of another kind."""
+    """Describes each leaf that is missing, left over or of another kind."""
     found = []
     for leaf in wanted:
         have = _kind(entries[leaf.path]) if leaf.path in entries else "missing"
@@ -138,7 +138,7 @@ def differences(entries: dict[str, dict[str, Any]], wanted: list[Leaf]) -> list[
 
 
 def _weakly_typed(array: jax.Array) -> jax.Array:
-    """The scalar as JAX makes it of a Python number; as it is if it has axes, or JAX would choose another dtype."""
+    """The scalar with the weak type of a Python number; unchanged if it has axes or JAX would choose another dtype."""
     if array.ndim == 0 and (weak := jnp.asarray(array.item())).dtype == array.dtype:
         return weak
     return array

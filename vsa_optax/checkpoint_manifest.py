@@ -1,6 +1,7 @@
 """The manifest of a checkpoint, JSON that holds its own hash, and the settings in it.
 
-`read` returns what `write` was given, or raises ``ValueError`` with the reason. `config_differences` compares settings.
+`read` returns the manifest given to `write`, or raises ``ValueError`` with the reason. `config_differences` compares
+settings.
 """
 
 import hashlib
@@ -14,11 +15,11 @@ from vsa_optax import checkpoint_files
 
 FORMAT_VERSION = 1
 NAME = "manifest.json"
-_SHOWN = 10  # Differences named in an error.
+_SHOWN = 10  # The number of differences that an error names.
 
 
 def write(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest with its hash; it is on the disk when this returns."""
+    """Writes the manifest with its hash; the file is on the disk when this returns."""
     text = json.dumps(manifest | {"manifest_sha256": sha256(manifest)}, indent=1, allow_nan=False)
     with path.open("x", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -27,7 +28,7 @@ def write(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest; ``ValueError`` unless it is of this format version and as it was written."""
+    """Reads the manifest; ``ValueError`` unless it has this format version and its hash is right."""
     path = folder / NAME
     try:
         manifest = json.loads(path.read_bytes())
@@ -60,7 +61,7 @@ def refuse(folder: Path, what: str, differences: list[str]) -> None:
 
 
 def plain_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The settings as JSON gives them back: tuples are lists."""
+    """The settings as JSON returns them: tuples become lists."""
     plain: dict[str, Any] = {}
     for key, value in (config or {}).items():
         if not isinstance(key, str):
@@ -73,7 +74,7 @@ def plain_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def config_differences(saved: Any, given: Any, prefix: str = "") -> list[str]:
-    """Each setting that differs, mappings within looked into."""
+    """Describes each setting that differs, including those in nested mappings."""
     differences = []
     for key in sorted(saved.keys() | given.keys()):
         name = prefix + key
@@ -89,10 +90,10 @@ def config_differences(saved: Any, given: Any, prefix: str = "") -> list[str]:
 
 
 def sha256(value: Any) -> str:
-    """The hash of a value; equal values have the same."""
+    """The hash of a value; equal values have the same hash."""
     return hashlib.sha256(_canonical(value).encode()).hexdigest()
 
 
 def _canonical(value: Any) -> str:
-    """The same text for equal values."""
+    """The value as JSON text; equal values have the same text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -22,7 +22,7 @@ import optax
 import vsa_optax
 from vsa_optax import GuardAction, Phase, plots
 
-_TRAIN_SIZE = 1437  # Of 1797 images; the other 360 are the test set.
+_TRAIN_SIZE = 1437  # There are 1797 images; the other 360 are the test set.
 _DESCRIPTION = """Trains a small network on scikit-learn's handwritten digits four times, from the same weights
 and on the same batches: by plain AdamW; by AdamW inside vsa_optax.phase_switched, which predicts gradients
 instead of running backward passes for as many steps as its guard trusts the predictions; by AdamW inside
@@ -37,7 +37,7 @@ the guard predicts nothing, and training is plain AdamW with more memory and mor
 multisecant"""
 _NOTES = """Final training loss: over the whole training set, at the end. Backward passes: evaluations of loss and
 gradient, those inside the line search of L-BFGS included. Wall time: of the training steps; compilation is
-excluded. State bytes: of the optimizer's live state."""
+excluded. State bytes: of the optimizer's live state, and by part:"""
 _SOLVED = 1e-6  # Loss of the whole training set at which a run ends; not far below, rounding is all that is left.
 _REQUIRED = ("flax", "sklearn", "matplotlib", "tqdm")
 _PICTURE, _LOSSES = "training.png", "losses.png"
@@ -70,7 +70,7 @@ class Task(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    """What one step did; over a run every field has an axis ``[steps]`` in front.
+    """The results of one step; over a run every field has an axis ``[steps]`` in front.
 
     Attributes:
         loss: ``[] float32``, of the batch, before the step; in PREDICT that of the last true step; of multisecant that
@@ -103,7 +103,7 @@ class Run(NamedTuple):
     accuracy: float
     backward_passes: int
     seconds: float
-    state_bytes: int
+    state_bytes: vsa_optax.StateBytes
     ignored_gradients: int
     report: vsa_optax.LossReport | None = None
 
@@ -166,13 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     report = runs[_SWITCHED].report
     assert report is not None
     plots.draw_losses(report, losses)
-    print(f"\n{_table(runs)}\n\n{_NOTES}{_ending(options)}{_warning(runs[_SWITCHED])}")
+    print(f"\n{_table(runs)}\n\n{_NOTES}\n\n{_parts(runs)}\n{_ending(options)}{_warning(runs[_SWITCHED])}")
     print(f"\nLosses of {_SWITCHED}: {losses}\nPicture: {picture}")
     return 0
 
 
 def _train(task: Task, options: argparse.Namespace, method: str) -> Run:
-    """Compiles one step, repeats it, and measures what came of it."""
+    """Compiles one step, repeats it, and measures the result."""
     opt = _make_optimizer(method, optax.cosine_decay_schedule(options.learning_rate, options.steps))
     if method == _LBFGS:
         step = _make_line_search_step(task, opt, is_whole=_is_whole(options))
@@ -187,7 +187,7 @@ def _train(task: Task, options: argparse.Namespace, method: str) -> Run:
     jax.device_get(compiled(*first))
     params, state, steps, seconds = _repeat(method, compiled, start(task.params), task, options)
     if method == _MULTISECANT:
-        params = state.params  # What it would try next has not been evaluated.
+        params = state.params  # The next trial has not been evaluated.
     logits = jax.jit(task.logits)(params, task.test[0])
     report, ignored_gradients = None, 0
     if method == _SWITCHED:
@@ -200,7 +200,7 @@ def _train(task: Task, options: argparse.Namespace, method: str) -> Run:
         accuracy=float(np.mean(np.argmax(logits, axis=-1) == task.test[1])),
         backward_passes=int(np.sum(steps.backward_passes)),
         seconds=seconds,
-        state_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+        state_bytes=vsa_optax.state_bytes(state),
         ignored_gradients=ignored_gradients,
         report=report,
     )
@@ -330,9 +330,14 @@ def _table(runs: dict[str, Run]) -> str:
     heads = "method", "final training loss", "test accuracy", "backward passes", "wall time", "state bytes"
     lines = [row(*heads), row("-" * 20, *("-" * len(head) for head in heads[1:]))]
     for name, _, loss, accuracy, backward_passes, seconds, size, *_ in runs.values():
-        cost = backward_passes, f"{seconds:.2f} s", f"{size:,}"
+        cost = backward_passes, f"{seconds:.2f} s", f"{size.total:,}"
         lines.append(row(name, f"{loss:.2e}", f"{accuracy:.2%}", *cost))
     return "\n".join(lines)
+
+
+def _parts(runs: dict[str, Run]) -> str:
+    """The use of each state's bytes, one line per method."""
+    return "\n".join(f"  {name:20}  {run.state_bytes}" for name, run in runs.items())
 
 
 def _ending(options: argparse.Namespace) -> str:
@@ -351,7 +356,7 @@ def _warning(run: Run) -> str:
 
 
 def _draw(runs: dict[str, Run], path: Path) -> None:
-    """All losses, then gradient norms and prediction errors of `phase_switched`, and what its guard made of them."""
+    """All losses, then gradient norms and prediction errors of `phase_switched`, and the decisions of its guard."""
     from matplotlib.figure import Figure
 
     plain, switched = runs[_PLAIN], runs[_SWITCHED]
@@ -379,7 +384,7 @@ def _draw(runs: dict[str, Run], path: Path) -> None:
 
     lengths.plot(steps.predict_length, color="#333333", drawstyle="steps-post")
     lengths.set_ylim(0, 1.1 * float(np.max(steps.predict_length, initial=1)))
-    quality = lengths.twinx()  # Of the first step nothing was predicted.
+    quality = lengths.twinx()  # There is no prediction for the first step.
     quality.plot(np.arange(len(is_predict))[1:], steps.mean_r_squared[1:], color=_RED, linewidth=1)
     quality.set_ylabel("mean R²", color=_RED)
     quality.tick_params(axis="y", colors=_RED)

@@ -1,7 +1,7 @@
-"""The last losses of a run, kept on the device: `track_loss`, whose state `vsa_optax.loss_report` reads.
+"""Keeps the last losses of a run on the device: `track_loss`, whose state `vsa_optax.loss_report` reads.
 
-A loss enters with each update, as ``value=``; updates leave as the wrapped optimizer made them. A step costs a few
-writes to rings.
+Each update receives a loss as ``value=``; the updates are those of the wrapped optimizer. A step costs a few writes to
+ring buffers.
 
 Axes: N losses.
 """
@@ -21,13 +21,13 @@ from vsa_optax.prediction.machine import Phase, PhaseMachineState
 
 
 class TrackLossSettings(NamedTuple):
-    """What `loss_report` decides by, as given to `track_loss`.
+    """The settings of `loss_report`, as given to `track_loss`.
 
     Attributes:
-        rolling_window: ``[] int32``, losses.
-        spike_threshold: ``[] float32``, deviations.
+        rolling_window: ``[] int32``, a number of losses.
+        spike_threshold: ``[] float32``, a number of standard deviations.
         divergence_threshold: ``[] float32``, a ratio.
-        convergence_window: ``[] int32``, losses.
+        convergence_window: ``[] int32``, a number of losses.
         convergence_threshold: ``[] float32``, a relative change.
     """
 
@@ -43,16 +43,16 @@ class TrackLossState(NamedTuple):
 
     Attributes:
         values: ``[N] float32``, the last measured losses, in a ring.
-        steps: ``[N] int32``, the step of each, from 0.
-        phases: ``[N] int32``, the `Phase` of each; None if the optimizer holds no phase machine.
+        steps: ``[N] int32``, the step of each loss, from 0.
+        phases: ``[N] int32``, the `Phase` of each loss; None if the optimizer holds no phase machine.
         errors: ``[N] float32``, the error of the prediction that was compared at that step, or -1 if none was; None
             without a phase machine, or if it never predicts.
-        num_measured: ``[] int32``, losses so far; the next goes to slot ``num_measured % N``.
-        total_steps: ``[] int32``, updates so far.
-        num_repeated: ``[] int32``, of these, steps of PREDICT that repeated the last loss.
-        num_nonfinite: ``[] int32``, of these, steps with a NaN or an infinity for a loss.
+        num_measured: ``[] int32``, the number of losses so far; the next goes to slot ``num_measured % N``.
+        total_steps: ``[] int32``, the number of updates so far.
+        num_repeated: ``[] int32``, the number of PREDICT steps that repeated the last loss.
+        num_nonfinite: ``[] int32``, the number of steps whose loss was a NaN or an infinity.
         best_value: ``[] float32``, the smallest loss so far; infinite before the first.
-        best_step: ``[] int32``, where it was measured first.
+        best_step: ``[] int32``, the step at which it was first measured.
         settings: `TrackLossSettings`.
         inner_state: the wrapped optimizer's state.
     """
@@ -81,37 +81,39 @@ def track_loss(
     convergence_window: int = 50,
     convergence_threshold: float = 0.01,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wraps an optimizer so that its state keeps the last losses; updates are the optimizer's own.
+    """Wraps an optimizer so that its state keeps the last losses; the updates do not change.
 
-    Only measured losses are kept. In PREDICT of a phase machine inside ``opt`` a step repeats the last loss unless a
-    forward pass ran; a repeated loss is counted, not kept. So are a NaN and an infinity.
+    Only measured losses are kept. If ``opt`` contains a phase machine, a PREDICT step repeats the last loss unless a
+    forward pass ran. A repeated loss is counted but not kept, and so is a NaN or an infinity.
 
-    Wrap it around `vsa_optax.phase_switched`, not inside: there it would not see which losses are repeated, which
-    `vsa_optax.value_and_grad_by_phase` refuses. It only watches. To act on a plateau, chain
+    Wrap it around `vsa_optax.phase_switched`. Inside, it could not recognize repeated losses, so
+    `vsa_optax.value_and_grad_by_phase` refuses that. It only observes; to act on a plateau, chain
     ``optax.contrib.reduce_on_plateau``.
 
     Args:
         opt: any optimizer, or ``optax.identity()`` as a link of an ``optax.chain``.
-        max_history: N, how many losses are kept, ``>= 1``.
-        rolling_window: n, losses that count as recent, ``>= 2``.
-        spike_threshold: a loss is a spike that many standard deviations above the mean of the n losses before it,
-            ``> 0``.
-        divergence_threshold: a run diverges where the mean of the last n losses is that many times the mean of the n
-            before them, ``>= 1``.
-        convergence_window: m, losses over which convergence, plateau and trend are read, ``>= 4``.
-        convergence_threshold: the relative change from the first to the second half of the last m losses, ``>= 0``: a
-            larger fall is convergence, a smaller change either way a plateau.
+        max_history: N, the number of losses kept, ``>= 1``.
+        rolling_window: n, the number of losses that count as recent, ``>= 2``.
+        spike_threshold: a loss is a spike if it is this many standard deviations above the mean of the n losses before
+            it, ``> 0``.
+        divergence_threshold: a run diverges if the mean of the last n losses is this many times the mean of the n
+            losses before them, ``>= 1``.
+        convergence_window: m, the number of losses that decide convergence, plateau and trend, ``>= 4``.
+        convergence_threshold: a relative change from the first to the second half of the last m losses, ``>= 0``. A
+            larger fall is convergence; a smaller change in either direction is a plateau.
 
     Returns:
         A transformation that needs the loss as ``value=`` at every update and forwards it, like every other extra
-        argument, to ``opt``. It is one real number; inside ``jax.shard_map`` it is averaged over devices that share the
-        state.
+        argument, to ``opt``. The loss is one real number. Inside ``jax.shard_map`` it is averaged over devices that
+        share the state.
 
     State cost:
-        ``8 * max_history`` bytes and 44; with a phase machine inside, ``8 * max_history`` more.
+        the state of ``opt``, ``8 * max_history`` bytes and 44 bytes; with a phase machine inside, ``8 * max_history``
+        bytes more.
 
     Raises:
-        ValueError: an argument outside its range; at ``update``, no ``value``, or a state with another ``max_history``.
+        ValueError: if an argument is outside its range; at ``update``, if ``value`` is missing, or if the state was
+            made with another ``max_history``.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsa_optax
@@ -219,9 +221,9 @@ def _machine_in(state: Tree) -> PhaseMachineState | None:
 
 
 def _is_repeated(machine: PhaseMachineState, loss: jax.Array) -> jax.Array:
-    """``[] bool``: the step is one of PREDICT, and its loss is the last one once more.
+    """``[] bool``: whether the step is a PREDICT step whose loss repeats the last one.
 
-    Where it is not known while tracing that no forward pass ran, a loss with the very same bits tells.
+    If tracing does not show that no forward pass ran, a loss with the same bits counts as repeated.
     """
     is_predict = machine.phase == Phase.PREDICT
     if machines.repeats_loss(machine):
@@ -231,7 +233,7 @@ def _is_repeated(machine: PhaseMachineState, loss: jax.Array) -> jax.Array:
 
 
 def _error_of_step(before: PhaseMachineState, after: PhaseMachineState | None) -> jax.Array:
-    """``[] float32``: what the step added to the errors of predictions; -1 if nothing."""
+    """``[] float32``: the prediction error that the step measured; -1 if it measured none."""
     assert after is not None
     assert before.errors is not None
     assert after.errors is not None

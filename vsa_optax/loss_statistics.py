@@ -1,4 +1,4 @@
-"""What the losses that `track_loss` keeps say of a run, computed on the host in float64: `loss_report`."""
+"""Statistics of the losses that `track_loss` keeps, computed on the host in float64: `loss_report`."""
 
 import json
 from typing import Any, NamedTuple
@@ -13,16 +13,16 @@ from vsa_optax.prediction.machine import Phase
 
 
 class LossStatistics(NamedTuple):
-    """Of some losses.
+    """Statistics of some losses.
 
     Attributes:
-        num: how many, at least one.
+        num: the number of losses, at least one.
         mean: their mean.
-        variance: the mean squared distance from it (of the losses themselves: divided by ``num``).
-        deviation: its root.
-        minimum: the smallest.
-        maximum: the largest.
-        median: the middle one, or the mean of the middle two.
+        variance: their mean squared distance from the mean, divided by ``num``.
+        deviation: the square root of the variance.
+        minimum: the smallest loss.
+        maximum: the largest loss.
+        median: the middle loss, or the mean of the middle two.
     """
 
     num: int
@@ -38,9 +38,10 @@ class LossSpike(NamedTuple):
     """A loss far above those before it.
 
     Attributes:
-        step: where.
+        step: its step.
         value: the loss.
-        deviations: by how many standard deviations of the ``rolling_window`` losses before it, it exceeds their mean.
+        deviations: its distance above the mean of the ``rolling_window`` losses before it, in their standard
+            deviations.
     """
 
     step: int
@@ -52,10 +53,11 @@ class LossHistory(NamedTuple):
     """Measured losses, the oldest first.
 
     Attributes:
-        steps: of each loss.
+        steps: the step of each loss.
         values: the losses.
         phases: the name of each step's phase; None without a phase machine.
-        errors: of the prediction that was compared at the step, or None if none was; None without a phase machine.
+        errors: the error of the prediction compared at each step, or None if none was; None without a phase machine,
+            or if it never predicts.
     """
 
     steps: tuple[int, ...]
@@ -65,32 +67,33 @@ class LossHistory(NamedTuple):
 
 
 class LossReport(NamedTuple):
-    """What `loss_report` returns: plain Python values.
+    """The report that `loss_report` returns, in plain Python values.
 
     Attributes:
-        total_steps: updates so far.
-        num_measured: of these, steps with a loss of their own; more than the history keeps, maybe.
-        num_repeated: of these, skipped steps that repeated the last loss.
-        num_nonfinite: of these, steps whose loss was a NaN or an infinity.
+        total_steps: the number of updates so far.
+        num_measured: the number of steps with a measured loss, which may exceed the history's length.
+        num_repeated: the number of skipped steps that repeated the last loss.
+        num_nonfinite: the number of steps whose loss was a NaN or an infinity.
         best_value: the smallest loss of the whole run; None before the first.
-        best_step: its step.
-        last_value: the newest loss.
-        statistics: over the history; None if it is empty.
-        rolling: over the last ``rolling_window`` losses, or as many as there are.
-        by_phase: over the history's losses of each phase that has some; empty without a phase machine.
-        improvement_rate: relative change from the first to the last of the last ``rolling_window`` losses, negative for
-            a falling loss; None until so many are known, or if the first is 0.
-        trend: slope of the least-squares line through the last ``convergence_window`` losses, in loss a step; None
-            until so many are known.
-        is_converging: whether the mean of the second half of these is below that of the first by more than
-            ``convergence_threshold`` times that one's magnitude.
-        is_plateau: whether it differs by at most that.
-        divergence: mean of the last ``rolling_window`` losses minus that of the as many before, over that one's
-            magnitude; None until so many are known, or if the latter is 0.
-        is_diverging: whether that exceeds ``divergence_threshold - 1``.
-        spikes: losses of the history more than ``spike_threshold`` deviations above those before them. The window does
-            not hold the loss itself: in one of n that did, none could be beyond ``(n - 1) / sqrt(n)`` deviations.
-        history: the losses.
+        best_step: the step of the smallest loss; None before the first.
+        last_value: the newest loss; None before the first.
+        statistics: statistics of the history; None if it is empty.
+        rolling: statistics of the last ``rolling_window`` losses, or of as many as there are.
+        by_phase: statistics of the history's losses for each phase that has some; empty without a phase machine.
+        improvement_rate: the relative change from the first to the last of the last ``rolling_window`` losses, negative
+            for a falling loss; None until so many are known, or if the first is 0.
+        trend: the slope of the least-squares line through the last ``convergence_window`` losses, in loss per step;
+            None until so many are known.
+        is_converging: whether the mean of the second half of the last ``convergence_window`` losses is below that of
+            the first half by more than ``convergence_threshold``, relative to the latter.
+        is_plateau: whether these two means differ by at most ``convergence_threshold``, relative to the first.
+        divergence: the relative change from the mean of the ``rolling_window`` losses before the last
+            ``rolling_window`` to the mean of these; None until so many are known, or if the former is 0.
+        is_diverging: whether ``divergence`` exceeds ``divergence_threshold - 1``.
+        spikes: the losses in the history that are more than ``spike_threshold`` deviations above those before them. The
+            window excludes the loss itself: in a window of n with it, no loss could exceed ``(n - 1) / sqrt(n)``
+            deviations.
+        history: the losses themselves.
     """
 
     total_steps: int
@@ -113,7 +116,7 @@ class LossReport(NamedTuple):
     history: LossHistory
 
     def over(self, num: int) -> LossStatistics | None:
-        """Statistics of the last ``num`` losses of the history, or as many as there are; None if there is none."""
+        """Statistics of the last ``num`` losses of the history, or of as many as there are; None if there are none."""
         if num < 1:
             raise ValueError(f"num must be an integer >= 1, got {num!r}")
         return _statistics(np.asarray(self.history.values[-num:], np.float64))
@@ -124,7 +127,7 @@ class LossReport(NamedTuple):
 
     @classmethod
     def from_json(cls, text: str) -> "LossReport":
-        """The report that `to_json` wrote, equal in every bit."""
+        """Reads the report that `to_json` wrote; both are equal bit for bit."""
         fields = json.loads(text)
         for name in ("statistics", "rolling"):
             fields[name] = None if fields[name] is None else LossStatistics(**fields[name])
@@ -137,18 +140,18 @@ class LossReport(NamedTuple):
 
 
 def loss_report(opt_state: Tree) -> LossReport:
-    """Statistics, trend and anomalies of the losses in an optimizer's state, on the host.
+    """Computes statistics, trend and anomalies of the losses in an optimizer's state, on the host.
 
-    It fetches the state's rings and computes in float64; it is not for use under ``jax.jit``.
+    It fetches the state's ring buffers and computes in float64. It cannot be used under ``jax.jit``.
 
     Args:
-        opt_state: an optimizer state with one `track_loss` anywhere inside.
+        opt_state: an optimizer state that contains exactly one `vsa_optax.track_loss` state, at any depth.
 
     Returns:
-        A `LossReport`.
+        A `vsa_optax.LossReport`.
 
     Raises:
-        ValueError: no `track_loss` in the state, or more than one.
+        ValueError: if the state contains no `vsa_optax.track_loss` state, or more than one.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsa_optax
@@ -226,7 +229,7 @@ def _by_phase(values: np.ndarray, phases: np.ndarray | None) -> dict[str, LossSt
 
 
 def _change(values: np.ndarray, num: int) -> float | None:
-    """From the ``num`` losses before the last ``num`` to these: the relative change of their means."""
+    """The relative change of the mean loss from the ``num`` losses before the last ``num`` to the last ``num``."""
     if len(values) < 2 * num:
         return None
     before, last = np.mean(values[-2 * num : -num]), np.mean(values[-num:])
@@ -245,7 +248,7 @@ def _spikes(steps: np.ndarray, values: np.ndarray, num: int, threshold: float) -
         return ()
     before = np.lib.stride_tricks.sliding_window_view(values[:-1], num)
     mean = np.mean(before, axis=1)
-    # Losses are float32: where those before are all the same, a difference in the last bit is no spike.
+    # Losses are float32: after equal losses, a difference in the last bit is not a spike.
     floor = np.finfo(np.float32).eps * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
     deviations = (values[num:] - mean) / np.maximum(np.std(before, axis=1), floor)
     at = np.flatnonzero(deviations > threshold)
@@ -253,8 +256,8 @@ def _spikes(steps: np.ndarray, values: np.ndarray, num: int, threshold: float) -
     return tuple(LossSpike(*row) for row in zip(*columns, strict=True))
 
 
-def _as_dict(value: Any) -> Any:  # noqa: ANN401 # Of any nesting.
-    """NamedTuples as dictionaries."""
+def _as_dict(value: Any) -> Any:  # noqa: ANN401 # The nesting is arbitrary.
+    """Turns NamedTuples into dictionaries."""
     if hasattr(value, "_asdict"):
         return {name: _as_dict(part) for name, part in value._asdict().items()}
     if isinstance(value, dict):

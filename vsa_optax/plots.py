@@ -1,6 +1,6 @@
-"""Pictures of a run. Matplotlib is imported by the functions that draw, and not with the package.
+"""Plots of a run. The functions import Matplotlib when they draw; importing the package does not.
 
-It comes with the extra ``vsa-optax[demo]``.
+The extra ``vsa-optax[demo]`` installs Matplotlib.
 """
 
 import itertools
@@ -27,12 +27,12 @@ _BLUE, _RED = "#0b5fa5", "#b3261e"
 
 
 def shade_phases(axis: "Axes", phases: Sequence[int] | np.ndarray, *, first_step: int = 0) -> None:
-    """Colours every unbroken stretch of a phase, from the bottom of the axes to their top, and labels each phase.
+    """Shades every consecutive run of a phase over the full height of the axes, and labels each phase.
 
     Args:
-        axis: Matplotlib's axes, on which a step is as wide as one.
+        axis: Matplotlib axes on which one step has width 1.
         phases: the `vsa_optax.Phase` of each step.
-        first_step: the number of the first one.
+        first_step: the number of the first step.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -52,20 +52,20 @@ def shade_phases(axis: "Axes", phases: Sequence[int] | np.ndarray, *, first_step
 
 
 def draw_losses(report: LossReport, path: str | os.PathLike[str] | None = None) -> "Figure":
-    """One page: losses over steps with phases shaded and spikes marked, and below them the errors of predictions.
+    """Plots losses over steps with shaded phases and marked spikes, and the errors of predictions below them.
 
-    Steps without a loss of their own, between two that have one, are shaded as PREDICT; without a phase machine nothing
-    is shaded, and there are no errors.
+    Steps without their own loss, between two steps that have one, are shaded as PREDICT. Without a phase machine,
+    nothing is shaded and no errors are plotted.
 
     Args:
-        report: what `vsa_optax.loss_report` returned, with one loss at least.
-        path: where to write the picture, or None.
+        report: the result of `vsa_optax.loss_report`, with at least one loss.
+        path: the file to write the plot to, or None.
 
     Returns:
-        Matplotlib's figure.
+        The Matplotlib figure.
 
     Raises:
-        ValueError: a report without losses.
+        ValueError: if the report has no losses.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsa_optax
@@ -116,7 +116,7 @@ def draw_losses(report: LossReport, path: str | os.PathLike[str] | None = None) 
 
 
 def _every_step(steps: tuple[int, ...], phases: tuple[str, ...]) -> np.ndarray:
-    """The phase of each step from the first to the last that has a loss."""
+    """The phase of each step from the first loss to the last."""
     found = np.full(steps[-1] - steps[0] + 1, int(Phase.PREDICT))
     found[np.asarray(steps) - steps[0]] = [Phase[name] for name in phases]
     return found

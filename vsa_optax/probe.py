@@ -1,9 +1,9 @@
-"""Which transformation to take: ``vsa_optax.probe(loss, params, batches, opt)``, or from the command line.
+"""Recommends a transformation: ``vsa_optax.probe(loss, params, batches, opt)``, or from the command line.
 
 ``python -m vsa_optax.probe module:function`` calls the function, which returns ``(loss, params, batches, opt)``, and
-prints what `probe` measures.
+prints the measurements of `probe`.
 
-This module can be called: ``vsa_optax.probe`` is the module once it has been imported, whoever did so first.
+This module is callable, because ``vsa_optax.probe`` is the module once anything has imported it.
 """
 
 import argparse
@@ -47,36 +47,37 @@ def probe(
     opt: optax.GradientTransformation,
     steps: int = 100,
 ) -> ProbeReport:
-    """Measures what skipping gradients would bring in a training of yours, and prints which transformation to take.
+    """Measures the effect of skipping gradients on your training, and prints a recommended transformation.
 
-    It trains from ``params`` on the same batches with ``opt``, with ``phase_switched(opt)``, on a GPU also compiled by
-    `vsa_optax.jit_by_phase`, and, if the gradient has no noise, with ``multisecant(opt)``, each with its defaults. What
-    came to plain training's loss in the least time is recommended, if it saves time: `phase_switched`, if it takes at
-    most 0.9 of plain's; `multisecant`, if plain training, given as much time, does not come as low. Nothing else is
-    recommended than what was measured, and what was not is said.
+    It trains from ``params`` on the same batches with ``opt``, with ``phase_switched(opt)`` and, if the gradient has no
+    noise, with ``multisecant(opt)``. Each has its defaults. On a GPU, ``phase_switched`` is also compiled by
+    `vsa_optax.jit_by_phase`. The probe recommends the transformation that reached plain training's loss in the least
+    time, if it saves time. ``phase_switched`` must take at most 0.9 of plain training's time. ``multisecant`` must
+    reach a loss that plain training does not reach in the same time. The report also lists what was not measured.
 
-    Each way is run two to four times, to be timed: in all four to twelve times ``steps`` steps, up to sixteen on a GPU,
-    and plain training once more for as long as `multisecant` took. Two probes give the same report, except for times
-    and a recommendation that depends on them. ``params`` are left as they are.
+    Each variant runs two to four times, to be timed: four to twelve times ``steps`` steps in total, up to sixteen on a
+    GPU. Plain training runs once more for as long as ``multisecant`` took. Two probes give the same report, except for
+    times and a recommendation that depends on them. ``params`` do not change.
 
     Args:
-        loss: a function of parameters and a batch with a real scalar value. It can be traced by ``jax.jit``.
-        params: tree of floating-point or complex arrays, to start from.
-        batches: a list, or an iterable that is no array and no tree of JAX's, such as a generator: one batch for each
-            step, from the beginning again where it ends. ``steps`` batches at most are taken, and kept in memory.
-            Anything else, such as an array, a tuple ``(x, y)``, a dict or None: the one batch of all steps, for a loss
-            on all data. All batches have the same structure, shapes and dtypes.
+        loss: a function of parameters and a batch that returns a real scalar. ``jax.jit`` must be able to trace it.
+        params: a tree of floating-point or complex arrays, from which each run starts.
+        batches: a list, or another iterable such as a generator, with one batch per step; it repeats when it ends. At
+            most ``steps`` batches are taken, and all are kept in memory. An array or another JAX tree, such as a tuple
+            ``(x, y)``, a dict or None, is the single batch of all steps, for a loss on all data. All batches have the
+            same structure, shapes and dtypes.
         opt: your optimizer, without `vsa_optax.phase_switched` or `vsa_optax.multisecant`.
-        steps: of each run, ``>= 20``.
+        steps: the number of steps of each run, ``>= 20``.
 
     Returns:
-        What was measured; ``str(report)`` is what was printed.
+        A `vsa_optax.ProbeReport` of the measurements; ``str(report)`` is the printed text.
 
     Raises:
-        ValueError: ``steps`` out of range; no ``params``; no batches, or different ones; an ``opt`` that is no Optax
-            transformation, or holds `phase_switched`, `predict_gradients` or `multisecant` already.
-        TypeError: a ``loss`` that cannot be called or whose value is not a real scalar; leaves of ``params`` that have
-            no gradient; leaves of a batch that are no arrays.
+        ValueError: if ``steps`` is out of range; if there are no ``params`` or no batches; if batches differ in
+            structure, shape or dtype; if ``opt`` is not an Optax transformation, or already contains
+            ``phase_switched``, ``predict_gradients`` or ``multisecant``.
+        TypeError: if ``loss`` cannot be called or does not return a real scalar; if a leaf of ``params`` has no
+            gradient; if a leaf of a batch is not an array.
 
     Example:
         >>> import contextlib, io, jax.numpy as jnp, optax, vsa_optax
@@ -105,7 +106,7 @@ def probe(
         try:
             trial = prepare()
             outcomes[name], trials[name] = probe_runs.run(task, trial), trial
-        except (ValueError, TypeError) as error:  # It cannot be wrapped.
+        except (ValueError, TypeError) as error:  # The optimizer cannot be wrapped.
             not_measured.append(f"{name}: {error}")
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -141,13 +142,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Args:
-        argv: the words of the command line; None takes them from ``sys.argv``.
+        argv: the arguments of the command line; None takes them from ``sys.argv``.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        SystemExit: with code 2 for a bad option or function, with 0 after ``--help``.
+        SystemExit: with code 2 for a bad option or function, and with code 0 after ``--help``.
     """
     parser = argparse.ArgumentParser(prog="python -m vsa_optax.probe", description=_DESCRIPTION, allow_abbrev=False)
     parser.add_argument("function", metavar="module:function", help="returns (loss, params, batches, opt)")
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _ways(
     task: probe_runs.Task, opt: optax.GradientTransformationExtraArgs, *, is_noisy: bool
 ) -> dict[str, Callable[[], probe_runs.Trial]]:
-    """What is tried beside plain training; each refuses by an error."""
+    """The alternatives to plain training; each raises an error if it is not applicable."""
 
     def switched() -> probe_runs.Trial:
         return probe_runs.compiled(task, phase_switched(opt), probe_runs.switched_step)
@@ -196,7 +197,7 @@ def _compared(
     trials: Mapping[str, probe_runs.Trial],
     outcomes: Mapping[str, probe_runs.Outcome],
 ) -> dict[str, ProbeRun]:
-    """The runs, and when they came to plain's loss."""
+    """The runs, with the steps that each needed to reach plain training's loss."""
     steps, plain_loss = len(task.batches), evaluation.loss(outcomes[_PLAIN].params)
     runs = {}
     for name, (params, state_bytes, losses, gradients, seconds) in outcomes.items():
@@ -211,7 +212,7 @@ def _compared(
 
 
 def _as_long(task: probe_runs.Task, trial: probe_runs.Trial, plain: ProbeRun, leaping: ProbeRun) -> ProbeRun:
-    """Plain training for as much time as `multisecant` took."""
+    """Plain training for as long as `multisecant` took."""
     steps = len(task.batches)
     num = max(steps, round(steps * leaping.seconds_per_step / plain.seconds_per_step))
     batches = list(itertools.islice(itertools.cycle(task.batches), num))
@@ -220,7 +221,7 @@ def _as_long(task: probe_runs.Task, trial: probe_runs.Trial, plain: ProbeRun, le
 
 
 def _make_task(loss: Callable[[Any, Any], jax.Array], params: Tree, batches: object, steps: int) -> probe_runs.Task:
-    """What is trained, checked."""
+    """Checks the arguments of a probe and returns them as a task."""
     if not callable(loss):
         raise TypeError(f"loss must be a function of parameters and a batch, got {loss!r}")
     checks.check_inexact_leaves(params)
@@ -240,7 +241,7 @@ def _make_task(loss: Callable[[Any, Any], jax.Array], params: Tree, batches: obj
 
 
 def _batches_in(batches: object, steps: int) -> list[Tree]:
-    """The different ones, ``steps`` at most."""
+    """The distinct batches, at most ``steps`` of them."""
     if _are_several(batches):
         given = list(itertools.islice(batches, steps))
         if not given:
@@ -257,12 +258,12 @@ def _batches_in(batches: object, steps: int) -> list[Tree]:
                 "batches must have the same structure, shapes and dtypes (leave out a last one that is smaller), but "
                 f"batches[{number}] is {_kind_of(batch)}, and batches[0] is {_kind_of(given[0])}"
             )
-    # The one batch of all steps is brought to the device once.
+    # A single batch for all steps is copied to the device once.
     return [jax.tree.map(jnp.asarray, given[0])] if len(given) == 1 else given
 
 
 def _are_several(batches: object) -> TypeGuard[Iterable[Tree]]:
-    """Whether they are a list, or an iterable that is no array, no tree of JAX's and no text."""
+    """Whether ``batches`` are a list, or an iterable that is neither an array, a JAX tree nor a string."""
     if isinstance(batches, list):
         return True
     is_leaf = jax.tree_util.all_leaves([batches]) and not isinstance(batches, Array | str | bytes)
@@ -270,7 +271,7 @@ def _are_several(batches: object) -> TypeGuard[Iterable[Tree]]:
 
 
 def _kind_of(batch: Tree) -> str:
-    """Structure, shapes and dtypes, to compare and to read."""
+    """Structure, shapes and dtypes as text, for comparisons and errors."""
     return str(jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", batch))
 
 
@@ -281,7 +282,7 @@ def _check_optimizer(opt: optax.GradientTransformation) -> optax.GradientTransfo
 
 
 def _refuse_ours(state: optax.OptState) -> None:
-    """``ValueError`` if the optimizer already holds what is to be tried."""
+    """``ValueError`` if the optimizer already contains one of the transformations to be tried."""
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, MultisecantState))
     if contains_machine(state) or any(isinstance(node, MultisecantState) for node in nodes):
         raise ValueError(
@@ -306,10 +307,10 @@ def _setting(task: probe_runs.Task) -> str:
 
 
 class _Callable(types.ModuleType):
-    """A module that is called like `probe`.
+    """A module that can be called like `probe`.
 
-    Importing ``vsa_optax.probe`` makes the package's attribute of that name the module, at a time when nothing here can
-    prevent it. So that ``vsa_optax.probe(...)`` works whatever was imported before, the module is what is called.
+    Importing ``vsa_optax.probe`` sets the package's attribute of that name to the module, and nothing here can prevent
+    it. The module is callable, so that ``vsa_optax.probe(...)`` works whatever was imported before.
     """
 
     def __call__(
@@ -320,7 +321,7 @@ class _Callable(types.ModuleType):
         opt: optax.GradientTransformation,
         steps: int = 100,
     ) -> ProbeReport:
-        """See `vsa_optax.probe.probe`."""
+        """Calls `vsa_optax.probe.probe`."""
         return probe(loss, params, batches, opt, steps)
 
 

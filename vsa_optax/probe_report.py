@@ -1,18 +1,20 @@
-"""What `vsa_optax.probe` measured, which transformation that speaks for, and both as text."""
+"""The report of `vsa_optax.probe`: its measurements, its recommendation, and both as text."""
 
 import math
 import textwrap
 from typing import Literal, NamedTuple, TypeAlias
 
+from vsa_optax.memory import in_units
+
 Recommendation: TypeAlias = Literal["none", "phase_switched", "multisecant"]
 
-# Gradients that differ less, relative to their norm, differ by rounding.
+# Gradients whose relative difference is smaller differ by rounding only.
 LEAST_NOISE = 1e-4
-# Of plain's seconds, what something may take at most to be recommended: less than that may be chance.
+# The largest fraction of plain's seconds that a recommended transformation may take: a smaller saving may be chance.
 MOST_OF_PLAINS_TIME = 0.9
-# Above plain's loss at the end, relative to it, where something still counts as no worse.
+# A loss counts as no worse if it exceeds plain's final loss by at most this fraction of it.
 LOSS_TOLERANCE = 0.05
-# Of the first loss, which lower ones may be away from each other and still be the same.
+# Losses count as equal if they differ by at most this fraction of the first loss.
 _ROUNDING = 2.0**-23
 
 _SWITCHED_CODE = """\
@@ -33,19 +35,19 @@ _COLUMNS = ("", "gradients", "loss at the end", "ms a step", "of plain", "state"
 
 
 class ProbeRun(NamedTuple):
-    """What one way of training did in a probe, and what it cost.
+    """The result and the cost of one variant of training in a probe.
 
     Attributes:
-        gradients: evaluations of loss and gradient in all steps.
-        loss: of the first batches, averaged, at the parameters behind the last step; of `multisecant` at the accepted
-            ones.
-        steps_to_plain: steps until its loss was what plain training's was at the end; None if it never was. Of
-            `phase_switched` all steps, if its loss at the end is at most 5 % above plain's.
-        seconds_per_step: over all steps, which are not waited for one by one; without compilation.
-        state_bytes: of the optimizer's state.
-        argument_bytes: of the compiled step's arguments, as XLA counts them: parameters, state and a batch. None if XLA
-            did not say.
-        temporary_bytes: of what the compiled step allocates while it runs; None likewise.
+        gradients: the number of evaluations of loss and gradient in all steps.
+        loss: the mean loss of the first batches at the parameters after the last step; for ``multisecant`` at the
+            accepted parameters.
+        steps_to_plain: the number of steps until its loss reached plain training's final loss; None if it never did.
+            For ``phase_switched`` it is all steps if its final loss is at most 5 % above plain training's.
+        seconds_per_step: the mean time per step without compilation; the host does not wait after each step.
+        state_bytes: the bytes of the optimizer's state.
+        argument_bytes: the bytes of the compiled step's arguments, as XLA counts them: parameters, state and a batch.
+            None if XLA does not report them.
+        temporary_bytes: the bytes that the compiled step allocates while it runs; None if XLA does not report them.
     """
 
     gradients: int
@@ -58,26 +60,28 @@ class ProbeRun(NamedTuple):
 
 
 class ProbeReport(NamedTuple):
-    """What `vsa_optax.probe` measured; ``str(report)`` says it in words.
+    """The measurements of `vsa_optax.probe`; ``str(report)`` is the printed text.
 
     Attributes:
-        recommendation: ``"none"``, ``"phase_switched"`` or ``"multisecant"``, each of which was measured.
-        reason: for it, in one or two sentences.
+        recommendation: ``"none"``, ``"phase_switched"`` or ``"multisecant"``. Only measured variants are recommended.
+        reason: the reason for it, in one or two sentences.
         code: the lines to paste; empty for ``"none"``.
-        setting: the device, and the numbers of steps, different batches, parameters and leaves.
-        first_loss: at the given parameters, averaged as `ProbeRun.loss`.
-        evaluation_noise: ``||g - g'|| / ||g||`` of the gradient evaluated twice, for the same parameters and batch.
-        batch_noise: ``||g - g'||`` over the mean of both norms, for two batches at the given parameters, averaged over
+        setting: the device, and the numbers of steps, distinct batches, parameters and leaves.
+        first_loss: the mean loss of the first batches at the given parameters.
+        evaluation_noise: the relative difference of two evaluations with the same parameters and batch, of loss or
+            gradient, whichever is larger.
+        batch_noise: ``||g - g'||`` over the mean of both norms for two batches at the given parameters, averaged over
             neighbours among the first eight batches; None with one batch.
-        batch_noise_at_end: the same at the parameters where plain training ended.
-        predictable_share: of the steps, those that `phase_switched` skipped; None if it was not measured.
-        plain: `ProbeRun` of the given optimizer.
-        plain_as_long: the same for as much time as `multisecant` took for its steps, with the lowest loss of all steps;
-            None without `multisecant`.
-        phase_switched: `ProbeRun` of it inside `vsa_optax.phase_switched`, or None.
-        by_phase: the same compiled by `vsa_optax.jit_by_phase`, or None. It has several programs: their bytes are None.
-        multisecant: `ProbeRun` of it inside `vsa_optax.multisecant`, or None.
-        not_measured: what was not, and why.
+        batch_noise_at_end: the same at the final parameters of plain training.
+        predictable_share: the fraction of steps that ``phase_switched`` skipped; None if it was not measured.
+        plain: `vsa_optax.ProbeRun` of the given optimizer.
+        plain_as_long: the same for as much time as ``multisecant`` took, with the lowest loss of all steps; None
+            without ``multisecant``.
+        phase_switched: `vsa_optax.ProbeRun` of the optimizer inside `vsa_optax.phase_switched`, or None.
+        by_phase: the same compiled by `vsa_optax.jit_by_phase`, or None. It has several programs, so their bytes are
+            None.
+        multisecant: `vsa_optax.ProbeRun` of the optimizer inside `vsa_optax.multisecant`, or None.
+        not_measured: a list of what was not measured, with reasons.
     """
 
     recommendation: Recommendation
@@ -113,19 +117,22 @@ def choose(
     by_phase: ProbeRun | None,
     multisecant: ProbeRun | None,
 ) -> tuple[Recommendation, str, str]:
-    """What to take, why, and the lines to paste: whatever reached plain's loss in the least time, if it saves time.
+    """Recommends the transformation that reached plain's loss in the least time, if it saves time.
 
-    `phase_switched` saves time if it takes at most 0.9 of plain's. `multisecant` does, if in the time of its run plain
-    does not come as low: it may be slower at first, where plain is quick, and faster later.
+    `phase_switched` saves time if it takes at most 0.9 of plain's time. `multisecant` saves time if plain does not
+    reach as low a loss in the time of its run, since it may be slower than plain at first and faster later.
 
     Args:
-        steps: of each run.
-        first_loss: before them.
-        plain: the given optimizer's run.
-        plain_as_long: its run for as much time as that of `multisecant` took, if that was measured.
-        phase_switched: that of `phase_switched`, if it was measured.
+        steps: the number of steps of each run.
+        first_loss: the loss before the first step.
+        plain: the run of the given optimizer.
+        plain_as_long: its run for as long as `multisecant` took, if that was measured.
+        phase_switched: the run of `phase_switched`, if it was measured.
         by_phase: the same compiled by `jit_by_phase`, if it was measured.
-        multisecant: that of `multisecant`, if it was measured.
+        multisecant: the run of `multisecant`, if it was measured.
+
+    Returns:
+        The recommendation, its reason, and the lines to paste.
     """
     if not (math.isfinite(plain.loss) and plain.loss < first_loss):
         reason = (
@@ -172,7 +179,7 @@ def choose(
 def _ways(
     switched: ProbeRun | None, by_phase: ProbeRun | None, multisecant: ProbeRun | None
 ) -> list[tuple[Recommendation, str, ProbeRun]]:
-    """What may be recommended, with the lines to paste: whatever was measured."""
+    """The variants that may be recommended, since they were measured, with the lines to paste."""
     ways: list[tuple[Recommendation, str, ProbeRun | None]] = [
         ("phase_switched", _SWITCHED_CODE, switched),
         ("phase_switched", _SWITCHED_CODE + _BY_PHASE_CODE, by_phase),
@@ -182,7 +189,7 @@ def _ways(
 
 
 def _gradients_to_plain(run: ProbeRun, steps: int) -> int:
-    """Those in the steps to plain's loss: a step of `multisecant` takes one."""
+    """The number of gradients until plain's loss was reached; a step of `multisecant` takes one."""
     return run.gradients if run.steps_to_plain == steps else run.steps_to_plain or 0
 
 
@@ -254,10 +261,7 @@ def _table(report: ProbeReport) -> str:
 
 
 def _in_units(size: int | None) -> str:
-    if size is None:
-        return "-"
-    units = [(10**9, "GB"), (10**6, "MB"), (10**3, "kB")]
-    return next((f"{size / unit:.3g} {name}" for unit, name in units if size >= unit), f"{size} B")
+    return "-" if size is None else in_units(size)
 
 
 def _advice(report: ProbeReport) -> str:

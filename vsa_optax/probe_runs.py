@@ -12,27 +12,28 @@ import numpy as np
 import optax
 
 from vsa_optax.core.types import Tree
+from vsa_optax.memory import state_bytes
 from vsa_optax.prediction.jit_by_phase import jit_by_phase
 from vsa_optax.prediction.leap import MultisecantState
 from vsa_optax.prediction.stats import needs_backward
 from vsa_optax.prediction.value_and_grad import value_and_grad_by_phase
 
-# A step returns parameters, state, the loss that is known after it, and whether it took a gradient.
+# A step returns parameters, state, the loss known after the step, and whether it took a gradient.
 Step = Callable[[Tree, Tree, Tree], tuple[Tree, Tree, jax.Array, jax.Array]]
 
-NUM_COMPARED = 8  # Batches, of which gradients are compared and losses averaged.
+NUM_COMPARED = 8  # The number of batches whose gradients are compared and whose losses are averaged.
 _MOST_ROUNDS = 3
 _ENOUGH_SECONDS = 10.0
 
 
 class Task(NamedTuple):
-    """What is trained.
+    """The loss, the parameters and the batches of a training.
 
     Attributes:
-        loss: of parameters and a batch.
-        params: where each run starts; never donated.
-        batches: one for each step.
-        num_different: how many of them were given; the others repeat them.
+        loss: a function of parameters and a batch.
+        params: the parameters at the start of each run; they are never donated.
+        batches: one batch for each step.
+        num_different: the number of batches given; the others repeat them.
     """
 
     loss: Callable[[Tree, Tree], jax.Array]
@@ -42,19 +43,18 @@ class Task(NamedTuple):
 
     @property
     def compared(self) -> Sequence[Tree]:
-        """The first batches, each once."""
+        """The first distinct batches, at most `NUM_COMPARED`."""
         return self.batches[: min(self.num_different, NUM_COMPARED)]
 
 
 class Trial(NamedTuple):
-    """A way to train, compiled.
+    """A compiled training step.
 
     Attributes:
-        step: that donates parameters and state.
-        init: makes the optimizer's state before the first step. It is made for each run, so that no more than that of
-            one takes memory.
-        argument_bytes: see `ProbeRun`.
-        temporary_bytes: see `ProbeRun`.
+        step: the step, which donates parameters and state.
+        init: makes the optimizer's initial state. It is called for each run, so only one state is in memory.
+        argument_bytes: the bytes of the step's arguments, as `ProbeRun` defines them.
+        temporary_bytes: the bytes that the step allocates, as `ProbeRun` defines them.
     """
 
     step: Step
@@ -64,14 +64,14 @@ class Trial(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a run did; its losses are those known after each step.
+    """The result of a run.
 
     Attributes:
-        params: behind the last step; of `multisecant` the accepted ones.
-        state_bytes: of the optimizer's state, there.
-        losses: ``[steps] float``.
-        gradients: how many were taken.
-        seconds: for all steps.
+        params: the parameters after the last step; for `multisecant` the accepted ones.
+        state_bytes: the bytes of the optimizer's state after the last step.
+        losses: ``[steps] float``, the losses known after each step.
+        gradients: the number of gradients taken.
+        seconds: the time of all steps.
     """
 
     params: Tree
@@ -82,11 +82,11 @@ class Outcome(NamedTuple):
 
 
 def plain_step(loss: Callable[[Tree, Tree], jax.Array], opt: optax.GradientTransformationExtraArgs) -> Step:
-    """A step of the optimizer as it is, with whatever Optax's transformations ask for."""
+    """A step of the given optimizer, with all extra arguments that Optax's transformations may need."""
 
     def step(params: Tree, state: Tree, batch: Tree) -> tuple[Tree, Tree, jax.Array, jax.Array]:
         value, grads = jax.value_and_grad(loss)(params, batch)
-        grads = jax.tree.map(jnp.conj, grads)  # Of complex leaves, down which the loss falls.
+        grads = jax.tree.map(jnp.conj, grads)  # For complex leaves, the loss falls along the conjugate.
         extra = {"value": value, "grad": grads, "value_fn": lambda params: loss(params, batch)}
         updates, state = opt.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state, value, jnp.array(True)
@@ -108,7 +108,7 @@ def switched_step(loss: Callable[[Tree, Tree], jax.Array], opt: optax.GradientTr
 
 
 def multisecant_step(loss: Callable[[Tree, Tree], jax.Array], opt: optax.GradientTransformationExtraArgs) -> Step:
-    """A step of `multisecant`, whose loss is that of the accepted parameters."""
+    """A step of `multisecant`; its loss is that of the accepted parameters."""
 
     def step(params: Tree, state: Tree, batch: Tree) -> tuple[Tree, Tree, jax.Array, jax.Array]:
         value, grads = jax.value_and_grad(loss)(params, batch)
@@ -120,12 +120,12 @@ def multisecant_step(loss: Callable[[Tree, Tree], jax.Array], opt: optax.Gradien
 
 
 def compiled(task: Task, opt: optax.GradientTransformationExtraArgs, make_step: Callable[..., Step]) -> Trial:
-    """The optimizer's start and its step as one program."""
+    """Compiles the step of an optimizer into one program."""
     jitted = jax.jit(make_step(task.loss, opt), donate_argnums=(0, 1))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable", UserWarning)
         program = jitted.lower(task.params, opt.init(task.params), task.batches[0]).compile()
-    # What is sharded may leave in other shardings than it came in, which a compiled program refuses.
+    # Sharded results may have other shardings than the arguments, which a compiled program does not accept.
     devices = {device for leaf in jax.tree.leaves(task.params) for device in leaf.devices()}
     step: Any = program if len(devices) == 1 else jitted
     memory = program.memory_analysis()
@@ -134,13 +134,13 @@ def compiled(task: Task, opt: optax.GradientTransformationExtraArgs, make_step: 
 
 
 def compiled_by_phase(task: Task, opt: optax.GradientTransformationExtraArgs) -> Trial:
-    """The step of `phase_switched` as one program for each kind of step, which the first run compiles."""
+    """The step of `phase_switched` with one program for each kind of step, which the first run compiles."""
     step: Any = jit_by_phase(switched_step(task.loss, opt), donate_argnums=(0, 1))
     return Trial(step, lambda: opt.init(task.params), None, None)
 
 
 def run(task: Task, trial: Trial) -> Outcome:
-    """All steps, which are waited for at their end."""
+    """Runs all steps, and waits for them at the end only."""
     params, state = jax.block_until_ready(_own_copy((task.params, trial.init())))
     records = []
     began = time.perf_counter()
@@ -151,15 +151,15 @@ def run(task: Task, trial: Trial) -> Outcome:
     seconds = time.perf_counter() - began
     losses, needs = zip(*jax.device_get(records), strict=True)
     accepted = state.params if isinstance(state, MultisecantState) else params
-    return Outcome(accepted, _num_bytes(state), np.asarray(losses, np.float64), int(np.sum(needs)), seconds)
+    return Outcome(accepted, state_bytes(state).total, np.asarray(losses, np.float64), int(np.sum(needs)), seconds)
 
 
 def fastest(task: Task, trials: Mapping[str, Trial], outcomes: Mapping[str, Outcome]) -> dict[str, Outcome]:
     """The outcomes, with the seconds of the fastest of up to three rounds.
 
-    All runs of a trial are the same but for their times. A round goes through all trials, so that what else the machine
-    does meets each of them. There is one round only where the runs behind ``outcomes`` took long. Their own times do
-    not count: they may have compiled.
+    All runs of a trial differ in time only. A round runs each trial once, so that other load on the machine affects all
+    of them. There is only one round if the runs of ``outcomes`` took long. Their own times do not count, since they may
+    include compilation.
     """
     num_rounds = _MOST_ROUNDS if sum(outcome.seconds for outcome in outcomes.values()) < _ENOUGH_SECONDS else 1
     seconds: dict[str, list[float]] = {name: [] for name in trials}
@@ -170,40 +170,36 @@ def fastest(task: Task, trials: Mapping[str, Trial], outcomes: Mapping[str, Outc
 
 
 class Evaluation:
-    """Losses and gradients of a task's first batches, and how far they are apart."""
+    """Losses and gradients of a task's first batches, and the distances between them."""
 
     def __init__(self, task: Task) -> None:
         self._batches = task.compared
         self._evaluate = jax.jit(jax.value_and_grad(task.loss))
 
     def loss(self, params: Tree) -> float:
-        """Averaged over the batches."""
+        """The loss, averaged over the batches."""
         return float(np.mean([float(self._evaluate(params, batch)[0]) for batch in self._batches]))
 
     def again(self, params: Tree) -> float:
-        """How far two evaluations of one batch are apart: in loss or in gradient, whichever is more."""
+        """The relative distance of two evaluations of one batch, in loss or in gradient, whichever is larger."""
         (value, grads), (value_again, grads_again) = (self._evaluate(params, self._batches[0]) for _ in range(2))
         return max(_distance(value, value_again), _distance(grads, grads_again))
 
     def between_batches(self, params: Tree) -> float | None:
-        """How far the gradients of neighbours are apart, averaged; None for one batch."""
+        """The mean relative distance between the gradients of neighbouring batches; None for one batch."""
         if len(self._batches) == 1:
             return None
         gradients = (self._evaluate(params, batch)[1] for batch in self._batches)
         return float(np.mean([_distance(*pair) for pair in itertools.pairwise(gradients)]))
 
 
-def _num_bytes(tree: Tree) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
 def _own_copy(tree: Tree) -> Tree:
-    """Buffers of its own for each leaf, which can be donated."""
+    """Copies each leaf into its own buffer, which can be donated."""
     return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else jnp.array(leaf), tree)
 
 
 def _distance(x: Tree, y: Tree) -> float:
-    """Of two trees, relative to the mean of their norms; 0 for two zeros."""
+    """The distance of two trees, relative to the mean of their norms; 0 for two zeros."""
     apart, x_norm, y_norm = (float(norm) for norm in _norms(x, y))
     return 0.0 if apart == 0 else apart / ((x_norm + y_norm) / 2)
 

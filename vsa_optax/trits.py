@@ -1,7 +1,7 @@
-"""Balanced-ternary quantisation, and packing of trits, five in a byte.
+"""Balanced-ternary quantisation, and packing of trits, five per byte.
 
-A quantiser turns real numbers into trits -1, 0, 1 and a scale; `dequantize` multiplies them. These are the plain
-quantisers, without a rotation: `vsa_optax.TritCodec` loses less.
+A quantiser turns real numbers into trits -1, 0, 1 and a scale; `dequantize` multiplies both. These quantisers do not
+rotate their input; `vsa_optax.TritCodec` does, and has a smaller error.
 """
 
 from typing import Literal, NamedTuple, TypeAlias, get_args
@@ -15,7 +15,7 @@ from vsa_optax.kernels import lloyd_max, packing
 
 _Rule: TypeAlias = Literal["mean", "lloyd_max"]
 
-# Halfway from 0 to the outer one of a unit Gaussian's three best levels.
+# Halfway between 0 and the outer level of the best three-level quantiser of a unit Gaussian.
 _LLOYD_MAX_CUT = float(lloyd_max.levels(1)[-1]) / 2
 
 
@@ -24,7 +24,7 @@ class Trits(NamedTuple):
 
     Attributes:
         values: ``[*shape] int8``, -1, 0 or 1.
-        scale: float32, ``[]`` or with the reduced axes kept as 1; NaN where a number was not finite.
+        scale: float32, ``[]`` or with the reduced axes kept as 1; NaN if a number was not finite.
     """
 
     values: jax.Array
@@ -38,25 +38,26 @@ def quantize_deterministic(
     threshold: float = 0.7,
     axis: int | tuple[int, ...] | None = None,
 ) -> Trits:
-    """Trits by a threshold, with the scale that loses least for them.
+    """Quantises by a threshold, with the scale of least squared error.
 
         values = sign(x) where |x| > cut, else 0,      scale = mean of |x| where values != 0
 
-    Biased towards zero. On Gaussian numbers the mean squared error is 0.192 of the variance, 0.190 with Lloyd-Max.
+    The result is biased towards zero. On Gaussian numbers the mean squared error is 0.192 of the variance, 0.190 with
+    ``rule="lloyd_max"``.
 
     Args:
         x: ``[*shape]`` real.
-        rule: ``"mean"``, for ``cut = threshold * mean |x|``; ``"lloyd_max"``, for ``cut = 0.612 * rms(x)``, the best
-            one for Gaussian numbers.
-        threshold: ``>= 0``, used by ``"mean"``.
-        axis: axes that share a scale; None for all.
+        rule: ``"mean"`` means ``cut = threshold * mean |x|``; ``"lloyd_max"`` means ``cut = 0.612 * rms(x)``, which is
+            best for Gaussian numbers.
+        threshold: the factor in ``"mean"``, ``>= 0``.
+        axis: the axes that share a scale; None for all.
 
     Returns:
         `Trits`. Zeros have scale 0; a NaN or an infinity makes the scale NaN.
 
     Raises:
-        ValueError: an argument outside its range.
-        TypeError: ``x`` is not real floating point.
+        ValueError: if an argument is outside its range.
+        TypeError: if ``x`` is not real floating point.
 
     Example:
         >>> values, scale = quantize_deterministic(jnp.array([0.1, -2.0, 0.0, 4.0]))
@@ -84,23 +85,23 @@ def quantize_deterministic(
 
 
 def quantize_stochastic(x: jax.Array, key: jax.Array, *, axis: int | tuple[int, ...] | None = None) -> Trits:
-    """Trits at random, with the odds that make them right on average.
+    """Quantises at random without bias.
 
         P(values = sign(x)) = |x| / scale, else 0,     scale = max |x|
 
-    Unbiased: ``E[dequantize(values, scale)] = x`` exactly. On 2^20 Gaussian numbers the mean squared error is 2.9 times
-    the variance, fifteen times that of `quantize_deterministic`, and it grows with the largest of them.
+    ``E[dequantize(values, scale)] = x`` holds exactly. On 2^20 Gaussian numbers the mean squared error is 2.9 times the
+    variance, fifteen times that of `quantize_deterministic`. It grows with the largest number.
 
     Args:
         x: ``[*shape]`` real.
         key: a JAX random key.
-        axis: axes that share a scale; None for all.
+        axis: the axes that share a scale; None for all.
 
     Returns:
         `Trits`. Zeros have scale 0; a NaN or an infinity makes the scale NaN.
 
     Raises:
-        TypeError: ``x`` is not real floating point.
+        TypeError: if ``x`` is not real floating point.
 
     Example:
         >>> x = jnp.array([0.5, -1.0, 0.0])
@@ -119,11 +120,11 @@ def quantize_stochastic(x: jax.Array, key: jax.Array, *, axis: int | tuple[int, 
 
 
 def dequantize(values: jax.Array, scale: jax.Array) -> jax.Array:
-    """``scale * values``.
+    """Multiplies trits by their scale.
 
     Args:
         values: ``[*shape] int8``.
-        scale: float, of a shape that broadcasts to the values'.
+        scale: float, of a shape that broadcasts to that of the values.
 
     Returns:
         ``[*shape] f32``.
@@ -136,17 +137,17 @@ def dequantize(values: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def pack(values: jax.Array) -> jax.Array:
-    """Five trits in a byte: trit j of byte i is element ``j * ceil(n / 5) + i``.
+    """Packs five trits per byte: trit j of byte i is element ``j * ceil(n / 5) + i``.
 
     Args:
-        values: ``[..., n]`` integers -1, 0 or 1, anything else being undefined.
+        values: ``[..., n]`` integers -1, 0 or 1. The result for other integers is undefined.
 
     Returns:
-        ``[..., ceil(n / 5)] uint8``: 1.6 bits a trit.
+        ``[..., ceil(n / 5)] uint8``: 1.6 bits per trit.
 
     Raises:
-        ValueError: no axis to pack.
-        TypeError: not integers.
+        ValueError: if ``values`` has no axis.
+        TypeError: if ``values`` are not integers.
 
     Example:
         >>> trits = jnp.array([1, 0, -1, 1, 1, 0, 0], jnp.int8)
@@ -158,31 +159,31 @@ def pack(values: jax.Array) -> jax.Array:
 
 
 def unpack(packed: jax.Array, size: int) -> jax.Array:
-    """What `pack` packed.
+    """Unpacks the result of `pack`.
 
     Args:
         packed: ``[..., ceil(size / 5)] uint8``.
-        size: n, ``>= 0``, static.
+        size: n, the number of trits, ``>= 0``, static.
 
     Returns:
         ``[..., size] int8``.
 
     Raises:
-        ValueError: ``size`` does not go with the number of bytes.
-        TypeError: not integers.
+        ValueError: if ``size`` does not match the number of bytes.
+        TypeError: if ``packed`` are not integers.
     """
     array = _integers("packed", packed)
     checks.check_integer("size", size, 0)
     if array.shape[-1] != packing.packed_size(size):
         raise ValueError(
-            f"size must need the {array.shape[-1]} bytes that were given, so be from "
+            f"size must match the {array.shape[-1]} bytes given, so it must be from "
             f"{max(0, 5 * array.shape[-1] - 4)} to {5 * array.shape[-1]}, got {size!r}"
         )
     return packing.unpack_digits(array.astype(jnp.uint8), size).astype(jnp.int8) - jnp.int8(1)
 
 
 def _magnitude(x: ArrayLike, axis: int | tuple[int, ...] | None) -> tuple[jax.Array, jax.Array]:
-    """``|x|`` in f32, and its largest value along ``axis``, which is kept; NaN where ``x`` is not finite."""
+    """``|x|`` in f32, and its maximum along ``axis`` with the axes kept; NaN if a number is not finite."""
     array = jnp.asarray(x)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"x must be real floating point, got dtype {array.dtype}")

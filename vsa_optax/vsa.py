@@ -1,9 +1,9 @@
 """Vector-symbolic algebra on arrays: bind, bundle, permute, compare and clean up hypervectors.
 
-Pure functions of real arrays whose last axis is a hypervector's d coordinates; the axes before it are batch axes and
-broadcast. Everything is computed, and leaves, in f32 (f64 where an argument is f64), so integers and halves become f32;
-what is only moved keeps its dtype: `permute`, and `cleanup`'s vector. An argument that is no array of real numbers
-raises a ``TypeError`` that names it.
+All are pure functions of real arrays. The last axis holds the d coordinates of a hypervector; the axes before it are
+batch axes and broadcast. Results are computed and returned in f32 (f64 if an argument is f64), so integers and halves
+become f32. Only `permute` and the vector of `cleanup` keep their dtype, since they only move coordinates. An argument
+that is not an array of real numbers raises a ``TypeError`` that names it.
 
 The models are MAP (Multiply, Add, Permute), with dense coordinates -1 and +1 ("bipolar"), and the same with coordinates
 -1, 0 and +1 ("ternary"), whose inverses are incomplete.
@@ -31,11 +31,11 @@ _Majority: TypeAlias = Literal["ternary", "bipolar"]
 
 
 class Cleanup(NamedTuple):
-    """What `cleanup` found for every hypervector given to it.
+    """The result of `cleanup` for every given hypervector.
 
     Attributes:
         vector: ``[..., d]`` in the memory's dtype, the nearest row.
-        item: ``[...] int32``, that row's number.
+        item: ``[...] int32``, the index of that row.
         similarity: ``[...]`` float, its cosine similarity.
     """
 
@@ -52,12 +52,12 @@ def random_hypervectors(
     *,
     dtype: jax.typing.DTypeLike | None = jnp.float32,
 ) -> jax.Array:
-    """Draws independent hypervectors, nearly orthogonal: cosines scatter by ``1 / sqrt(dim)`` around 0 (Kanerva 2009).
+    """Draws nearly orthogonal random hypervectors: cosines have deviation ``1 / sqrt(dim)`` around 0 (Kanerva 2009).
 
     Args:
         key: one PRNG key, from ``jax.random.key(seed)`` or the older ``jax.random.PRNGKey(seed)``.
-        num: how many, static, ``>= 1``.
-        dim: coordinates d of each, static, ``>= 1``.
+        num: the number of hypervectors, static, ``>= 1``.
+        dim: d, the number of coordinates of each, static, ``>= 1``.
         model: ``"bipolar"`` (-1 or +1, each with probability 1/2) or ``"ternary"`` (-1, 0 or +1, each with 1/3).
         dtype: float16, bfloat16, float32 or float64; None is float32.
 
@@ -65,7 +65,7 @@ def random_hypervectors(
         ``[num, dim]`` in ``dtype``. The same arguments give the same bits, but row i may change with ``num``.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: if an argument is outside its range.
 
     Example:
         >>> x = random_hypervectors(jax.random.key(0), 2, 10_000)
@@ -85,17 +85,19 @@ def random_hypervectors(
 
 
 def bind(x: ArrayLike, y: ArrayLike) -> jax.Array:
-    """Associates two hypervectors in one that resembles neither: ``x_i * y_i`` (Gayler 1998).
+    """Binds two hypervectors into one that resembles neither: ``x_i * y_i`` (Gayler 1998).
+
+    Binding is commutative and associative, and distributes over `bundle` without majority.
 
     Args:
         x: ``[..., d]`` real.
         y: ``[..., d]`` real; the shapes broadcast.
 
     Returns:
-        ``[..., d]`` f32. Commutative, associative, and distributes over `bundle` without majority.
+        ``[..., d]`` f32.
 
     Raises:
-        ValueError: shapes that do not broadcast.
+        ValueError: if the shapes do not broadcast.
 
     Example:
         >>> bind(jnp.array([1, -1, -1]), jnp.array([-1, -1, 1])).tolist()
@@ -105,7 +107,7 @@ def bind(x: ArrayLike, y: ArrayLike) -> jax.Array:
 
 
 def inverse(x: ArrayLike) -> jax.Array:
-    """What undoes binding with ``x``: ``1 / x_i``, and 0 where ``x_i`` is 0 or subnormal (Gayler 1998: ``x`` itself).
+    """The inverse under binding: ``1 / x_i``, and 0 where ``x_i`` is 0 or subnormal (Gayler 1998: ``x`` itself).
 
     Args:
         x: ``[..., d]`` real.
@@ -121,10 +123,10 @@ def inverse(x: ArrayLike) -> jax.Array:
 
 
 def unbind(bound: ArrayLike, key: ArrayLike) -> jax.Array:
-    """Recovers what was bound to ``key``: ``bind(bound, inverse(key))`` (Gayler 1998).
+    """Recovers the hypervector that was bound to ``key``: ``bind(bound, inverse(key))`` (Gayler 1998).
 
-    Exact for bipolar keys. Where a ternary key is zero, at a third of the coordinates, what was bound is lost: 0.
-    From a bundle of pairs comes the key's partner with noise from the other pairs, for `cleanup` to remove.
+    It is exact for bipolar keys. A ternary key is zero at a third of the coordinates; there the result is 0. From a
+    bundle of pairs, the result is the key's partner with noise from the other pairs, which `cleanup` removes.
 
     Args:
         bound: ``[..., d]`` real.
@@ -134,7 +136,7 @@ def unbind(bound: ArrayLike, key: ArrayLike) -> jax.Array:
         ``[..., d]`` f32.
 
     Raises:
-        ValueError: shapes that do not broadcast.
+        ValueError: if the shapes do not broadcast.
 
     Example:
         >>> key = jnp.array([1, -1, 0])
@@ -151,24 +153,25 @@ def bundle(
     majority: _Majority | None = None,
     axis: int = -2,
 ) -> jax.Array:
-    """Superposes n hypervectors in one that resembles each: ``s_i = sum_k w_k x_ki``, or its sign (Kanerva 2009).
+    """Superposes n hypervectors into one that resembles each: ``s_i = sum_k w_k x_ki``, or its sign (Kanerva 2009).
 
-    Where the sum is 0, a tie, the sign is 0 with ``majority="ternary"``; with ``"bipolar"`` +1 at even coordinates and
-    -1 at odd ones: balanced, and the same for any order of the items (elsewhere ties are drawn at random). All bundles
-    share that pattern: unrelated ones have cosine ``p^2``, p being the share of ties (p^2 = 1/4 for two bipolar items,
-    1/16 for ten, 0 for an odd number). Weights tie exactly only if their sums are exact in f32.
+    A sum of 0 is a tie. Its sign is 0 with ``majority="ternary"``. With ``"bipolar"`` it is +1 at even coordinates and
+    -1 at odd ones, which is balanced and does not depend on the order of the items (other libraries draw ties at
+    random). All bundles share this pattern: unrelated bundles have cosine ``p^2``, where p is the fraction of ties
+    (p^2 = 1/4 for two bipolar items, 1/16 for ten, 0 for an odd number). Weights tie exactly only if their sums are
+    exact in f32.
 
     Args:
         hypervectors: ``[..., n, d]`` real.
-        weights: ``[n]``, or ``[..., n]`` broadcasting with the batch axes, real; None is 1 for each.
+        weights: ``[n]``, or ``[..., n]`` that broadcasts with the batch axes, real; None is 1 for each.
         majority: None (the sum itself, which is linear), ``"ternary"`` or ``"bipolar"``.
-        axis: the items' axis, static, any but the last.
+        axis: the axis of the items, static; any axis but the last.
 
     Returns:
-        ``[..., d]`` f32. NaN stays NaN, under majority too, even with weight 0.
+        ``[..., d]`` f32. NaN stays NaN, with a majority and even with weight 0.
 
     Raises:
-        ValueError: an argument outside its range, or weights whose shape does not fit.
+        ValueError: if an argument is outside its range, or if the shape of the weights does not fit.
 
     Example:
         >>> x = jnp.array([[1, 1, -1, -1], [1, 1, 1, 1]])
@@ -195,17 +198,19 @@ def bundle(
 
 
 def permute(x: ArrayLike, shifts: int | jax.Array = 1) -> jax.Array:
-    """Marks a hypervector's place in an order: ``y_i = x_{i - shifts}``, cyclically (Gayler 1998; Kanerva 2009).
+    """Marks a hypervector's place in a sequence: ``y_i = x_{i - shifts}``, cyclically (Gayler 1998; Kanerva 2009).
+
+    A permutation by ``-shifts`` undoes it. Permuting both arguments does not change their `dot_similarity`.
 
     Args:
         x: ``[..., d]`` real.
-        shifts: how far, an integer of at most 32 bits or a ``[]`` integer array, which may be traced.
+        shifts: the number of positions, an integer of at most 32 bits or a ``[]`` integer array, which may be traced.
 
     Returns:
-        ``[..., d]`` in the dtype of ``x``. Undone by ``-shifts``; preserves `dot_similarity` between two so permuted.
+        ``[..., d]`` in the dtype of ``x``.
 
     Raises:
-        ValueError: ``shifts`` is not one integer, or ``x`` has no axis.
+        ValueError: if ``shifts`` is not one integer, or if ``x`` has no axis.
 
     Example:
         >>> permute(jnp.array([1, 2, 3])).tolist(), permute(permute(jnp.array([1, 2, 3])), -1).tolist()
@@ -214,22 +219,24 @@ def permute(x: ArrayLike, shifts: int | jax.Array = 1) -> jax.Array:
     array = _vectors("x", _array("x", x))
     if isinstance(shifts, jax.Array) and shifts.ndim == 0 and jnp.issubdtype(shifts.dtype, jnp.integer):
         wide = shifts.astype(jnp.int32) if shifts.dtype.itemsize < 4 else shifts  # d may not fit into fewer bits, and
-        return jnp.roll(array, wide % max(array.shape[-1], 1), axis=-1)  # a traced uint32 is taken for an int32.
+        return jnp.roll(array, wide % max(array.shape[-1], 1), axis=-1)  # a traced uint32 is treated as an int32.
     return jnp.roll(array, checks.check_integer("shifts", shifts, -(2**31)), axis=-1)
 
 
 def dot_similarity(x: ArrayLike, y: ArrayLike) -> jax.Array:
-    """For bipolar hypervectors the coordinates that agree less those that do not: ``sum_i x_i y_i`` (Kleyko 2022).
+    """The inner product of two hypervectors, ``sum_i x_i y_i`` (Kleyko 2022).
+
+    For bipolar hypervectors it is the number of equal coordinates minus the number of different ones.
 
     Args:
         x: ``[..., d]`` real.
         y: ``[d]``, or ``[n, d]`` to compare with each of n rows; real.
 
     Returns:
-        ``[...]``, or ``[..., n]``; f32. Overflows where products exceed 3e38.
+        ``[...]``, or ``[..., n]``; f32. It overflows if products exceed 3e38.
 
     Raises:
-        ValueError: shapes other than these.
+        ValueError: if the shapes are not these.
 
     Example:
         >>> dot_similarity(jnp.array([1, 1, -1]), jnp.array([[1, 1, -1], [1, -1, 1]])).tolist()
@@ -239,19 +246,19 @@ def dot_similarity(x: ArrayLike, y: ArrayLike) -> jax.Array:
 
 
 def cosine_similarity(x: ArrayLike, y: ArrayLike) -> jax.Array:
-    """How alike two hypervectors point, in [-1, 1]: ``<x, y> / (||x|| ||y||)``, 0 where one vanishes (Kleyko 2022).
+    """The cosine of the angle between two hypervectors, ``<x, y> / (||x|| ||y||)``; 0 if one is zero (Kleyko 2022).
 
-    Each is scaled by a power of two before it is squared, so that magnitudes of 1e-30 and 1e30 do no harm.
+    Each vector is scaled by a power of two before it is squared, so magnitudes of 1e-30 and 1e30 do no harm.
 
     Args:
         x: ``[..., d]`` real.
         y: ``[d]``, or ``[n, d]`` to compare with each of n rows; real.
 
     Returns:
-        ``[...]``, or ``[..., n]``; f32. NaN where a vector holds a NaN or an infinity.
+        ``[...]``, or ``[..., n]``, in [-1, 1]; f32. NaN if a vector holds a NaN or an infinity.
 
     Raises:
-        ValueError: shapes other than these.
+        ValueError: if the shapes are not these.
 
     Example:
         >>> cosine_similarity(jnp.full(4, 2.0**100), jnp.array([[1, 0, 0, 0], [0, 0, 0, 0]])).tolist()
@@ -261,21 +268,23 @@ def cosine_similarity(x: ArrayLike, y: ArrayLike) -> jax.Array:
 
 
 def cleanup(x: ArrayLike, memory: ArrayLike) -> Cleanup:
-    """Replaces a noisy hypervector by the most similar row of a memory: ``argmax_j cos(x, m_j)``.
+    """Replaces a noisy hypervector with the most similar row of a memory: ``argmax_j cos(x, m_j)``.
 
-    Of K bipolar pairs bundled into d coordinates, a partner is found among n candidates about as often as a standard
-    normal number plus ``sqrt(d / K)`` exceeds n - 1 others (Frady, Kleyko & Sommer 2018); if K is small, more often.
+    Let K bipolar pairs be bundled into d coordinates. The probability of finding a partner among n candidates is about
+    that of a standard normal number plus ``sqrt(d / K)`` exceeding n - 1 others (Frady, Kleyko & Sommer 2018). For
+    small K it is higher.
 
     Args:
         x: ``[..., d]`` real.
         memory: ``[n, d]`` real, ``n >= 1``.
 
     Returns:
-        `Cleanup`: vector, item and similarity. Of equally similar rows the first; where ``x`` vanishes, item 0 with
-        similarity 0. Where ``x`` or any row is not finite the similarity is NaN, and the item means nothing.
+        `Cleanup`: vector, item and similarity. Among equally similar rows, the first is returned. If ``x`` is zero, the
+        item is 0 with similarity 0. If ``x`` or any row is not finite, the similarity is NaN and the item is
+        meaningless.
 
     Raises:
-        ValueError: shapes other than these.
+        ValueError: if the shapes are not these.
 
     Example:
         >>> memory = random_hypervectors(jax.random.key(0), 100, 1000)
@@ -303,7 +312,7 @@ def _product(**factors: jax.Array) -> jax.Array:
 
 
 def _broadcast(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both with as many axes, and in one dtype: users may have JAX refuse what it would do by itself."""
+    """Both arrays with the same number of axes and dtype, since JAX may be set to refuse implicit promotion."""
     dtype = numerics.promoted(x.dtype, y.dtype)
     num = max(x.ndim, y.ndim)
     same = [z.reshape(*[1] * (num - z.ndim), *z.shape).astype(dtype) for z in (x, y)]
@@ -321,7 +330,7 @@ def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Each vector times a power of two that makes its largest coordinate about 1, and its norm then (1 if it is 0)."""
+    """Each vector times a power of two that makes its largest coordinate about 1, and its new norm (1 if it is 0)."""
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0)
     x = x * jnp.ldexp(jnp.ones([], x.dtype), -numerics.power_of_two(largest))
     square = jnp.sum(x * x, axis=-1)
@@ -329,7 +338,7 @@ def _scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _pair(first: str, x: ArrayLike, second: str, y: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Both operands of a similarity, seen to have shapes ``[..., d]`` and ``[d]`` or ``[n, d]``."""
+    """Both operands of a similarity, checked to have shapes ``[..., d]`` and ``[d]`` or ``[n, d]``."""
     a, b = _vectors(first, _real(first, x)), _vectors(second, _real(second, y))
     if b.ndim > 2 or a.shape[-1] != b.shape[-1]:
         raise ValueError(f"{second} must have shape [d] or [n, d] with d = {a.shape[-1]} as {first}, got {b.shape}")

@@ -34,7 +34,7 @@ def test_a_codec_does_not_read_a_sum_whose_trits_lie_in_another_order():
     assert not isinstance(leaf, CodedLeaf)
     # The same fields and shapes: only the type tells them apart.
     assert (leaf.codes.shape, leaf.scales.shape) == (payload.leaves.codes.shape, payload.leaves.scales.shape)
-    with pytest.raises(ValueError, match=r"payload.leaves must be what encode made of 1 arrays"):
+    with pytest.raises(ValueError, match=r"payload.leaves must be those that encode returned for 1 arrays"):
         TritCodec(2).decode(payload._replace(leaves=leaf))
 
 

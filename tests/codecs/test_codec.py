@@ -1,4 +1,4 @@
-"""What both codecs refuse, and how they say so."""
+"""The inputs that both codecs refuse, and their errors."""
 
 import io
 import pickle

@@ -113,14 +113,14 @@ def test_the_error_is_that_of_the_table_for_any_dense_data(trits, unbiased):
         rows = np.float32(values)
         of_rows = [nmse(*pair) for pair in zip(np.asarray(run(rows)), rows, strict=True)]
         relative = np.mean(of_rows) / ERRORS[unbiased][trits]
-        # What one round makes of heavy tails has lighter ones than a Gaussian, and costs a little less.
+        # After one round, heavy tails are lighter than a Gaussian's, and the error is a little smaller.
         is_lighter = name in ("lognormal", "spiky") and not unbiased
         assert (0.94 if is_lighter else 0.96) < relative < 1.04, name
 
 
 SPARSE = {"one-hot": [1], "two": [1, 0.5], "three": [1, 1, 0.5], "constant": [1] * 1024, "dense": draw(3, 1024)}
 ROTATIONS = 5_000
-# Of a program that runs longer than it compiles.
+# The options of a program that runs longer than it compiles.
 WORTH_COMPILING = {"compiler_options": {"xla_backend_optimization_level": 1}}
 
 
@@ -149,7 +149,7 @@ def test_unbiased_is_right_on_average(width):
         z = of_x / of_error
         assert abs(z).max() < 5.2, name  # One in a thousand that the largest of 5120 is above.
         assert abs(z[vector != 0][:3]).max() < 4, name
-        # The scale makes the projection right in each draw; what is left is its rounding.
+        # The scale makes the projection exact in each draw, up to its rounding.
         assert abs(of_x @ vector) / (vector @ vector) < 4 * 2**-9 / math.sqrt(ROTATIONS), name
         assert abs(np.mean(z**2) - 1) < 4 * math.sqrt(2 / width), name
 
@@ -294,7 +294,7 @@ def test_what_is_not_finite_takes_its_block_and_no_other(bad, codec):
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
 def test_beyond_the_range_of_a_half_its_largest_number(dtype):
-    """What float16 cannot hold saturates, while a NaN stays one; bfloat16 holds what f32 does."""
+    """Numbers beyond float16's range saturate, while a NaN stays NaN; bfloat16 has the range of f32."""
     largest = float(jnp.finfo(dtype).max)
     x = (np.sign(draw(9, 224)) * np.where(np.arange(224) < 192, min(0.97 * largest, 1e30), np.nan)).astype(dtype)
     decoded = round_trip(CODECS["mmse"], x.reshape(SHAPES[dtype])).ravel()

@@ -51,7 +51,7 @@ def wide(tree):
 
 @every_codec
 def test_what_is_not_sent_stays_behind(codec):
-    """At each step and over all, for every dtype, up to rounding: what entered has left or is kept."""
+    """At each step and over all, for every dtype, up to rounding: emitted plus kept equals received."""
     opt = compress_gradients(codec, error_feedback=True)
     state = opt.init(make_tree())
     entered, left = ([0.0] * len(wide(make_tree())) for _ in range(2))
@@ -74,7 +74,7 @@ def test_what_is_not_sent_stays_behind(codec):
 
 
 def test_the_residual_of_a_steady_gradient_stays_bounded():
-    """And the mean of what leaves tends to what entered, as without feedback it does not."""
+    """The mean of the emitted gradients tends to that of the received ones; without feedback it does not."""
     grads = {"w": draw(0, 128) * np.exp2(np.arange(128) % 8, dtype=np.float32)}
     means = {}
     for error_feedback in (False, True):
@@ -195,7 +195,7 @@ def test_head_of_a_chain():
 
 
 def test_masked_and_partitioned():
-    """What is masked out passes; each label has a state, and a key, of its own."""
+    """Masked gradients pass unchanged; each label has its own state and key."""
     codec, grads = CODECS["trits"], {"a": draw(0, 128), "b": draw(1, 128), "c": draw(2, 128)}
     opt = optax.masked(compress_gradients(codec, error_feedback=True), {"a": True, "b": False, "c": True})
     updates, state = opt.update(grads, opt.init(grads), grads)

@@ -39,10 +39,10 @@ def draw(seed, *shape):
 
 
 def make_tree(seed, num):
-    """Gradients of ``num`` devices; none of the sizes is a multiple of 2 or 3 but for the complex leaf's.
+    """Gradients of ``num`` devices; no size is a multiple of 2 or 3, except for the complex leaf's.
 
-    On three devices the small leaves are coded, too: one by itself, the others together. On more they are sent as they
-    are, so that programs compile in half the time.
+    On three devices the small leaves are coded as well: one by itself, the others together. On more they are sent
+    uncoded, so that programs compile in half the time.
     """
     odd, complex_ = (131, 40) if num <= 3 else (7, 5)
     return {
@@ -86,7 +86,7 @@ def mean_of(tree, num):
 
 @functools.cache
 def coded(codec):
-    """What becomes of a tree at a step."""
+    """A tree encoded and decoded at a step."""
     return jax.jit(lambda tree, step: codec.decode(codec.encode(tree, step)), **CHEAP)
 
 
@@ -143,7 +143,7 @@ def test_equals_the_twin_and_loses_nothing(num, codec, error_feedback, blocks):
 
 @pytest.mark.parametrize("error_feedback", [False, True])
 def test_hypervectors_are_summed(error_feedback):
-    """What all devices decode is the hypervector of the mean gradient."""
+    """All devices decode the hypervector of the mean gradient."""
     num = 3
     twin = reference.CompressedMean(None, num, 1, 1, rounded)
     state, step = made(num, DENSE, error_feedback)
@@ -291,7 +291,7 @@ def test_two_mesh_axes_are_averaged_over_together(axes):
 
 
 def test_another_mesh_axis_may_shard_leaves():
-    """What is the same along it stays so; a NaN in one shard skips the step in all."""
+    """Replicated results stay replicated along it; a NaN in one shard skips the step in all."""
     opt = compressed_pmean("data", ONE)
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     grads = {"sharded": draw(0, 4, 300), "whole": draw(1, 4, 300), "small": draw(2, 4, 6)}
@@ -339,7 +339,7 @@ def test_errors_average_out_over_devices(codec, vnmse, shared):
     for _ in range(3):
         sent, state = step(placed, state)
         errors.append(np.sum((np.asarray(sent) - mean) ** 2) / energy)
-    # What loses least shrinks what it codes to ``1 - vnmse`` times it; the rest of the error is noise.
+    # A codec of least error shrinks its input to ``1 - vnmse`` times it; the rest of the error is noise.
     kept, noise = (1.0, vnmse) if codec.unbiased else (1 - vnmse, vnmse - vnmse**2)
     rows = np.pad(grads, ((0, 0), (0, -SIZE % 8))).reshape(8, 8, -1)
     owned = np.eye(8, dtype=bool)[:, :, None]
@@ -443,7 +443,7 @@ def test_a_state_made_outside_shard_map_is_refused_with_the_line_that_makes_it_i
         r"jax\.jit\(jax\.shard_map\(opt\.init, mesh=mesh, .*out_specs=specs\)\)\(params\)",
     )
     with pytest.raises(
-        ValueError, match=rf"opt_state must be made inside .* gets residual of its own.*, 'data'\).*{line}"
+        ValueError, match=rf"opt_state must be made inside .* gets its own residual.*, 'data'\).*{line}"
     ):
         state_specs(state, "data")
     with pytest.raises(ValueError, match="opt_state must be made inside"):
@@ -488,7 +488,7 @@ def test_residuals_go_on_on_another_number_of_devices(tmp_path):
 
 def test_residuals_of_other_devices_are_refused():
     opt = compressed_pmean("data", ONE, error_feedback=True)
-    state = opt.init(jnp.zeros(4))._replace(residual=jnp.zeros((4, 4)))  # Of four devices; here are two.
+    state = opt.init(jnp.zeros(4))._replace(residual=jnp.zeros((4, 4)))  # It is for four devices; here are two.
     run = jax.shard_map(
         lambda s: opt.update(jnp.ones(4), s)[0],
         mesh=mesh_of(2),
@@ -511,7 +511,7 @@ def test_a_row_that_is_worth_it_is_padded_to_a_block():
 
 @functools.cache
 def program_of_leaves(num_leaves, bucket_bytes=None, codec=TWO, num=3):
-    """What XLA is given for a step with leaves of other sizes each, 14,400 coordinates in all."""
+    """The program before compilation of a step with leaves of different sizes, 14,400 coordinates in total."""
     shares = np.arange(1, num_leaves + 1)
     sizes = 14_400 * shares // shares.sum()
     sizes[-1] += 14_400 - sizes.sum()

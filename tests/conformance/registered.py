@@ -1,7 +1,7 @@
-"""Our transformations as Optax's tests want optimizers: functions of a learning rate, with prediction on.
+"""Our transformations as Optax's tests expect optimizers: functions of a learning rate, with prediction on.
 
-Each is a plain function whose one argument is annotated as Optax annotates it: Optax's tests trace every
-numeric argument that a factory has, and look at the annotation to decide whether to try a schedule.
+Each is a plain function whose one argument has Optax's annotation. Optax's tests trace every numeric argument of a
+factory, and read the annotation to decide whether to try a schedule.
 """
 
 import functools
@@ -48,8 +48,8 @@ class Variant(NamedTuple):
 
 
 # The tests of a few steps are a matter of domain and history, whatever the optimizer: two rows have each of both once,
-# and the rows that are started have the other two pairs. Those in "alias" are those in "contrib" again but for complex
-# parameters.
+# and the rows that are started have the other two pairs. The tests in "alias" repeat those in "contrib", except for
+# complex parameters.
 _NOT_REPEATED = frozenset({"contrib", "float64"})
 _EACH_ONCE = {"adam_update_window", "adam_gradient_recursive"}
 

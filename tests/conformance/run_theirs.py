@@ -73,7 +73,7 @@ XFAILS: dict[str, dict[str, Xfail]] = {
 # Arguments of tests that make no difference to a row which names no wrapper, as ours do not; one value is enough.
 FOR_WRAPPERS = {"wrap"}
 
-# What is not run again: `test_optimizers` takes the same problems in float32.
+# Tests that are not repeated: `test_optimizers` has the same problems in float32.
 REPEATED = {"test_optimization": {"dtype": (jnp.float32,)}}
 
 # The tests that optimize until convergence, for 10000 or 30000 steps.
@@ -255,7 +255,7 @@ def compile_once() -> None:
 
 
 def _name(value: Any) -> str:
-    """What a test is called after the value of a parameter."""
+    """The part of a test's name for the value of a parameter."""
     return getattr(value, "__name__", str(value)).removeprefix("_setup_")
 
 
@@ -291,7 +291,7 @@ def main(suite: str, *pytest_args: str) -> int:
         "no:cacheprovider",
         "--assert=plain",
     ]
-    # Warnings are errors, but for what Optax's module of sharding tests does to Optax when it is imported.
+    # Warnings are errors, except for one that Optax's module of sharding tests causes when it is imported.
     arguments += ["-W", "error", "-W", "ignore:Specifying a key will be required:UserWarning"]
     return pytest.main([*arguments, *pytest_args], plugins=[OurTables(suite, parameterized)])
 

@@ -1,4 +1,4 @@
-"""Parameters whose axes have names, in Flax's containers: a state's arrays lie as the README says."""
+"""Parameters whose axes have names, in Flax's containers: a state's arrays lie as the documentation says."""
 
 import flax.linen as nn
 import jax
@@ -93,7 +93,7 @@ class Named(nnx.Module):
     + [(name, AxisType.Auto) for name in ("window", "window in trits")],
 )
 def test_an_optimizer_of_nnx_takes_variables_with_names(name, kind):
-    """What it makes of the state it lays out by the names at once, and refuses what does not fit."""
+    """Flax shards the state by the names at once, and refuses names that do not fit."""
     with jax.set_mesh(mesh_of(kind)):
         model = Named()
         spec = model.w[...].sharding.spec  # The oldest Flax heeds no names here.

@@ -1,4 +1,4 @@
-"""What devices are asked; how they decide together is in ``test_collective_phases.py``."""
+"""The queries of a mesh; ``test_collective_phases.py`` tests how devices decide together."""
 
 import re
 

@@ -44,7 +44,7 @@ def test_blocks_cover_a_vector_at_the_least_cost(size, block_size):
     assert sum(run.num for run in runs) == len(widths)
     assert sum(widths) - widths[-1] < size  # Only the last block is padded,
     rest = size % block_size
-    assert sum(widths) - size < max(smallest, rest)  # and never to twice what was left, unless to the smallest.
+    assert sum(widths) - size < max(smallest, rest)  # and never to twice the remainder, unless to the smallest.
     whole_blocks = -(-size // block_size)
     assert bits_of(widths) <= bits_of([block_size] * whole_blocks)
     if rest:

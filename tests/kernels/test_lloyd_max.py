@@ -25,7 +25,7 @@ def gaussian_integrals(low, high):
 
 @pytest.mark.parametrize("trits", TRITS)
 def test_levels_meet_lloyds_conditions(trits):
-    """Each is the mean of its cell, cells part halfway; and what is lost then is what the table says."""
+    """Each is the mean of its cell, cells are separated halfway, and the distortion is that of the table."""
     levels = np.float64(lloyd_max.levels(trits))
     assert len(levels) == 3**trits
     assert (np.diff(levels) > 0).all()
@@ -54,7 +54,7 @@ def test_quantize_equals_the_twin(trits, unbiased):
         decoded = np.float64(scale) * levels[np.asarray(row_numbers)]
         if unbiased:
             np.testing.assert_allclose(decoded @ row, row @ row, rtol=1e-5)
-        else:  # Least squares: what is lost is orthogonal to what was kept.
+        else:  # Least squares: the error is orthogonal to the decoded block.
             np.testing.assert_allclose(decoded @ row, decoded @ decoded, rtol=1e-5)
 
 

@@ -96,7 +96,7 @@ def interpreted(monkeypatch):
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("shape", [(4, 512), (3, 700)], ids=str)
 def test_in_one_pass_they_are_the_same(shape):
-    """What is more than a kernel takes at a time is done beside it."""
+    """The coordinates beyond a multiple of the kernel's columns are computed beside it."""
     leaf, of = leaf_of(shape), coefficients()
     for found, expected in zip(secants._products_in_one_pass(leaf), secants._products(leaf), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-3 * np.max(np.abs(expected)))

@@ -58,7 +58,7 @@ def test_settings_that_are_none_name_those_that_are(make):
     ids=lambda settings: type(settings).__name__,
 )
 def test_settings_are_values(settings):
-    """What is pasted from ``repr`` is equal, hashes alike, and nothing else is equal."""
+    """An object pasted from ``repr`` is equal and hashes alike, and nothing else is equal."""
     pasted = eval(repr(settings), {name: getattr(vsa_optax, name) for name in vsa_optax.__all__})
     assert (pasted, hash(pasted)) == (settings, hash(settings))
     assert settings not in (Secants(), Window(), Recursive(), Guarded(), Cycle(), AdaptiveCycle())
@@ -92,7 +92,7 @@ def run(opt, steps):
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_the_bounds_themselves_are_valid(maker):
-    """What is made at a bound trains, in the phases and with the state that the bound implies."""
+    """A transformation made at a bound trains, in the phases and with the state that the bound implies."""
     smallest = dict(warmup_steps=2, full_steps=1, predict_steps=0, correct_every=1, length=2)
     _, state = run(MAKERS[maker](**smallest, residual_decay=0), 6)
     assert vsa_optax.phase_stats(state)[1:6] == (6, 2, 4, 0, 0)

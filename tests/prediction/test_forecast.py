@@ -1,4 +1,4 @@
-"""What is said to be certain comes true, whatever the settings, and however the gradients behave."""
+"""Certain forecasts come true, whatever the settings, and however the gradients behave."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ UNCALIBRATED = Window(calibrate=False, residual_decay=0.9)
 
 
 def machines_of(predictor, phases, noise=0.0, broken=()):
-    """The machine before each step of a run on a quadratic, and behind the last."""
+    """The machine before each step of a run on a quadratic, and after the last."""
     opt = vsa_optax.phase_switched(optax.adam(1.0), learning_rate=0.01, predictor=predictor, phases=phases)
 
     @jax.jit
@@ -46,6 +46,23 @@ def kind_of(machine):
         return StepKind.WATCHED if machine.guard.asleep == 0 else StepKind.PLAIN
     is_watched = machine.calibration is not None or machine.phase == Phase.CORRECT
     return StepKind.WATCHED if is_watched else StepKind.RECORDED
+
+
+@pytest.mark.parametrize("phases", [Guarded(), Guarded(warmup_steps=50)], ids=["default", "long warm-up"])
+@pytest.mark.parametrize("noise", [0.02, 0.1, 1.0])
+def test_watched_steps_are_foreseen_where_no_leap_can_start(phases, noise):
+    """With some noise nothing is predicted well enough for leaps; with more of it, the guard falls asleep."""
+    machines = machines_of(Secants(4), phases, noise=noise)
+    kinds = [kind_of(machine) for machine in machines]
+    foresee, lengths = jax.jit(lambda machine: forecast(phases, machine)), []
+    for count, machine in enumerate(machines):
+        runs = foresee(machine).tolist()
+        coming = [kind for kind, num in runs for _ in range(num)]
+        assert kinds[count : count + len(coming)] == coming[: len(kinds) - count]
+        lengths.append(runs[0][1])
+    awake = [length for length, kind in zip(lengths, kinds, strict=True) if kind is StepKind.WATCHED]
+    assert sum(awake) > 4 * len(awake)
+    assert kinds.count(StepKind.PLAIN) > 15
 
 
 @pytest.mark.parametrize(

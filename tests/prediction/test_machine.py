@@ -156,7 +156,7 @@ def adaptive(**config):
 
 
 def adaptive_lengths(losses, **config):
-    """After these losses; others behind them make all runs as long as the longest, which compiles once."""
+    """The lengths after these losses; further losses make all runs equally long, which compiles once."""
     filled = np.resize(np.float32(losses), 600)
     _, (_, lengths) = scan_of(adaptive(**config))(np.ones((600, 2), np.float32), filled)
     return tuple(int(of_steps[len(losses) - 1]) for of_steps in lengths)

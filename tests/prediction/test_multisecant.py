@@ -246,7 +246,7 @@ def test_a_rejected_point_is_gone_back_from():
     for ring, move in zip(jax.tree.leaves(after.diff_params), jax.tree.leaves(moved), strict=True):
         np.testing.assert_array_equal(ring[slot], move)
     assert after.damping == pytest.approx(float(before.damping) * leap.MUCH_MORE)
-    # What leaves goes back, and from there on: at the damping's bound by the optimizer's own step.
+    # The update leads back to the accepted point and on: at the damping's bound by the optimizer's own step.
     state = before._replace(damping=jnp.float32(0.9 * leap.MOST_DAMPING))
     value, gradient = 1e6, rosenbrock(flat_of(given))[1]
     updates, after = wrapped()[1](tree_of(gradient), state, given, value=np.float32(value))
@@ -312,7 +312,7 @@ def test_a_coordinate_without_a_gradient_stays_where_it_is():
 
 
 def test_the_optimizer_is_given_what_was_accepted():
-    """Its loss, too; and what it makes of nothing does not leave."""
+    """It also receives its loss; and its step without a gradient is not emitted."""
 
     def update(updates, state, params=None, *, value, **extra):
         del state
@@ -545,7 +545,7 @@ def test_a_rate_may_be_injected():
 
 
 def test_dtypes_scalars_and_empty_leaves_pass_through():
-    """Of one tree: halves, complex numbers, and leaves of no axis and of no size; in a chain."""
+    """One tree has half-precision and complex leaves, scalars and zero-size leaves; in a chain."""
     rng = np.random.default_rng(0)
     params = {
         "half": jnp.asarray(rng.normal(size=(3, 2)), jnp.bfloat16),
@@ -611,7 +611,7 @@ def programs():
 
 
 def test_a_gpus_step_has_no_control_flow():
-    """What is left of the choice of a platform is decided when it is compiled."""
+    """The choice by platform is decided at compilation."""
     opt, _, _ = programs()
     update = jax.jit(lambda grads, state, params: opt.update(grads, state, params, value=jnp.float32(1)))
     text = update.trace(PARAMS, opt.init(PARAMS), PARAMS).lower(lowering_platforms=("cuda",)).as_text()
@@ -629,7 +629,7 @@ def test_a_step_is_one_program_that_reuses_its_memory():
     state = opt.init(params)
     compiled = step.lower(PARAMS, state).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text.count(" conditional(") == 2  # One around what was missed, one around the leap: a rest skips both.
+    assert text.count(" conditional(") == 2  # One around the error, one around the leap: a pause skips both.
     # Records are written in place: nothing of their size is copied.
     assert not re.search(r"= \w+\[8,\S* copy\(", text[text.index("ENTRY") :])
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS))
@@ -739,7 +739,7 @@ def test_inside_shard_map_gradients_and_losses_are_averaged():
         return jax.lax.scan(step, (params, opt.init(params)), length=10)
 
     def averaged(params, x):
-        # What varies is averaged; what the gradient is taken at does not.
+        # The gradient varies and is averaged; the parameters do not vary.
         return steps(params, x, lambda tree: jax.lax.pmean(tree, "data"))
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -750,6 +750,6 @@ def test_inside_shard_map_gradients_and_losses_are_averaged():
     with pytest.raises(ValueError, match=r"value must be the same on all devices along \['data'\].*jax.lax.pmean"):
         jax.eval_shape(jax.shard_map(alone_on_each, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()), params, x)
     (_, alone), of_one = jax.jit(alone_on_each)(params, x)
-    np.testing.assert_allclose(values, of_one, rtol=0.01)  # What sums in another order add up to.
+    np.testing.assert_allclose(values, of_one, rtol=0.01)  # The sums have another order.
     assert vsa_optax.multisecant_stats(state)[:4] == vsa_optax.multisecant_stats(alone)[:4]
     assert values[-1] < 0.1 * values[0]

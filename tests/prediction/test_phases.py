@@ -61,7 +61,7 @@ def test_what_a_rhythm_has_the_guard_does_not_take():
 
 @pytest.mark.parametrize("known", [19, 20, 21])
 def test_phases_follow_the_loss_once_twenty_are_known(known):
-    """Of losses that rise: the first ten and the last ten are compared, so there must be so many."""
+    """With rising losses: the first ten and the last ten are compared, so there must be as many."""
     phases = AdaptiveCycle()
     state = machine.init(phases).adaptive
     state = state._replace(losses=1.0 + jnp.arange(100.0), num_losses=jnp.int32(known))

@@ -14,7 +14,7 @@ SHORT = dict(warmup_steps=2, full_steps=2, predict_steps=4, correct_every=2)
 OPT = blind.phase_switched(optax.adam(0.05), **SHORT)
 SECANTS = vsa_optax.phase_switched(optax.adam(0.05))
 NEVER = vsa_optax.phase_switched(optax.adam(0.05), phases=None)
-# What follows the loss, where it is handed a loss in PREDICT, too, and where it is not.
+# Transformations that follow the loss, at places where they receive a loss in PREDICT, and where they do not.
 PLATEAU = optax.contrib.reduce_on_plateau(patience=5)
 FOLLOWING = {
     "behind": optax.chain(SECANTS, PLATEAU),
@@ -326,7 +326,7 @@ def test_what_a_line_feeds_with_gradients_must_not_follow_a_repeated_loss():
 
 
 def test_a_scaled_loss_is_not_scaled_anew_in_each_predicted_step():
-    """Divided by the scale outside, as a DynamicScale does, what comes back in PREDICT is wrong, but stays."""
+    """If the value is divided by the scale outside, as by a DynamicScale, PREDICT's value is wrong but constant."""
     state, values = state_in(Phase.PREDICT), []
 
     @jax.jit

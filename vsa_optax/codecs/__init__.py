@@ -1,1 +1,1 @@
-"""Pytrees of gradients to compact payloads and back."""
+"""Encode pytrees of gradients as compact payloads, and decode them."""

@@ -1,7 +1,7 @@
-"""A gradient as one hypervector: bind each chunk with a key of its own, and bundle.
+"""Encodes a gradient as one hypervector: each chunk is bound with its own key, and all chunks are bundled.
 
-Enters a tree of arrays, leaves one array of D dimensions that adds like the gradient itself. Costs O(1) work a
-coordinate; keys are generated on the fly.
+A tree of arrays becomes one array of D dimensions that adds like the gradient itself. The work is O(1) per coordinate,
+and keys are generated on the fly.
 """
 
 import dataclasses
@@ -17,21 +17,21 @@ from vsa_optax.core import checks
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics, signs, trit_blocks
 
-_BLOCK = 1024  # Of the bundle, if it is kept in trits.
+_BLOCK = 1024  # The block size of a bundle that is kept in trits.
 
 
 class HypervectorPayload(NamedTuple):
-    """What `HypervectorCodec.encode` returns: a pytree of arrays, and a vector.
+    """The payload that `HypervectorCodec.encode` returns: a pytree of arrays that adds like a vector.
 
-    Payloads of one step can be added, subtracted and multiplied by numbers; what is decoded then is the sum, difference
-    or multiple. To reduce over devices, reduce ``bundle``: ``p._replace(bundle=lax.psum(p.bundle, axis))``; the step is
-    no vector.
+    Payloads of one step can be added, subtracted and multiplied by numbers; they decode to the sum, the difference or
+    the multiple. To reduce over devices, reduce ``bundle`` only, ``p._replace(bundle=lax.psum(p.bundle, axis))``, since
+    the step must not be summed.
 
     Attributes:
-        step: ``[] int32``, which of the codec's random keys.
-        bundle: ``[D] float32``, or a `CodedLeaf` of it if the codec uses ternary.
-        specs: static, the encoded tree with a `LeafSpec` for each array.
-        settings: static, those of the codec that made it.
+        step: ``[] int32``, which selects the codec's random keys.
+        bundle: ``[D] float32``, or the bundle as a `CodedLeaf` with ``use_ternary=True``.
+        specs: static, the encoded tree with a `LeafSpec` in place of each array.
+        settings: static, the settings of the codec that made the payload.
     """
 
     step: jax.Array
@@ -41,11 +41,11 @@ class HypervectorPayload(NamedTuple):
 
     @property
     def codec(self) -> "HypervectorCodec":
-        """The codec that made it."""
+        """The codec that made the payload."""
         return HypervectorCodec(**dict(self.settings.items))
 
     def __add__(self, other: object) -> "HypervectorPayload":
-        """The payload of the sum."""
+        """The payload of the sum of both gradients."""
         if not isinstance(other, HypervectorPayload):
             return NotImplemented
         codecs.check_payload(other, dict(self.settings.items), HypervectorPayload)
@@ -53,44 +53,44 @@ class HypervectorPayload(NamedTuple):
         return self._replace(bundle=self._dense() + other._dense())
 
     def __mul__(self, factor: jax.typing.ArrayLike) -> "HypervectorPayload":  # type: ignore[override] # No repetition.
-        """The payload of a multiple."""
+        """The payload of the gradient times ``factor``."""
         if isinstance(factor, HypervectorPayload):
             return NotImplemented
         return self._replace(bundle=self._dense() * factor)
 
     def __rmul__(self, factor: jax.typing.ArrayLike) -> "HypervectorPayload":  # type: ignore[override]
-        """The payload of a multiple."""
+        """The payload of the gradient times ``factor``."""
         return self * factor
 
     def __neg__(self) -> "HypervectorPayload":
-        """The payload of the negative."""
+        """The payload of the negative gradient."""
         return self * -1.0
 
     def __sub__(self, other: object) -> "HypervectorPayload":
-        """The payload of the difference."""
+        """The payload of the difference of both gradients."""
         return self + -other if isinstance(other, HypervectorPayload) else NotImplemented
 
     def _dense(self) -> jax.Array:
         if self.codec.use_ternary:
-            raise TypeError("payloads add only with use_ternary=False: trits are no vectors; add what they decode to")
+            raise TypeError("payloads add only with use_ternary=False: trits do not add; add the decoded trees instead")
         return self.bundle
 
 
-# A number of NumPy's times a payload: it would take a tuple for an array.
+# A NumPy number times a payload must not convert the payload, which is a tuple, to an array.
 HypervectorPayload.__array_ufunc__ = None  # type: ignore[attr-defined] # The class may declare fields only.
 
 
 @dataclasses.dataclass(frozen=True)
 class HypervectorCodec:
-    """Keeps a whole gradient as one hypervector that adds: a linear sketch.
+    """Keeps a whole gradient as one hypervector, a linear sketch: hypervectors add like gradients.
 
-    The N coordinates of the tree are cut into ``ceil(N / D)`` chunks of D, each bound with a random ±1 key, and the
-    chunks bundled into one vector:
+    The N coordinates of the tree are cut into ``ceil(N / D)`` chunks of D. Each chunk is bound with a random ±1 key,
+    and the chunks are bundled into one vector:
 
         bundle = sum_c key_c * x_c,      decoded x_c = key_c * bundle / m
 
-    where m is how many chunks meet at a coordinate of the bundle. The other ``m - 1`` stay in the decoded chunk, as
-    noise of random sign.
+    where m is the number of chunks that overlap at a coordinate of the bundle. The other ``m - 1`` chunks remain in the
+    decoded one as noise of random sign.
 
     ==============  ===============================================  ====================
     ``shrink``      error                                            mean over steps
@@ -99,34 +99,35 @@ class HypervectorCodec:
     ``False``       ``N / D - 1``; more if that is no whole number   x
     ==============  ===============================================  ====================
 
-    with error meaning ``E ||x - decoded||^2 / ||x||^2``, **for any data**. A tenth of the dimensions keeps a cosine of
-    0.32 to the gradient; at the same bytes `vsa_optax.TritCodec` keeps 0.986. What the hypervector offers instead is
-    linearity, ``decode(encode(a) + encode(b)) = decode(encode(a + b))``: sums over devices, momentum and error feedback
-    work on the sketch. A leaf that is small beside the others drowns in their noise.
+    where the error is ``E ||x - decoded||^2 / ||x||^2``, **for any data**. With a tenth of the dimensions, the decoded
+    gradient has cosine 0.32 to the gradient; with the same bytes, `vsa_optax.TritCodec` reaches 0.986. The advantage of
+    the hypervector is linearity, ``decode(encode(a) + encode(b)) = decode(encode(a + b))``: sums over devices, momentum
+    and error feedback work on the sketch. In a leaf much smaller than the others, their noise dominates.
 
-    **Ternary.** With ``use_ternary=True`` the bundle itself is kept in trits (1.62 bits a dimension), as by
-    `TritCodec`; such payloads do not add.
+    **Ternary.** With ``use_ternary=True`` the bundle itself is kept in trits (1.62 bits per dimension), as in
+    `vsa_optax.TritCodec`. Such payloads do not add.
 
-    **Determinism.** Keys are drawn from ``seed`` and ``step``, the same in jit, scan and another process of the same
-    backend. Only payloads of one step add.
+    **Determinism.** Keys are drawn from ``seed`` and ``step``. They are the same in jit, in scan and in another process
+    on the same backend. Only payloads of one step add.
 
-    **Dtypes.** Arithmetic is f32; leaves come back in their own dtype. A complex leaf is coded as twice as many reals.
+    **Dtypes.** Arithmetic is f32. Leaves are decoded in their own dtype. A complex leaf is coded as twice as many
+    reals.
 
-    **Not finite.** A NaN or an infinity anywhere in the tree makes the whole decoded tree NaN.
+    **Non-finite values.** A NaN or an infinity anywhere in the tree makes the whole decoded tree NaN.
 
     Attributes:
         compression_ratio: D / N, in (0, 1].
-        dimension: D, ``>= 1``, instead of ``compression_ratio``; never more than N is used.
+        dimension: D, ``>= 1``, instead of ``compression_ratio``. At most N dimensions are used.
         use_ternary: whether the bundle is kept in trits.
-        shrink: whether the decoded gradient has the least error (Wiener's factor 1 / m), or the right mean.
-        seed: of the random keys, ``>= 0``.
+        shrink: True minimizes the error of the decoded gradient (Wiener's factor 1 / m); False makes it unbiased.
+        seed: the seed of the random keys, ``>= 0``.
 
     State cost:
-        none; a payload has ``4 * D`` bytes (``0.2 * D`` with ``use_ternary``), and 4 for the step.
+        none. A payload needs ``4 * D`` bytes (``0.2 * D`` with ``use_ternary``), and 4 bytes for the step.
 
     Raises:
-        ValueError: an attribute outside its range; at ``decode``, a payload that another codec made.
-        TypeError: at ``encode``, a leaf that is neither floating point nor complex.
+        ValueError: if an attribute is outside its range; at ``decode``, if another codec made the payload.
+        TypeError: at ``encode``, if a leaf is neither floating point nor complex.
 
     Example:
         >>> import jax, jax.numpy as jnp, vsa_optax
@@ -137,9 +138,9 @@ class HypervectorCodec:
         (True, 2004)
 
     References:
-        Bind and bundle of the Multiply-Add-Permute architecture: Gayler, "Multiplicative binding, representation
-        operators and analogy" (1998). As a sketch: Charikar et al., "Finding frequent items in data streams" (2002), of
-        which this is one row with a balanced hash.
+        Gayler, "Multiplicative binding, representation operators and analogy" (1998): bind and bundle of the
+        Multiply-Add-Permute architecture. Charikar et al., "Finding frequent items in data streams" (2002): this codec
+        is one row of their sketch, with a balanced hash.
     """
 
     compression_ratio: float = 0.1
@@ -150,7 +151,7 @@ class HypervectorCodec:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        # NumPy's numbers are made Python's, so that equal settings are equal codecs.
+        # NumPy numbers become Python numbers, so that equal settings make equal codecs.
         ratio = checks.check_real("compression_ratio", self.compression_ratio, low=0.0, high=1.0, low_open=True)
         object.__setattr__(self, "compression_ratio", ratio)
         if self.dimension is not None:
@@ -160,11 +161,11 @@ class HypervectorCodec:
         object.__setattr__(self, "seed", checks.check_integer("seed", self.seed, 0))
 
     def encode(self, tree: Tree, step: int | jax.Array = 0) -> HypervectorPayload:
-        """The tree's payload; another ``step`` is another key, and only payloads of one step add.
+        """Encodes a tree as a payload. Each ``step`` has its own keys, and only payloads of one step add.
 
         Args:
-            tree: of floating-point or complex arrays, any shapes.
-            step: ``[] int``.
+            tree: a tree of floating-point or complex arrays of any shapes.
+            step: ``[] int``, which selects the random keys.
         """
         checks.check_encodable_leaves(tree)
         step = codecs.check_step(step)
@@ -180,21 +181,21 @@ class HypervectorCodec:
         return HypervectorPayload(step, bundle, jax.tree.map(codecs.spec_of, tree), settings)
 
     def decode(self, payload: HypervectorPayload) -> Tree:
-        """The tree, in the dtypes it had; no original is needed."""
+        """Decodes the tree in its original dtypes; only the payload is needed."""
         codecs.check_payload(payload, dataclasses.asdict(self), HypervectorPayload)
         stacked = jax.tree.map(lambda x: x[None], payload)
         sums = self.decode_sum(stacked, jnp.ones([1], jnp.float32))
         return jax.tree.map(lambda spec, x: codecs.as_decoded(x, spec), payload.specs, sums, is_leaf=codecs.is_spec)
 
     def decode_sum(self, payloads: HypervectorPayload, coefficients: jax.Array) -> Tree:
-        """``sum_i coefficients[i] * decode(payloads[i])``, for the price of one.
+        """``sum_i coefficients[i] * decode(payloads[i])``, at the cost of one decoding.
 
         Args:
-            payloads: of one and the same step, each array stacked on a leading axis ``[n, ...]``.
+            payloads: payloads of one and the same step, each array stacked on a leading axis ``[n, ...]``.
             coefficients: ``[n] f32``.
 
         Returns:
-            The tree in f32, or complex64 where it was complex.
+            The tree in f32; complex leaves are complex64.
         """
         codecs.check_payload(payloads, dataclasses.asdict(self), HypervectorPayload)
         specs, treedef = jax.tree.flatten(payloads.specs, is_leaf=codecs.is_spec)
@@ -223,7 +224,7 @@ class HypervectorCodec:
         return codecs.nbytes_of(self.encode, tree)
 
     def specs(self, payload: HypervectorPayload) -> Tree:
-        """Shapes and dtypes of the encoded tree."""
+        """The encoded tree, with a `LeafSpec` in place of each array."""
         codecs.check_payload(payload, dataclasses.asdict(self), HypervectorPayload)
         return payload.specs
 
@@ -233,10 +234,10 @@ class HypervectorCodec:
         return max(1, min(wanted, size))
 
     def _keys(self, size: int, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Sign bits ``[chunks, D]``, and where in the vector the first chunk begins.
+        """Sign bits ``[chunks, D]``, and the index of the vector at which the first chunk begins.
 
-        If the last chunk is not full, some coordinates meet more others than the rest. A random beginning gives each
-        the same odds, so that the error is the same for any data.
+        If the last chunk is not full, some coordinates overlap with more others than the rest. A random beginning gives
+        each coordinate the same probability of that, so the expected error is the same for any data.
         """
         dimension = self._dimension(size)
         key = signs.stream(self.seed, step, 0)
@@ -252,9 +253,9 @@ class HypervectorCodec:
         return jnp.matmul(ones, signs.flip(flat.reshape(bits.shape), bits), precision=jax.lax.Precision.HIGHEST)
 
     def _unbind(self, bundle: jax.Array, size: int, step: jax.Array) -> jax.Array:
-        """``[size]``: the chunks that the bundle may have been made of."""
+        """``[size]``: an estimate of the chunks, from the bundle."""
         bits, begin = self._keys(size, step)
-        # A NaN at one place of the bundle would be a NaN here and there in the tree: make it one everywhere.
+        # A NaN at one place of the bundle would appear at some places of the tree: make the whole tree NaN.
         bundle = jnp.where(jnp.all(jnp.isfinite(bundle)), bundle, jnp.nan)
         if self.shrink:
             chunks, dimension = bits.shape

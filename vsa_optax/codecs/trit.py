@@ -1,7 +1,7 @@
-"""A gradient in about 1.6, 3.2 or 4.8 bits a coordinate: bind, rotate, quantise, pack.
+"""Encodes a gradient in about 1.6, 3.2 or 4.8 bits per coordinate: bind, rotate, quantise, pack.
 
-Enters a tree of arrays, leaves a payload of packed trits and a bfloat16 scale a block. Costs O(log block_size) work a
-coordinate, and no memory beside the data.
+A tree of arrays becomes a payload of packed trits with a bfloat16 scale per block. The work is O(log block_size) per
+coordinate, and no memory is needed besides the data.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ class CodedLeaf(NamedTuple):
     """One array as trits.
 
     Attributes:
-        codes: ``[trits, ceil(padded / 5)] uint8``, the base-three digits of the level numbers, lowest digit first; in
-            which order says `kernels.trit_blocks`.
-        scales: ``[blocks] bfloat16``.
+        codes: ``[trits, ceil(padded / 5)] uint8``, the base-three digits of the level numbers, lowest digit first.
+            `kernels.trit_blocks` defines the order of the coordinates.
+        scales: ``[blocks] bfloat16``, the scale of each block.
     """
 
     codes: jax.Array
@@ -32,24 +32,24 @@ class CodedLeaf(NamedTuple):
 
 
 class RawLeaf(NamedTuple):
-    """One array as it is.
+    """One array that is not coded.
 
     Attributes:
-        values: ``[*shape]``.
+        values: ``[*shape]``, the array itself.
     """
 
     values: jax.Array
 
 
 class TritPayload(NamedTuple):
-    """What `TritCodec.encode` returns: a pytree of arrays.
+    """The payload that `TritCodec.encode` returns: a pytree of arrays.
 
     Attributes:
-        step: ``[] int32``, which of the codec's random rotations.
-        leaves: the encoded tree, each array a `CodedLeaf`, or a `RawLeaf` if it is smaller than a block. A container
-            may have put nodes of its own in their place: only the arrays, and their order, are read.
-        specs: static, the encoded tree with a `LeafSpec` for each array.
-        settings: static, those of the codec that made it.
+        step: ``[] int32``, which selects the codec's random rotations.
+        leaves: the encoded tree, with a `CodedLeaf` for each array, or a `RawLeaf` if the array is smaller than a
+            block. A container may replace these nodes with its own: only the arrays and their order are read.
+        specs: static, the encoded tree with a `LeafSpec` in place of each array.
+        settings: static, the settings of the codec that made the payload.
     """
 
     step: jax.Array
@@ -59,17 +59,17 @@ class TritPayload(NamedTuple):
 
     @property
     def codec(self) -> "TritCodec":
-        """The codec that made it."""
+        """The codec that made the payload."""
         return TritCodec(**dict(self.settings.items))
 
 
 @dataclasses.dataclass(frozen=True)
 class TritCodec:
-    """Keeps gradients in one, two or three trits a coordinate, faithfully.
+    """Keeps gradients in one, two or three trits per coordinate with a small error.
 
     Each leaf is cut into blocks. A block is bound with a random ±1 key and mixed by a Walsh-Hadamard transform, which
-    makes its coordinates close to Gaussian whatever they were; it is scaled to rms 1, and each coordinate becomes the
-    nearest of 3, 9 or 27 Lloyd-Max levels. Five trits go into a byte, and each block keeps a bfloat16 scale.
+    makes its coordinates close to Gaussian whatever they were. The block is scaled to rms 1, and each coordinate is
+    rounded to the nearest of 3, 9 or 27 Lloyd-Max levels. A byte holds five trits, and each block has a bfloat16 scale.
 
     ==========  ============  ====================  ======================
     ``trits``   bits          error, ``unbiased=``  ``unbiased=True``
@@ -80,51 +80,51 @@ class TritCodec:
     3           4.82          0.0035                0.0035
     ==========  ============  ====================  ======================
 
-    with error meaning ``||x - decoded||^2 / ||x||^2``, for any dense data.
+    where the error is ``||x - decoded||^2 / ||x||^2``, for any dense data.
 
-    **Unbiased.** With ``unbiased=True`` the mean of ``decode(encode(x, step))`` over steps is x: the scale is chosen
-    for that and rounded stochastically, and the rotation has two rounds, since after one the mean of a block with two
-    or three non-zero coordinates is off by up to a third. What remains is below what 20,000 rotations resolve in blocks
-    of 64 or more; in narrower ones sparse data were off by 0.003 (32), 0.013 (16), 0.10 (8) or 0.3 (4) of their norm.
+    **Unbiased.** With ``unbiased=True`` the mean of ``decode(encode(x, step))`` over steps is x. The scale is chosen
+    for that and rounded stochastically. The rotation has two rounds, since after one round the mean of a block with two
+    or three non-zero coordinates is off by up to a third. In blocks of 64 or more, 20,000 rotations resolve no bias; in
+    narrower blocks sparse data were off by 0.003 (32), 0.013 (16), 0.10 (8) or 0.3 (4) of their norm.
 
-    **Which leaves.** Leaves with fewer than ``block_size`` coordinates stay as they are, and count in `nbytes` as what
-    they are. What is left of a larger leaf beyond whole blocks is cut into narrower ones.
+    **Small leaves.** Leaves with fewer than ``block_size`` coordinates are not coded, and `nbytes` counts them at their
+    full size. The remainder of a larger leaf after its whole blocks is cut into narrower blocks.
 
-    **Determinism.** Rotations are drawn from ``seed``, ``step`` and the leaf's position in the tree, the same in jit,
-    scan and another process of the same backend.
+    **Determinism.** Rotations are drawn from ``seed``, ``step`` and the leaf's position in the tree. They are the same
+    in jit, in scan and in another process on the same backend.
 
-    **Dtypes.** Arithmetic is f32; leaves come back in their own dtype. A complex leaf is coded as twice as many reals,
-    float64 loses what f32 cannot hold.
+    **Dtypes.** Arithmetic is f32. Leaves are decoded in their own dtype. A complex leaf is coded as twice as many
+    reals. float64 is rounded to f32.
 
-    **Many devices.** Blocks do not end where shards do, so no code is laid out as a sharded leaf is: under ``jax.jit``
-    codes lie whole on every device. To encode, each leaf is gathered, once if a mesh is set (``jax.set_mesh``); without
-    one XLA splits the work as it sees fit, and may send a leaf along its first axis that is no multiple of 1024 several
-    times. To decode, nothing is sent. Inside ``jax.shard_map`` each device codes its own shard, and nothing is sent.
+    **Many devices.** Blocks straddle shards, so codes cannot have the sharding of a leaf: under ``jax.jit`` codes are
+    replicated on every device. Encoding gathers each leaf, once if a mesh is set (``jax.set_mesh``). Without a mesh,
+    XLA splits the work itself; if the first axis of a leaf is not a multiple of 1024, it may send the leaf several
+    times. Decoding sends nothing. Inside ``jax.shard_map`` each device codes its own shard, and nothing is sent.
 
-    **On a GPU** of NVIDIA's, leaves of at least 131,072 coordinates in blocks of 1024 are coded by kernels of their
-    own: on a machine with one GPU, and inside ``jax.shard_map`` on each of several. Their rotation rounds to
-    bfloat16, which costs 5e-6 of a block's energy each way. A payload decodes to the same levels everywhere; what is
-    coded there may differ by one level from what a CPU codes, where a coordinate is about halfway between two.
+    **On an NVIDIA GPU**, Pallas kernels code leaves of at least 131,072 coordinates in blocks of 1024. They run on a
+    machine with one GPU, and inside ``jax.shard_map`` on each of several. Their rotation rounds to bfloat16, which
+    costs 5e-6 of a block's energy each way. A payload decodes to the same levels everywhere. Codes made on a GPU and on
+    a CPU may differ by one level where a coordinate is about halfway between two.
 
     **In a file.** ``vsa_optax.checkpoint``, ``pickle`` of ``jax.device_get(payload)``, ``flax.serialization`` and Orbax
-    keep a payload whole. ``np.savez`` loses bfloat16, in which scales are: save ``array.view(jnp.uint16)``.
+    save a payload without loss. ``np.savez`` loses bfloat16, the dtype of scales: save ``array.view(jnp.uint16)``.
 
-    **Not finite.** A block with a NaN, an infinity or, in float64, a number beyond f32's range decodes to NaN
-    throughout. Finite blocks survive from 1e-35 to 1e35.
+    **Non-finite values.** A block with a NaN, an infinity or, in float64, a number beyond f32's range decodes to NaN
+    throughout. Finite blocks may have any magnitude from 1e-35 to 1e35.
 
     Attributes:
-        trits: a coordinate, 1, 2 or 3.
-        block_size: coordinates that share a scale, a power of two from 2 to 65536.
-        unbiased: whether the decoded gradient has the right mean, or the least error.
-        seed: of the random rotations, ``>= 0``.
+        trits: the number of trits per coordinate, 1, 2 or 3.
+        block_size: the number of coordinates that share a scale, a power of two from 2 to 65536.
+        unbiased: True makes the decoded gradient unbiased; False minimizes its error.
+        seed: the seed of the random rotations, ``>= 0``.
 
     State cost:
-        none; a payload has ``(1.6 * trits + 16 / block_size) / 8`` bytes a coordinate, and 4 for the step. Leaves of at
-        least 131,072 coordinates, and 125 blocks, are padded to whole fives of blocks: by at most 4 %.
+        none. A payload needs ``(1.6 * trits + 16 / block_size) / 8`` bytes per coordinate, and 4 bytes for the step.
+        Leaves of at least 131,072 coordinates and 125 blocks are padded to a multiple of five blocks: by at most 4 %.
 
     Raises:
-        ValueError: an attribute outside its range; at ``decode``, a payload that another codec made.
-        TypeError: at ``encode``, a leaf that is neither floating point nor complex.
+        ValueError: if an attribute is outside its range; at ``decode``, if another codec made the payload.
+        TypeError: at ``encode``, if a leaf is neither floating point nor complex.
 
     Example:
         >>> import jax, jax.numpy as jnp, vsa_optax
@@ -136,8 +136,8 @@ class TritCodec:
         (True, 3.22)
 
     References:
-        Blockwise rotation before quantising: Suresh et al. (arXiv 1611.00429). The unbiased scale: Vargaftik et al.,
-        "DRIVE" (arXiv 2105.08339) and "EDEN" (arXiv 2108.08842), whose levels are powers of two in number.
+        Suresh et al. (arXiv 1611.00429): rotation before quantisation. Vargaftik et al., "DRIVE" (arXiv 2105.08339)
+        and "EDEN" (arXiv 2108.08842): the unbiased scale; there, the number of levels is a power of two.
     """
 
     trits: checks.NumTrits = 2
@@ -147,18 +147,18 @@ class TritCodec:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        # NumPy's integers are made Python's, so that equal settings are equal codecs.
+        # NumPy integers become Python integers, so that equal settings make equal codecs.
         object.__setattr__(self, "trits", checks.check_trits("trits", self.trits))
         object.__setattr__(self, "block_size", checks.check_block_size("block_size", self.block_size))
         checks.check_bool("unbiased", self.unbiased)
         object.__setattr__(self, "seed", checks.check_integer("seed", self.seed, 0))
 
     def encode(self, tree: Tree, step: int | jax.Array = 0) -> TritPayload:
-        """The tree's payload; another ``step`` is another rotation.
+        """Encodes a tree as a payload; each ``step`` has its own rotation.
 
         Args:
-            tree: of floating-point or complex arrays, any shapes.
-            step: ``[] int``.
+            tree: a tree of floating-point or complex arrays of any shapes.
+            step: ``[] int``, which selects the random rotation.
         """
         checks.check_encodable_leaves(tree)
         step = codecs.check_step(step)
@@ -169,7 +169,7 @@ class TritCodec:
         return TritPayload(step, *of_tree, codecs.Settings(tuple(dataclasses.asdict(self).items())))
 
     def decode(self, payload: TritPayload) -> Tree:
-        """The tree, in the dtypes it had; no original is needed."""
+        """Decodes the tree in its original dtypes; only the payload is needed."""
         codecs.check_payload(payload, dataclasses.asdict(self), TritPayload)
         specs, treedef = jax.tree.flatten(payload.specs, is_leaf=codecs.is_spec)
         stacked = jax.tree.map(lambda x: x[None], payload)
@@ -181,14 +181,14 @@ class TritCodec:
         return jax.tree.unflatten(treedef, decoded)
 
     def decode_sum(self, payloads: TritPayload, coefficients: jax.Array) -> Tree:
-        """``sum_i coefficients[i] * decode(payloads[i])``, for the price of one rotation.
+        """``sum_i coefficients[i] * decode(payloads[i])``, at the cost of one rotation.
 
         Args:
-            payloads: of one and the same step, each array stacked on a leading axis ``[n, ...]``.
+            payloads: payloads of one and the same step, each array stacked on a leading axis ``[n, ...]``.
             coefficients: ``[n] f32``.
 
         Returns:
-            The tree in f32, or complex64 where it was complex.
+            The tree in f32; complex leaves are complex64.
         """
         codecs.check_payload(payloads, dataclasses.asdict(self), TritPayload)
         specs, treedef = jax.tree.flatten(payloads.specs, is_leaf=codecs.is_spec)
@@ -201,7 +201,7 @@ class TritCodec:
         return codecs.nbytes_of(self.encode, tree)
 
     def specs(self, payload: TritPayload) -> Tree:
-        """Shapes and dtypes of the encoded tree."""
+        """The encoded tree, with a `LeafSpec` in place of each array."""
         codecs.check_payload(payload, dataclasses.asdict(self), TritPayload)
         return payload.specs
 
@@ -209,13 +209,13 @@ class TritCodec:
         return spec.num_reals < self.block_size
 
     def _leaves(self, payload: TritPayload, specs: Sequence[codecs.LeafSpec]) -> list[CodedLeaf | RawLeaf]:
-        """What the payload has of each array, whatever nodes it is in."""
+        """The `CodedLeaf` or `RawLeaf` of each array, whatever nodes the payload's arrays are in."""
         wanted = sum(1 if self._is_small(spec) else 2 for spec in specs)
         arrays = jax.tree.leaves(payload.leaves)
         if len(arrays) != wanted or any(map(_is_foreign, jax.tree.leaves(payload.leaves, is_leaf=_is_foreign))):
             raise ValueError(
-                f"payload.leaves must be what encode made of {len(specs)} arrays, with codes and scales for each of at "
-                f"least a block, got {len(arrays)} arrays in {jax.tree.structure(payload.leaves)}"
+                f"payload.leaves must be those that encode returned for {len(specs)} arrays, with codes and scales for "
+                f"each of at least a block, got {len(arrays)} arrays in {jax.tree.structure(payload.leaves)}"
             )
         rest = iter(arrays)
         return [RawLeaf(next(rest)) if self._is_small(spec) else CodedLeaf(next(rest), next(rest)) for spec in specs]
@@ -255,6 +255,6 @@ class TritCodec:
 
 
 def _is_foreign(node: object) -> bool:
-    """Whether the node has the fields of a `CodedLeaf`, but is another's, whose trits may lie in another order."""
+    """Whether a node has the fields of a `CodedLeaf` but another class, whose trits may have another order."""
     has_its_fields = isinstance(node, tuple) and getattr(node, "_fields", None) == CodedLeaf._fields
     return has_its_fields and not isinstance(node, CodedLeaf) and jax.tree_util.all_leaves(node)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""Gradients in a few bits: kept, or sent to other devices."""
+"""Keep gradients in a few bits, or send them to other devices."""

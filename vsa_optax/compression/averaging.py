@@ -1,4 +1,4 @@
-"""The mean of many leaves over devices: put into buckets, averaged bucket by bucket, and taken out again."""
+"""The mean of many leaves over devices: leaves are packed into buckets, averaged by bucket, and unpacked."""
 
 import functools
 import itertools
@@ -15,13 +15,13 @@ from vsa_optax.core.mesh import axis_size, varying_axes
 
 
 class Averaged(NamedTuple):
-    """What a device has of all leaves after the exchange.
+    """The result of an exchange on one device.
 
     Attributes:
-        means: vectors, the same on all devices; those in a bucket with something that is not finite are zeros.
-        unsent: vectors, whose mean over devices is what the means lack; empty if they are not kept.
-        is_finite: ``[] bool``, the same on all devices along the axes: whether all that was sent is finite.
-        num_buckets: how many there are.
+        means: vectors, the same on all devices; zeros for leaves in a bucket with a non-finite value.
+        unsent: vectors whose mean over devices is the error of the means; empty if they are not kept.
+        is_finite: ``[] bool``, the same on all devices along the axes: whether all sent values are finite.
+        num_buckets: the number of buckets.
     """
 
     means: Vectors
@@ -43,13 +43,13 @@ def averaged(
     """The means of ``vectors`` over the devices along ``axes``.
 
     Args:
-        axes: of the mesh.
-        codec: of the payloads.
-        vectors: ``[size] f32``.
-        specs: of the leaves that they will be again.
+        axes: the mesh axes.
+        codec: the codec of the payloads.
+        vectors: ``[size] f32``, the leaves as vectors.
+        specs: the shapes and dtypes of these leaves.
         step: ``[] int32``, the same on all devices.
-        bucket_bytes: of a bucket in f32, at most; None for one bucket.
-        keeps_unsent: whether to find out what was lost.
+        bucket_bytes: the largest size of a bucket in f32; None for one bucket.
+        keeps_unsent: whether to compute the coding error of this device.
     """
     groups = _alike(vectors, axes)
     layouts = [_layout([vectors[i].size for i in group], axes, codec, bucket_bytes) for group in groups]
@@ -62,7 +62,7 @@ def averaged(
         found = []
         for place, bucket in enumerate(buckets.pack([vectors[i] for i in group])):
             rounded = functools.partial(buckets.map_pieces, held, place)
-            # A step for each bucket, so that its random keys are its own.
+            # Each bucket has its own step, so that it has its own random keys.
             own_step = num_buckets * step + next(numbers)
             found.append(exchange.averaged(axes, codec, bucket, own_step, rounded, keeps_unsent=keeps_unsent))
             is_finite &= found[-1].is_finite
@@ -73,13 +73,13 @@ def averaged(
 
 
 def _alike(vectors: Vectors, axes: tuple[str, ...]) -> list[list[int]]:
-    """Places of vectors that vary over the same axes beside ``axes``: joined with others, all would vary like those.
+    """Groups the indices of vectors that vary over the same axes besides ``axes``; empty vectors are left out.
 
-    Empty ones have no place.
+    A bucket varies over every axis over which one of its vectors varies.
     """
     groups: dict[frozenset[str], list[int]] = {}
     for i, vector in enumerate(vectors):
-        if vector.size:  # On a CPU, XLA of JAX 0.11 crashes over empty arrays among others.
+        if vector.size:  # On a CPU, XLA of JAX 0.11 crashes if some of the arrays are empty.
             groups.setdefault(varying_axes(vector) - set(axes), []).append(i)
     return list(groups.values())
 
@@ -99,7 +99,7 @@ def _layout(sizes: Sequence[int], axes: tuple[str, ...], codec: Codec, bucket_by
 
 
 def _as_held(specs: Sequence[LeafSpec], leaf: int, part: jax.Array) -> jax.Array:
-    """What the leaf's dtype holds of a part of it; complex64 and float64 hold all of f32."""
+    """A part of a leaf, rounded to the leaf's dtype; complex64 and float64 hold f32 exactly."""
     spec = specs[leaf]
     if spec.dtype.itemsize >= 4:
         return part

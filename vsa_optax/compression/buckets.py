@@ -1,6 +1,6 @@
-"""Leaves of a gradient in a few flat vectors, the buckets, and back.
+"""Packs the leaves of a gradient into a few flat vectors, the buckets, and unpacks them.
 
-What is coded and sent is a bucket: one call of a codec and two collectives, whatever the number of leaves in it.
+A bucket is coded and sent as a whole: it needs one call of a codec and two collectives, however many leaves it has.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 Vectors = list[jax.Array]
-# From this many blocks on a leaf shares at most an eighth of its blocks with others, wherever it begins.
+# A leaf of at least this many blocks shares at most an eighth of its blocks with others, wherever it begins.
 _BLOCKS_OF_A_LARGE_LEAF = 16
 
 
@@ -21,8 +21,8 @@ class Piece(NamedTuple):
 
     Attributes:
         leaf: the leaf's index.
-        start: of its first coordinate in the leaf.
-        stop: behind its last one.
+        start: the index of its first coordinate in the leaf.
+        stop: the index after its last coordinate.
     """
 
     leaf: int
@@ -32,15 +32,15 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """Which coordinates of which leaves are in which bucket.
+    """Assigns the coordinates of all leaves to buckets.
 
-    Large leaves come first, in the order of the tree, so that a bucket has neighbours, whose gradients a backward pass
-    finishes one after the other. Small ones follow, the largest first: a block has one scale for all its coordinates,
-    so that only the smallest leaves share theirs with many.
+    Large leaves come first in the order of the tree, so that a bucket holds neighbours, whose gradients a backward pass
+    finishes one after the other. Small leaves follow, the largest first. All coordinates of a block share one scale,
+    so in this order only the smallest leaves share a scale with many others.
 
     Attributes:
-        sizes: coordinates of each leaf.
-        pieces: for each bucket what is in it, in order; none for empty leaves.
+        sizes: the number of coordinates of each leaf.
+        pieces: the pieces in each bucket, in order; empty leaves have no piece.
     """
 
     sizes: tuple[int, ...]
@@ -48,18 +48,18 @@ class Buckets:
 
     @classmethod
     def of_leaves(cls, sizes: Sequence[int]) -> "Buckets":
-        """Each leaf in a bucket of its own, which costs no copy."""
+        """Puts each leaf into its own bucket, which needs no copy."""
         return cls(tuple(sizes), tuple((Piece(i, 0, size),) for i, size in enumerate(sizes) if size))
 
     @classmethod
     def of_size(cls, sizes: Sequence[int], block: int, unit: int, limit: int | None) -> "Buckets":
-        """Buckets of about the same size.
+        """Makes buckets of about the same size.
 
         Args:
-            sizes: coordinates of each leaf.
-            block: how many coordinates of a bucket share a scale.
-            unit: coordinates of which each bucket but the last has a multiple.
-            limit: coordinates that a bucket has at most, at least ``unit``; None for one bucket.
+            sizes: the number of coordinates of each leaf.
+            block: the number of coordinates of a bucket that share a scale.
+            unit: the size of every bucket but the last is a multiple of this number.
+            limit: the largest number of coordinates in a bucket, at least ``unit``; None for one bucket.
         """
         is_small = [size < _BLOCKS_OF_A_LARGE_LEAF * block for size in sizes]
         order = sorted(range(len(sizes)), key=lambda i: (is_small[i], -sizes[i] if is_small[i] else 0))
@@ -81,7 +81,7 @@ class Buckets:
         return cls(tuple(sizes), tuple(pieces))
 
     def pack(self, leaves: Vectors) -> Vectors:
-        """The buckets, ``[width] f32`` each, of leaves ``[size] f32``."""
+        """Packs leaves ``[size] f32`` into buckets ``[width] f32``."""
         return [_joined([leaves[i][start:stop] for i, start, stop in pieces]) for pieces in self.pieces]
 
     def unpack(self, buckets: Vectors) -> Vectors:
@@ -95,7 +95,7 @@ class Buckets:
         return [_joined(of_leaf) if of_leaf else jnp.zeros([0], jnp.float32) for of_leaf in parts]
 
     def map_pieces(self, fun: Callable[[int, jax.Array], jax.Array], number: int, bucket: jax.Array) -> jax.Array:
-        """``fun`` of each piece's leaf and coordinates, in the pieces' places in the bucket of that number."""
+        """Applies ``fun`` to leaf index and coordinates of each piece of bucket ``number``, and joins the results."""
         ends = itertools.accumulate(stop - start for _, start, stop in self.pieces[number])
         parts = jnp.split(bucket, list(ends)[:-1])
         return _joined([fun(piece.leaf, part) for piece, part in zip(self.pieces[number], parts, strict=True)])

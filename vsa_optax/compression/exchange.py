@@ -1,16 +1,16 @@
-"""The mean of one vector over devices, sent in a codec's bits.
+"""The mean of one vector over devices, sent as payloads of a codec.
 
-A codec whose payloads do not add makes a reduce-scatter and an all-gather of them:
+If the payloads of a codec do not add, the mean is a reduce-scatter and an all-gather of payloads:
 
-    cut      each device cuts its vector into n rows; row r is device r's to average
-    scatter  it encodes the others' rows, and ``all_to_all`` brings each to its owner; between two, ``all_gather``
-    average  the owner decodes n - 1 rows and averages them with its own
-    gather   it encodes the average, ``all_gather`` brings it to all devices, and they decode
+    cut      each device cuts its vector into n rows; device r averages row r
+    scatter  it encodes the other devices' rows, and ``all_to_all`` sends each to its device (``all_gather`` if n = 2)
+    average  each device decodes n - 1 rows and averages them with its own
+    gather   it encodes the average, ``all_gather`` sends it to all devices, and they decode it
 
-Payloads cross as bytes, so that there are two collectives. Each device and each stage has a step of its own, hence
-random keys of its own: the errors of n devices average out. A hypervector is simply summed.
+Payloads are sent as bytes, so two collectives are enough. Each device and each stage has its own step, hence its own
+random keys: the errors of n devices average out. Hypervectors add, so they are summed directly.
 
-Axes: n rows, one a device; w coordinates; m bytes.
+Axes: n rows, one per device; w coordinates; m bytes.
 """
 
 import math
@@ -29,13 +29,13 @@ from vsa_optax.core.trees import all_finite
 
 
 class Exchanged(NamedTuple):
-    """What a device has after an exchange.
+    """The result of an exchange on one device.
 
     Attributes:
-        mean: ``[size] f32``, as all devices decode it and its leaves' dtypes hold it: the same everywhere; zeros if
-            something is not finite.
-        unsent: ``[size] f32``, whose mean over devices is what the mean lacks; None if it is not kept.
-        is_finite: ``[] bool``, the same everywhere: whether all that was sent, and the mean, is finite.
+        mean: ``[size] f32``, the decoded mean, rounded to the leaves' dtypes; the same on all devices, and zeros if any
+            value is non-finite.
+        unsent: ``[size] f32``, whose mean over devices is the error of the mean; None if it is not kept.
+        is_finite: ``[] bool``, the same on all devices: whether all sent values and the mean are finite.
     """
 
     mean: jax.Array
@@ -57,12 +57,12 @@ def averaged(
     With one device nothing is sent, so nothing is encoded.
 
     Args:
-        axes: of the mesh.
-        codec: of the payloads.
-        vector: ``[size] f32``, size at least 1.
-        step: ``[] int32``, the same on all devices, another one for each vector and step.
-        rounded: a vector to what its leaves' dtypes hold of it.
-        keeps_unsent: whether to find out what was lost.
+        axes: the mesh axes.
+        codec: the codec of the payloads.
+        vector: ``[size] f32``, of size at least 1.
+        step: ``[] int32``, the same on all devices, and different for each vector and step.
+        rounded: a function that rounds a vector to the dtypes of its leaves.
+        keeps_unsent: whether to compute the coding error of this device.
     """
     if axis_size(axes) == 1:
         mean = rounded(lax.psum(vector, axes))
@@ -73,7 +73,7 @@ def averaged(
 
 
 def block_of(codec: Codec) -> int:
-    """Coordinates from which on the codec codes an array: one that leaves small arrays as they are has a block size."""
+    """The smallest size of an array that the codec codes: its ``block_size``, or 1 if it has none."""
     return int(getattr(codec, "block_size", 1))
 
 
@@ -85,12 +85,12 @@ def _mean_of_payloads(
     rounded: Callable[[jax.Array], jax.Array],
     keeps_unsent: bool,
 ) -> Exchanged:
-    """By payloads that are decoded before they are averaged."""
+    """The mean for payloads that must be decoded before they are averaged."""
     num, own = axis_size(axes), lax.axis_index(axes)
     encode_all, decode_all = jax.vmap(codec.encode, in_axes=(0, None)), jax.vmap(codec.decode)
     width = row_width(codec, vector.size, num)
     rows = _cut(vector, num, width)
-    # What a device has for itself need be neither coded nor sent: its own row is the last of those in its order.
+    # A device's own row need be neither coded nor sent. In the device's order of rows, its own comes last.
     others_of, place_of = (
         (own + 1 + jnp.arange(num - 1, dtype=jnp.int32)) % num,
         (jnp.arange(num, dtype=jnp.int32) - own - 1) % num,
@@ -102,7 +102,7 @@ def _mean_of_payloads(
     arrays, treedef = jax.tree.flatten(payload)
     flags = jnp.broadcast_to(all_finite(vector).astype(jnp.uint8), (num - 1, 1))
     wire = _to_bytes([*arrays, flags])
-    if num == 2:  # Gathering brings the same bytes, and an all-to-all of NCCL carries fewer a second.
+    if num == 2:  # Gathering moves the same bytes, and an all-to-all of NCCL moves fewer bytes per second.
         wire = lax.all_gather(wire[0], axes)
     else:
         wire = lax.all_to_all(_rows(jnp.pad(wire, ((0, 1), (0, 0))), place_of), axes, 0, 0, tiled=True)
@@ -111,8 +111,8 @@ def _mean_of_payloads(
     average = mine / num + jnp.sum(decoded / num, axis=0)
 
     coded = codec.encode(average, first_step + 1)
-    # Each device looks at what becomes of its own average, so that all know of all before they decode: a mean that is
-    # not finite is zeros by then, and need not be gone through again. A device's own flag comes back with the others'.
+    # Each device checks its own decoded average and sends the flag along, so that all devices know all flags before
+    # they decode. If any flag is false, the arrays become zeros first, so the decoded mean need not be checked again.
     is_finite = jnp.all(flags > 0) & all_finite(codec.decode(coded))
     arrays, treedef = jax.tree.flatten(jax.tree.map(lambda x: x[None], coded))
     flags = is_finite.astype(jnp.uint8).reshape(1, 1)
@@ -124,7 +124,8 @@ def _mean_of_payloads(
 
     unsent = None
     if keeps_unsent:
-        # What the code of the average lost stays with its owner, n times, since the next average divides it by n.
+        # The error of the coded average stays with the device that averages. It is multiplied by n, since the next
+        # average divides it by n.
         of_average = num * (average - _take(_cut(mean, num, width), own))
         lost = jnp.concatenate([others - decode_all(payload), of_average[None]])
         unsent = _rows(lost, place_of).reshape(-1)[: vector.size]
@@ -139,7 +140,7 @@ def _mean_of_bundles(
     rounded: Callable[[jax.Array], jax.Array],
     keeps_unsent: bool,
 ) -> Exchanged:
-    """By hypervectors, which are summed as they are; all devices take the same keys."""
+    """The mean for hypervectors, which are summed without decoding; all devices use the same keys."""
     payload = codec.encode(vector, step)
     decoded = codec.decode(payload._replace(bundle=lax.psum(payload.bundle / axis_size(axes), axes)))
     mean = rounded(decoded)
@@ -153,19 +154,19 @@ def _exchanged(mean: jax.Array, unsent: jax.Array | None) -> Exchanged:
 
 
 def row_width(codec: Codec, size: int, num: int) -> int:
-    """Coordinates in each of ``num`` rows of a vector: padded to a block where that is then coded, and takes less."""
+    """The coordinates in each of ``num`` rows of a vector; a row is padded to a block if its code then takes less."""
     width, block = -(-size // num), block_of(codec)
     worth_padding = -(-codec.nbytes(jax.ShapeDtypeStruct((block,), jnp.float32)) // 4)
     return block if worth_padding <= width < block else width
 
 
 def _cut(vector: jax.Array, num: int, width: int) -> jax.Array:
-    """``[n, w]``, zeros behind the coordinates."""
+    """Cuts a vector into rows ``[n, w]``, padded with zeros at the end."""
     return jnp.pad(vector, (0, num * width - vector.size)).reshape(num, width)
 
 
 def _all_gather(own: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """``[n, m]``: the bytes ``[m]`` of all devices, known as the same on all if ``shard_map`` checks that."""
+    """``[n, m]``: the bytes ``[m]`` of all devices, marked as replicated if ``shard_map`` checks replication."""
     return versions.all_gather_invarying(own, axes) if varying_axes(own) else lax.all_gather(own, axes)
 
 
@@ -178,7 +179,7 @@ def _rows(x: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _to_bytes(arrays: Sequence[jax.Array]) -> jax.Array:
-    """``[n, m] uint8``: the bits of the arrays ``[n, ...]``, those of one array behind those of the other."""
+    """``[n, m] uint8``: the bytes of the arrays ``[n, ...]``, one array after the other."""
     parts = []
     for array in arrays:
         bits = array if array.dtype == jnp.uint8 else lax.bitcast_convert_type(array, jnp.uint8)
@@ -191,7 +192,7 @@ def _from_bytes(wire: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
 
     Args:
         wire: ``[n, m] uint8``.
-        like: arrays with the shapes, but for the leading axis, and dtypes of those that were turned into bytes.
+        like: arrays with the dtypes and, except for the leading axis, the shapes of the original arrays.
     """
     arrays, start = [], 0
     for array in like:

@@ -1,6 +1,6 @@
-"""A codec as a link of an ``optax.chain``: what leaves is what a receiver of the coded gradient would decode.
+"""A codec as a link of an ``optax.chain``, which emits the decoded gradient that a receiver would get.
 
-State cost: 8 bytes; with error feedback 4 bytes a parameter more (8 for float64 and complex64, 16 for complex128).
+State cost: 8 bytes; error feedback adds 4 bytes per parameter (8 for float64 and complex64, 16 for complex128).
 """
 
 from typing import NamedTuple
@@ -21,9 +21,9 @@ class CompressState(NamedTuple):
     """State of `compress_gradients`.
 
     Attributes:
-        step: ``[] int32``, updates so far; it chooses the codec's random key.
-        nonfinite_count: ``[] int32``, how many of them held a NaN or an infinity.
-        residual: tree of ``[*shape]`` in at least float32, what has not been sent yet; None without error feedback.
+        step: ``[] int32``, the number of updates so far, which selects the codec's random key.
+        nonfinite_count: ``[] int32``, the number of updates that held a NaN or an infinity.
+        residual: tree of ``[*shape]`` in at least float32, the part not sent yet; None without error feedback.
     """
 
     step: jax.Array
@@ -32,36 +32,39 @@ class CompressState(NamedTuple):
 
 
 def compress_gradients(codec: codecs.Codec, *, error_feedback: bool = False) -> optax.GradientTransformationExtraArgs:
-    """Replaces gradients by what is left of them after encoding and decoding.
+    """Replaces gradients with their encoded and decoded values.
 
-    Without error feedback ``decode(encode(g, t))`` leaves. With it, what was lost is added to the next gradient:
+    Without error feedback it emits ``decode(encode(g, t))``. With error feedback, the coding error is added to the next
+    gradient:
 
         x_t = g_t + e_t,    sent_t = decode(encode(x_t, t)),    e_{t+1} = x_t - sent_t
 
-    so that everything arrives in the end: at any time ``sum sent + e = sum g``, up to rounding. In front of Adam that
-    did not help with `TritCodec`, and did harm with `HypervectorCodec`, at the best learning rate.
+    Everything is then sent eventually: at any time ``sum sent + e = sum g``, up to rounding. In front of Adam at the
+    best learning rate, error feedback did not help with `vsa_optax.TritCodec` and did harm with
+    `vsa_optax.HypervectorCodec`.
 
-    Nothing is sent anywhere; this is the numerical effect of a codec, to try it in a training step, or to keep an
-    optimizer behind it honest about what it would receive.
+    Nothing is communicated. The transformation has the numerical effect of a codec, so that its effect on training can
+    be tested.
 
-    A gradient with a NaN or an infinity is not added to the residual, and counted; it leaves as the codec decodes it,
-    with NaN for its whole block (`TritCodec`) or the whole tree (`HypervectorCodec`), never as some finite level.
+    A gradient with a NaN or an infinity is counted and not added to the residual. It is emitted as the codec decodes
+    it: as NaN in its whole block (`vsa_optax.TritCodec`) or in the whole tree (`vsa_optax.HypervectorCodec`).
 
     Args:
-        codec: `TritCodec`, `HypervectorCodec`, or an object with their methods.
-        error_feedback: whether to carry over what was lost. It needs a codec that loses less than there was:
-            ``HypervectorCodec(shrink=False)`` is refused.
+        codec: `vsa_optax.TritCodec`, `vsa_optax.HypervectorCodec`, or an object with their methods.
+        error_feedback: whether to add the coding error to the next gradient. The error must be smaller than the
+            gradient, so ``HypervectorCodec(shrink=False)`` is not allowed.
 
     Returns:
-        A transformation whose updates have the dtypes that came in. It ignores parameters and extra arguments.
+        A transformation whose updates keep the dtypes of the gradients. It ignores parameters and extra arguments.
 
     State cost:
-        8 bytes; with error feedback 4 bytes a parameter more (8 for float64 and complex64, 16 for complex128).
+        8 bytes; error feedback adds 4 bytes per parameter (8 for float64 and complex64, 16 for complex128).
 
     Raises:
-        ValueError: a ``codec`` or ``error_feedback`` that is none; at ``update``, gradients whose structure or shapes
-            are not those given to ``init``, if there is a residual to compare them with.
-        TypeError: a leaf that is neither floating point nor complex.
+        ValueError: if ``codec`` is not a codec, if ``error_feedback`` is not a bool, or if the codec does not allow
+            error feedback; with error feedback at ``update``, if structure or shapes of the gradients differ from those
+            given to ``init``.
+        TypeError: if a leaf is neither floating point nor complex.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsa_optax
@@ -76,15 +79,15 @@ def compress_gradients(codec: codecs.Codec, *, error_feedback: bool = False) -> 
         True
 
     References:
-        Error feedback: Seide et al., "1-bit stochastic gradient descent" (2014); Karimireddy et al., "Error feedback
-        fixes SignSGD" (arXiv 1901.09847), algorithm 2, here applied to the gradient and not to the rate times it.
+        Seide et al., "1-bit stochastic gradient descent" (2014): error feedback. Karimireddy et al., "Error feedback
+        fixes SignSGD" (arXiv 1901.09847), algorithm 2: here, it is applied to the gradient without the learning rate.
     """
     check_feedback(codec, error_feedback)
 
     def init_fn(params: optax.Params) -> CompressState:
         checks.check_inexact_leaves(params)
         zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=_wide(leaf)), params)
-        # Two arrays: one buffer cannot be donated twice.
+        # Two separate arrays, since one buffer cannot be donated twice.
         return CompressState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), zeros if error_feedback else None)
 
     def update_fn(
@@ -110,7 +113,7 @@ def compress_gradients(codec: codecs.Codec, *, error_feedback: bool = False) -> 
 
 
 def check_feedback(codec: codecs.Codec, error_feedback: bool) -> None:
-    """``ValueError`` unless it is a codec, and one whose error feedback can carry over."""
+    """``ValueError`` unless ``codec`` is a codec that allows the requested error feedback."""
     codecs.check_codec("codec", codec)
     checks.check_bool("error_feedback", error_feedback)
     if error_feedback and isinstance(codec, HypervectorCodec) and not codec.shrink:

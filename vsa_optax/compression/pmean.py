@@ -1,6 +1,6 @@
-"""The mean of gradients over devices, sent in a codec's bits; used inside ``jax.shard_map``.
+"""The mean of gradients over devices, sent as payloads of a codec, for use inside ``jax.shard_map``.
 
-State cost: 8 bytes; with error feedback 4 bytes a parameter more on each device.
+State cost: 8 bytes; error feedback adds 4 bytes per parameter on each device.
 """
 
 from typing import NamedTuple, TypeVar
@@ -37,10 +37,10 @@ class CompressedPmeanState(NamedTuple):
     """State of `compressed_pmean`.
 
     Attributes:
-        step: ``[] int32``, updates so far; it chooses the codec's random keys.
-        nonfinite_count: ``[] int32``, how many of them held a NaN or an infinity on some device.
-        residual: tree of ``[1, *shape]`` in float32 or complex64, what a device has not sent yet, its own on each; None
-            without error feedback. The other fields are the same on all devices.
+        step: ``[] int32``, the number of updates so far, which selects the codec's random keys.
+        nonfinite_count: ``[] int32``, the number of updates that held a NaN or an infinity on some device.
+        residual: tree of ``[1, *shape]`` in float32 or complex64, the part that this device has not sent yet; None
+            without error feedback. It differs between devices; the other fields are the same on all.
         axes: static, the mesh axes.
     """
 
@@ -50,7 +50,7 @@ class CompressedPmeanState(NamedTuple):
     axes: MeshAxes
 
     def fields_of_each_device(self) -> tuple[str, ...]:
-        """As `core.mesh.OfEachDevice` asks for."""
+        """The names of the fields that differ between devices, for `core.mesh.OfEachDevice`."""
         return ("residual",)
 
 
@@ -61,69 +61,70 @@ def compressed_pmean(
     error_feedback: bool = False,
     bucket_bytes: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Averages gradients over devices, as ``jax.lax.pmean`` does, but what it sends is a codec's payloads.
+    """Averages gradients over devices like ``jax.lax.pmean``, but sends the payloads of a codec.
 
-    To be used inside ``jax.shard_map``, whose replication check may stay on, at the head of an ``optax.chain``:
-    gradients of each device enter, their mean leaves, the same bits on all devices. On n devices:
+    Use it inside ``jax.shard_map`` as the first link of an ``optax.chain``; the replication check may stay on. Each
+    device passes its own gradients, and all devices get the same mean, bit for bit. On n devices:
 
         own mean of row r:  m_r = (g_{r,r} + sum_{i != r} decode(encode(g_{i,r}))) / n
-        what leaves:        decode(encode(m_r)), r = 0 ... n - 1
+        emitted mean:       decode(encode(m_r)), r = 0 ... n - 1
 
-    where ``g_{i,r}`` is the r-th of n parts of device i's gradient; device r averages it. Leaves are put into one flat
-    vector first, the bucket. It is coded as a whole, and payloads go by two collectives of bytes, an ``all_to_all`` and
-    an ``all_gather`` (two of these on two devices), whatever the number of leaves. Each device and each stage has keys
-    of its own, so that errors average out: with vNMSE for the squared relative error of an unbiased codec (see
-    `TritCodec`) the mean's is
+    where ``g_{i,r}`` is the r-th of n parts of device i's gradient; device r averages it. The leaves are first joined
+    to one flat vector, the bucket, which is coded as a whole. However many leaves there are, payloads need two
+    collectives of bytes, an ``all_to_all`` and an ``all_gather`` (on two devices, two of the latter). Each device and
+    each stage has its own keys, so errors average out. Let vNMSE be the squared relative error of an unbiased codec,
+    which `vsa_optax.TritCodec` tabulates. The error of the mean is then
 
         E ||m - mean||^2 = (n - 1) / n^2 * vNMSE * mean ||g_i||^2
         E ||sent - mean||^2 = E ||m - mean||^2 + vNMSE * E ||m||^2
 
-    with the norm of m as it is: a codec that loses least shrinks what it codes. On independent gradients that is what
-    eight devices have, to a thousandth: 0.0405 of ``mean ||g_i||^2`` with one trit, 0.0064 with two.
+    where ``||m||`` is the actual norm, since a codec of least error shrinks its input. On eight devices with
+    independent gradients, the measured error agrees to a thousandth: 0.0405 of ``mean ||g_i||^2`` with one trit, 0.0064
+    with two.
 
-    With `HypervectorCodec` the hypervector itself is summed, by one ``psum``, and errors do not average out.
+    With `vsa_optax.HypervectorCodec`, one ``psum`` adds the hypervectors, and errors do not average out.
 
-    **Bytes.** Each device sends ``2 * (n - 1) / n`` payloads of its gradient: of what ``pmean`` sends in float32, 5.1 %
-    with one trit and 10.1 % with two. All leaves are coded, those of fewer than a block included. To leave some out,
-    average them by ``jax.lax.pmean`` and keep them from this with ``optax.masked``. Only a whole tree so small that its
-    rows would take more bytes in trits is sent as it is.
+    **Bytes.** Each device sends ``2 * (n - 1) / n`` payloads of its gradient: 5.1 % of the bytes of a float32 ``pmean``
+    with one trit and 10.1 % with two. All leaves are coded, including those smaller than a block. To exclude a leaf,
+    average it with ``jax.lax.pmean`` and mask it with ``optax.masked``. A whole tree is sent uncoded only if it is so
+    small that its rows would take more bytes in trits.
 
     **Neighbours.** Coordinates of one block share a scale. Leaves of 16 blocks or more come first, in the order of the
-    tree; of their coordinates at most an eighth is in blocks that they share. Smaller leaves follow, the largest first.
-    Among them a leaf whose gradient is small beside that of its neighbours drowns in their noise.
+    tree; at most an eighth of their coordinates is in shared blocks. Smaller leaves follow, the largest first. In a
+    small leaf whose gradient is much smaller than its neighbours', their noise dominates.
 
-    **Buckets.** With ``bucket_bytes`` there are several buckets of at most that size, each with two collectives and
-    random keys of its own. A bucket's exchange can then begin as soon as the gradients in it are known, beside the rest
-    of the backward pass and the coding of other buckets, if XLA schedules it so. A bucket is a copy of the gradient, 4
-    bytes a parameter while it lives, and so are its rows and its decoded mean. Only those of one bucket need
-    to live at once, but XLA decides that. Each bucket takes time to compile and to launch: choose tens of MiB.
+    **Buckets.** With ``bucket_bytes`` there are several buckets of at most that size, each with two collectives and its
+    own random keys. XLA can then exchange a bucket as soon as its gradients are known, in parallel with the rest of the
+    backward pass and the coding of other buckets. A bucket is a copy of its gradients, 4 bytes per parameter, and so
+    are its rows and its decoded mean. Only one bucket's copies need to be alive at once, but XLA decides that. Each
+    bucket takes time to compile and to launch: choose tens of MiB.
 
-    **Error feedback.** With ``error_feedback=True`` what a device's code lost is added to its next gradient; what the
-    second code of an average lost, to the next one of the device that averages. At any time, up to rounding,
+    **Error feedback.** With ``error_feedback=True``, the coding error of a device is added to its next gradient. The
+    error of the coded average is added to the next gradient of the device that averages. At any time, up to rounding,
 
-        sum over steps of what left + mean over devices of the residuals = sum over steps of the mean gradient
+        sum over steps of the sent mean + mean over devices of the residuals = sum over steps of the mean gradient
 
-    Errors of fresh rotations average out without it. In front of Adam it did harm where that was measured: one trit's
-    final loss was 2 % higher with it (``benchmarks/collectives.log``).
+    Errors of fresh rotations average out without it. In front of Adam it did harm where that was measured: the final
+    loss with one trit was 2 % higher (``benchmarks/collectives.log``).
 
-    **Not finite.** One device's NaN or infinity skips the step on all devices: it is counted by each, residuals stay,
-    and zeros leave. None waits for another, since all go through the same collectives whatever they hold.
+    **Non-finite values.** A NaN or an infinity on one device skips the step on all devices: each counts it, residuals
+    stay, and zeros are emitted. No device hangs, since all run the same collectives in any case.
 
-    **Gradients of each device.** Inside ``shard_map`` JAX sums up, in full, gradients of parameters that are the same
-    on all devices. Make the parameters vary first (see the example); gradients that do not vary are refused.
+    **Gradients of each device.** Inside ``shard_map``, JAX sums the gradients of parameters that are the same on all
+    devices, uncompressed. Make the parameters vary first, as in the example. Gradients that do not vary are an error.
 
     **With phases**, ``phase_switched(optax.chain(compressed_pmean(...), optax.adamw(1.0)), learning_rate=...,
     predictor=Window())`` communicates in true steps only.
 
-    **With micro-batches**, each device sums its own, and one mean of a window is sent instead of K:
-    ``ternary_multi_steps(optax.chain(compressed_pmean(...), opt), k)``. Gradients of a window that does not know which
-    devices share it, as that of `accumulate_ternary` before this in a chain, are refused.
+    **With micro-batches**, use ``ternary_multi_steps(optax.chain(compressed_pmean(...), opt), k)``: each device sums
+    its own micro-batches, and one mean per window is sent instead of K. A window that does not know which devices share
+    it is an error, such as that of `vsa_optax.accumulate_ternary` earlier in the chain.
 
-    **State on many devices.** Residuals differ by device. Let `state_specs` say how ``shard_map`` lays out a state, and
-    make it by ``jax.shard_map(opt.init, mesh=mesh, in_specs=P(), out_specs=specs)``.
+    **State on many devices.** Residuals differ between devices. `vsa_optax.state_specs` returns the ``shard_map`` specs
+    of a state; create it with ``jax.shard_map(opt.init, mesh=mesh, in_specs=P(), out_specs=specs)``.
 
-    **Another number of devices.** Only the residuals' mean over devices matters, so each device may start with it. With
-    ``fresh``, the state made on the new devices, a checkpoint of eight devices goes on by::
+    **Another number of devices.** Only the residuals' mean over devices matters, so each device may start with it. Let
+    ``fresh`` be the state made on the new devices. A checkpoint of eight devices is then restored by::
 
         of_8 = jax.tree.map(lambda e: np.zeros((8, *e.shape[1:]), e.dtype), fresh.residual)
         step, saved = checkpoint.restore(folder, fresh._replace(residual=of_8))
@@ -131,36 +132,36 @@ def compressed_pmean(
         layouts = jax.tree.map(lambda new: new.sharding, fresh.residual)
         state = saved._replace(residual=jax.device_put(means, layouts))
 
-    **Before JAX 0.10.0**, whose ``all_gather`` cannot promise that its result is the same everywhere, the second stage
-    takes twice the bytes unless ``shard_map`` is told not to check replication.
+    **Before JAX 0.10.0**, ``all_gather`` cannot mark its result as replicated. There the second stage sends twice the
+    bytes, unless ``shard_map`` does not check replication.
 
-    Arithmetic is f32. One device sends nothing, so it encodes nothing, and gradients leave as they came, to f32.
+    Arithmetic is f32. One device sends nothing, so it encodes nothing and emits its gradients, rounded to f32.
 
-    **A tree's order matters.** Random keys belong to places in a bucket: other leaves, or another ``bucket_bytes``, are
-    other keys, hence other errors of the same size. Residuals do not depend on buckets.
+    **The order of the tree matters.** Random keys belong to places in a bucket. Other leaves or another
+    ``bucket_bytes`` mean other keys, hence other errors of the same size. Residuals do not depend on buckets.
 
     Args:
-        axis_name: of the mesh axis to average over, or a tuple of names.
-        codec: `TritCodec`, `HypervectorCodec`, or an object with their methods; small arrays are those below its
-            ``block_size``, if it has one.
-        error_feedback: whether to carry over what was lost. It needs a codec that loses less than there was:
-            ``HypervectorCodec(shrink=False)`` is refused.
-        bucket_bytes: of a bucket, at most, counted in f32, ``>= 4 * block_size * n``; with `HypervectorCodec`
-            each bucket becomes a hypervector of its own. None puts all leaves into one bucket.
+        axis_name: the name of the mesh axis to average over, or a tuple of names.
+        codec: `vsa_optax.TritCodec`, `vsa_optax.HypervectorCodec`, or an object with their methods. If it has a
+            ``block_size``, it is assumed not to code smaller arrays.
+        error_feedback: whether to add the coding error to the next gradient. The error must be smaller than the
+            gradient, so ``HypervectorCodec(shrink=False)`` is not allowed.
+        bucket_bytes: the largest size of a bucket, counted in f32, ``>= 4 * block_size * n``. With
+            `vsa_optax.HypervectorCodec` each bucket becomes one hypervector. None puts all leaves into one bucket.
 
     Returns:
-        A transformation whose updates have the dtypes that came in. It ignores parameters and extra arguments.
+        A transformation whose updates keep the dtypes of the gradients. It ignores parameters and extra arguments.
 
     State cost:
-        8 bytes; with error feedback 4 bytes a parameter more on each device (8 if complex). During an update a bucket
-        is in memory several times: 20 bytes a parameter of it on eight devices of a CPU, less on a GPU.
+        8 bytes; error feedback adds 4 bytes per parameter on each device (8 if complex). During an update several
+        copies of a bucket are in memory: 20 bytes per parameter on eight CPU devices, less on a GPU.
 
     Raises:
-        ValueError: an argument outside its range; at ``update``, outside ``shard_map`` over ``axis_name``, gradients
-            that are already the same on all devices, that come out of a window of micro-batches, or whose structure or
-            shapes are not those given to ``init``, if there is a residual to compare them with; a residual of another
-            number of devices; buckets without a block for each device.
-        TypeError: a leaf that is neither floating point nor complex.
+        ValueError: if an argument is outside its range; at ``update``, if it is outside ``shard_map`` over
+            ``axis_name``; if gradients are already the same on all devices or come from a window of micro-batches; if a
+            bucket has no block for each device; with error feedback, if structure or shapes of the gradients differ
+            from those given to ``init``, or if the residual belongs to another number of devices.
+        TypeError: if a leaf is neither floating point nor complex.
 
     Example:
         In a training step, ``shard_map`` with ``in_specs=(P(), specs, P("data"))`` and ``out_specs=(P(), specs)``::
@@ -170,7 +171,7 @@ def compressed_pmean(
                 updates, opt_state = opt.update(jax.grad(loss)(own, batch), opt_state, params)
                 return optax.apply_updates(params, updates), opt_state
 
-        Eight devices in the place of which there is ``jax.vmap``:
+        Eight devices, simulated by ``jax.vmap``:
 
         >>> import jax, jax.numpy as jnp, vsa_optax
         >>> opt = vsa_optax.compressed_pmean("data", vsa_optax.TritCodec(trits=2))
@@ -182,9 +183,9 @@ def compressed_pmean(
         (True, True)
 
     References:
-        Two-stage compressed averaging with error feedback in each: Tang et al., "DoubleSqueeze" (arXiv 1905.05957);
-        as a reduce-scatter and an all-gather: Tang et al., "1-bit Adam" (arXiv 2102.02888), section 5. Independent
-        rotations: Vargaftik et al., "EDEN" (arXiv 2108.08842).
+        Tang et al., "DoubleSqueeze" (arXiv 1905.05957): compressed averaging in two stages, with error feedback in
+        each. Tang et al., "1-bit Adam" (arXiv 2102.02888), section 5: the same as a reduce-scatter and an all-gather.
+        Vargaftik et al., "EDEN" (arXiv 2108.08842): independent rotations.
     """
     axes = _check_axis_name(axis_name)
     check_feedback(codec, error_feedback)
@@ -194,10 +195,10 @@ def compressed_pmean(
     def init_fn(params: optax.Params) -> CompressedPmeanState:
         checks.check_inexact_leaves(params)
         residual = jax.tree.map(_no_residual, params) if error_feedback else None
-        # Else a loop inside shard_map could not carry it.
+        # Without this, a loop inside shard_map could not carry the residual.
         if is_mapped(axes) and is_checked(frozenset(axes)):
             residual = jax.tree.map(lambda e: as_varying(e, frozenset(axes)), residual)
-        # Two arrays: one buffer cannot be donated twice.
+        # Two separate arrays, since one buffer cannot be donated twice.
         return CompressedPmeanState(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32), residual, MeshAxes(axes))
 
     def update_fn(
@@ -218,11 +219,11 @@ def compressed_pmean(
         means, unsent, is_finite, num_buckets = averaging.averaged(
             axes, codec, pending, specs, state.step, bucket_bytes, keeps_unsent=error_feedback
         )
-        # What varies over other axes, too, may be finite on some devices along them only.
+        # Gradients that also vary over other axes may be finite on only some devices along those.
         more_axes = varying_axes(is_finite) - varying_axes(state.step)
         is_finite = all_devices_agree(is_finite, more_axes)
         sent = [codecs.as_decoded(codecs.from_reals(x, spec), spec) for x, spec in zip(means, specs, strict=True)]
-        if num_buckets > 1 or more_axes:  # One bucket is zeros already.
+        if num_buckets > 1 or more_axes:  # A single bucket is zeros already.
             sent = [jnp.where(is_finite, leaf, jnp.zeros_like(leaf)) for leaf in sent]
         residual = state.residual
         if error_feedback:
@@ -239,19 +240,19 @@ def compressed_pmean(
 
 
 def state_specs(opt_state: Tree, axis_name: str | tuple[str, ...]) -> Tree:
-    """For each array of an optimizer's state, how ``shard_map`` has to lay it out.
+    """Returns the ``shard_map`` spec of each array in an optimizer's state.
 
-    What a device keeps for itself has the axis in front, ``PartitionSpec(axis_name)``: the residuals of
-    `compressed_pmean`, and the sum of a `ternary_multi_steps` around it. Everything else is the same on all devices,
-    ``PartitionSpec()``.
+    Arrays that differ between devices have a leading axis with the spec ``PartitionSpec(axis_name)``: the residuals of
+    `vsa_optax.compressed_pmean` and the sum of a `vsa_optax.ternary_multi_steps` around it. All other arrays are the
+    same on all devices, with ``PartitionSpec()``.
 
     Args:
-        opt_state: the state's shapes, as ``jax.eval_shape(opt.init, params)`` gives them, or a state that was made
+        opt_state: the state's shapes, as ``jax.eval_shape(opt.init, params)`` returns them, or a state that was made
             inside ``shard_map``.
-        axis_name: as given to `compressed_pmean`.
+        axis_name: the name of the mesh axis, or the tuple of names, that `vsa_optax.compressed_pmean` was made with.
 
     Returns:
-        A tree of the state's structure, for ``in_specs`` and ``out_specs``.
+        A tree with the structure of the state, for ``in_specs`` and ``out_specs``.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsa_optax
@@ -262,8 +263,8 @@ def state_specs(opt_state: Tree, axis_name: str | tuple[str, ...]) -> Tree:
         (True, True)
 
     Raises:
-        ValueError: an ``axis_name`` that is not the one a `compressed_pmean` in the state was made with; on several
-            devices, a state that was made outside ``shard_map`` and has but one device's residuals or sum.
+        ValueError: if a `vsa_optax.compressed_pmean` in the state was made with another ``axis_name``; on several
+            devices, if the state was made outside ``shard_map`` and has the residuals or sum of one device only.
     """
     axes = _check_axis_name(axis_name)
 
@@ -292,16 +293,16 @@ def _is_of_each_device(node: object) -> bool:
 
 
 def _check_made_inside(name: str, part: Tree, axes: tuple[str, ...]) -> None:
-    """``ValueError`` if there is one device's array where each of several devices has to have one.
+    """``ValueError`` if the state holds the array of one device although there are several devices.
 
-    Shapes, as ``jax.eval_shape`` gives them, do not tell; nor is there a difference if there is but one device.
+    The shapes from ``jax.eval_shape`` do not show this. With a single device both cases are the same.
     """
     for leaf in jax.tree.leaves(part):
         is_known = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, jax.core.Tracer)
         if is_known and leaf.shape[0] == 1 and not _is_laid_out_on_one(leaf, axes) and jax.device_count() > 1:
             raise ValueError(
-                f"opt_state must be made inside jax.shard_map, where each device gets {name} of its own; here is that "
-                "of one device. Write specs = state_specs(jax.eval_shape(opt.init, params), "
+                f"opt_state must be made inside jax.shard_map, where each device gets its own {name}; this state has "
+                "that of one device. Write specs = state_specs(jax.eval_shape(opt.init, params), "
                 f"{(axes[0] if len(axes) == 1 else axes)!r}) and "
                 "opt_state = jax.jit(jax.shard_map(opt.init, mesh=mesh, in_specs=PartitionSpec(), out_specs=specs))"
                 "(params)"
@@ -309,7 +310,7 @@ def _check_made_inside(name: str, part: Tree, axes: tuple[str, ...]) -> None:
 
 
 def _is_laid_out_on_one(leaf: ArrayLike, axes: tuple[str, ...]) -> bool:
-    """Whether the array lies on a mesh that has one device along ``axes``."""
+    """Whether the array is on a mesh that has one device along ``axes``."""
     sharding = getattr(leaf, "sharding", None)
     return isinstance(sharding, NamedSharding) and all(sharding.mesh.shape.get(name) == 1 for name in axes)
 
@@ -327,21 +328,21 @@ def _check_axis_name(axis_name: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_of_each_device(updates: optax.Updates, axes: tuple[str, ...], link: object) -> None:
-    """``ValueError`` if gradients are the same on all devices already, or are not of the same steps on all."""
+    """``ValueError`` if gradients are already the same on all devices, or belong to different steps on them."""
     is_known = is_checked(frozenset(axes))
     if follows_window(updates, link):
         raise ValueError(
             "gradients must be those of the same micro-batches on all devices, got those of accumulate_ternary or "
-            "ternary_multi_steps, which do not know which devices share their window: it is complete later on one that "
-            "leaves out a NaN. Average inside, where they know: "
+            "ternary_multi_steps, which do not know which devices share their window: a device that skips a NaN "
+            "completes it later. Average inside, where they know: "
             "ternary_multi_steps(optax.chain(compressed_pmean(...), opt), k)"
         )
-    # JAX has summed them, in full.
+    # JAX has already summed them, uncompressed.
     leaves = jax.tree.leaves(updates)
     summed = set(axes) - varying_axes(leaves)
     if is_known and summed and leaves:
         raise ValueError(
-            f"gradients must be those of each device, got some that are the same along {sorted(summed)}. JAX sums up "
-            "the gradients of parameters that are: make those vary before differentiating, with jax.lax.pcast(params, "
-            "axis_name, to='varying'); or remove the jax.lax.pmean before update, if there is one"
+            f"gradients must be those of each device, got some that are the same along {sorted(summed)}. JAX sums the "
+            "gradients of parameters that are the same: make these vary before differentiating, with "
+            "jax.lax.pcast(params, axis_name, to='varying'); or remove the jax.lax.pmean before update, if there is one"
         )

@@ -1,1 +1,1 @@
-"""What two of the three ideas need: errors, conditionals, meshes and trees."""
+"""Code that accumulation, compression and prediction share: errors, conditionals, meshes and trees."""

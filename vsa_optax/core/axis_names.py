@@ -1,10 +1,10 @@
-"""Names that Flax's containers give to the axes of parameters, where an array of a state has other axes.
+"""Adapts the axis names in Flax's containers to the arrays of a state, whose axes may differ from the parameters'.
 
-A box of linen (``nn.Partitioned``) and a Variable of nnx say over which axes of a mesh their array is to be split. A
-state is made of the parameters' own containers, so that it takes their names, too. An array with an axis more in front
-needs one more, None: that axis is not split. What a codec made has other axes altogether, and is whole everywhere.
+A linen box (``nn.Partitioned``) and an nnx Variable name the mesh axes over which their array is sharded. A state
+reuses the parameters' containers, and thus their names. An array with one more leading axis needs one more name, None,
+since that axis is not sharded. The arrays of a codec have entirely different axes and are replicated.
 
-Flax need not be installed: as long as nobody imported it there is no such container.
+Flax need not be installed: no such container exists unless Flax has been imported.
 """
 
 import sys
@@ -16,17 +16,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from vsa_optax.core.types import Tree
 
-# Under which nnx has names in a Variable's metadata, in releases up to 0.12.
+# The metadata keys under which an nnx Variable keeps axis names, in releases up to 0.12.
 _IN_METADATA = ("out_sharding", "optimizer_sharding", "sharding_names", "sharding")
 
 
 def with_axis_in_front(tree: Tree) -> Tree:
-    """The tree of arrays ``[n, *shape]``, whose first axis is named None."""
+    """The tree of arrays ``[n, *shape]`` with the name None for the first axis."""
     return _renamed(tree, lambda box: box.add_axis(0, {"partition_name": None}), _one_more)
 
 
 def without_names(tree: Tree) -> Tree:
-    """The tree in containers that say nothing of axes."""
+    """The tree in containers without axis names."""
     return _renamed(tree, lambda box: box.replace(names=()) if hasattr(box, "names") else box, lambda names: None)
 
 
@@ -50,7 +50,7 @@ def _renamed(tree: Tree, of_box: Callable[[Any], Any], of_names: Callable[[Any],
             return of_box(node)
         if not is_variable(node):
             return node
-        variable = jax.tree.map(lambda x: x, node)  # One of our own, to be changed.
+        variable = jax.tree.map(lambda x: x, node)  # A copy, which may be changed.
         for name in _IN_METADATA:
             names = variable.get_metadata().get(name)
             if names is not None:

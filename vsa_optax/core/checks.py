@@ -1,4 +1,4 @@
-"""Errors that name the argument, the value and the valid range, and the leaf that does not fit."""
+"""Checks whose errors name the argument, its value and the valid range, or the leaf that does not fit."""
 
 import math
 import numbers
@@ -19,7 +19,7 @@ _SUPPORTED = ("float16", "bfloat16", "float32", "float64", "complex64", "complex
 
 
 def check_integer(name: str, value: object, minimum: int) -> int:
-    """``value`` as an int; ``ValueError`` unless it is an integer from ``minimum`` to 2**31 - 1."""
+    """Returns ``value`` as an int; ``ValueError`` unless it is an integer from ``minimum`` to 2**31 - 1."""
     number = _as_integer(value)
     if number is None or not minimum <= number <= _LARGEST_INTEGER:
         raise ValueError(f"{name} must be an integer >= {minimum} and < 2**31, got {value!r}")
@@ -27,7 +27,7 @@ def check_integer(name: str, value: object, minimum: int) -> int:
 
 
 def check_trits(name: str, value: object) -> int:
-    """``value``; ``ValueError`` unless it is 1, 2 or 3."""
+    """Returns ``value`` as an int; ``ValueError`` unless it is 1, 2 or 3."""
     number = _as_integer(value)
     if number not in (1, 2, 3):
         raise ValueError(f"{name} must be 1, 2 or 3, got {value!r}")
@@ -35,7 +35,7 @@ def check_trits(name: str, value: object) -> int:
 
 
 def check_block_size(name: str, value: object) -> int:
-    """``value``; ``ValueError`` unless it is a power of two from 2 to 65536."""
+    """Returns ``value`` as an int; ``ValueError`` unless it is a power of two from 2 to 65536."""
     number = _as_integer(value)
     if number is None or not 2 <= number <= 65536 or number & (number - 1):
         raise ValueError(f"{name} must be a power of two from 2 to 65536, got {value!r}")
@@ -43,7 +43,7 @@ def check_block_size(name: str, value: object) -> int:
 
 
 def check_real(name: str, value: object, *, low: float, high: float, low_open: bool = False) -> float:
-    """``value`` as a float; ``ValueError`` unless it is a finite number in the interval."""
+    """Returns ``value`` as a float; ``ValueError`` unless it is a finite number in the interval."""
     try:
         number = float(value) if not isinstance(value, bool) and isinstance(value, numbers.Real) else math.nan
     except OverflowError:
@@ -56,21 +56,21 @@ def check_real(name: str, value: object, *, low: float, high: float, low_open: b
 
 
 def check_bool(name: str, value: object) -> bool:
-    """``value``; ``ValueError`` unless it is a bool."""
+    """Returns ``value``; ``ValueError`` unless it is a bool."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    """``value``; ``ValueError`` unless it is one of ``choices``."""
+    """Returns ``value``; ``ValueError`` unless it is one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
 
 
 def check_float_dtype(name: str, value: jax.typing.DTypeLike | None) -> jnp.dtype | None:
-    """``value`` as a dtype or None; ``ValueError`` unless it is one of the four floating-point dtypes in use."""
+    """Returns ``value`` as a dtype or None; ``ValueError`` unless it is a supported floating-point dtype."""
     if value is None:
         return None
     try:
@@ -87,7 +87,7 @@ def check_float_dtype(name: str, value: jax.typing.DTypeLike | None) -> jnp.dtyp
 
 
 def check_scalar(name: str, value: object) -> jax.Array:
-    """``value`` as an array; ``ValueError`` unless it is one real number."""
+    """Returns ``value`` as an array; ``ValueError`` unless it is one real number."""
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError, OverflowError):
@@ -99,29 +99,29 @@ def check_scalar(name: str, value: object) -> jax.Array:
 
 
 def check_inexact_leaves(tree: Tree) -> None:
-    """``TypeError`` naming the first leaf of ``tree`` that is neither real nor complex floating point."""
+    """``TypeError`` that names the first leaf of ``tree`` that is neither real nor complex floating point."""
     for name, kind in _unsupported(tree):
         raise TypeError(
-            f"leaf {name} has dtype {kind}; only leaves of dtype {', '.join(_SUPPORTED)} have gradients: keep the "
-            "others out with optax.masked or optax.partition"
+            f"leaf {name} has dtype {kind}; only leaves of dtype {', '.join(_SUPPORTED)} have gradients: exclude the "
+            "others with optax.masked or optax.partition"
         )
 
 
 def check_encodable_leaves(tree: Tree) -> None:
-    """``TypeError`` naming the first leaf of ``tree`` that no codec takes."""
+    """``TypeError`` that names the first leaf of ``tree`` that no codec can encode."""
     for name, kind in _unsupported(tree):
         raise TypeError(
-            f"only floating-point or complex leaves can be encoded: leaf {name} has dtype {kind}; keep such leaves "
-            f"aside, or cast them to one of {', '.join(_SUPPORTED)}"
+            f"only floating-point or complex leaves can be encoded: leaf {name} has dtype {kind}; leave such leaves "
+            f"out, or cast them to one of {', '.join(_SUPPORTED)}"
         )
 
 
 def check_same_tree(expected: Tree, actual: Tree, *, what: str, leading_axes: int = 0) -> None:
-    """An error that names the first leaf of ``actual`` whose place, shape or kind is not as in ``expected``.
+    """Raises an error that names the first leaf of ``actual`` whose place, shape or kind differs from ``expected``.
 
-    ``ValueError`` for place and shape; ``TypeError`` where real, complex and other numbers are mixed up.
+    It is a ``ValueError`` for place and shape, and a ``TypeError`` if real, complex and other numbers are mixed up.
 
-    The first ``leading_axes`` axes of the expected leaves (a window, say) are left out of the comparison.
+    The comparison ignores the first ``leading_axes`` axes of the expected leaves, such as the axis of a window.
     """
     want = dict(_named_leaves(expected))
     have = dict(_named_leaves(actual))
@@ -139,9 +139,9 @@ def check_same_tree(expected: Tree, actual: Tree, *, what: str, leading_axes: in
 
 
 def check_same_leaves(expected: Tree, actual: Tree, *, what: str) -> None:
-    """As `check_same_tree`, but leaf by leaf in their order: containers may differ.
+    """Like `check_same_tree`, but compares leaves by their order, so that containers may differ.
 
-    Trees with other numbers of leaves pass: which of them is missing, places do not tell.
+    Trees with different numbers of leaves pass, since the order does not show which leaf is missing.
     """
     leaves, named = jax.tree.leaves(expected), _named_leaves(actual)
     if len(leaves) == len(named):
@@ -159,7 +159,7 @@ def _check_same_leaf(name: str, expected: Tree, actual: Tree, *, what: str, lead
 
 
 def _containers(tree: Tree) -> object:
-    """The structure; names of axes, which are others in a state, left out."""
+    """The structure without axis names, which differ in a state."""
     return jax.tree.structure(without_names(tree))
 
 
@@ -173,7 +173,7 @@ def _as_integer(value: object) -> int | None:
 
 
 def _unsupported(tree: Tree) -> Iterator[tuple[str, str]]:
-    """Name and dtype of each leaf that is neither real nor complex floating point."""
+    """The name and dtype of each leaf that is neither real nor complex floating point."""
     for name, leaf in _named_leaves(tree):
         kind = _dtype_name(leaf)
         if kind not in _SUPPORTED:
@@ -189,7 +189,7 @@ def _name(path: tuple[Hashable, ...]) -> str:
 
 
 def _dtype_name(leaf: object) -> str:
-    """The dtype's name, or the type's if it has none."""
+    """The name of a leaf's dtype, or of its type if it has no dtype."""
     if not (hasattr(leaf, "dtype") or isinstance(leaf, int | float | complex)):
         return type(leaf).__name__
     return str(jnp.result_type(leaf))

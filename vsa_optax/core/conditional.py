@@ -1,4 +1,4 @@
-"""Run a function on a state, or leave the state where it lies in memory."""
+"""Runs a function on a state, or leaves the state in place in memory."""
 
 import os
 import re
@@ -16,16 +16,17 @@ _COMMAND_BUFFERS = re.compile(r"--?xla_gpu_enable_command_buffer=(\S+)")
 
 
 def in_place_if(fun: Callable[[Carry, *Operands], Carry]) -> Callable[[jax.Array, Carry, *Operands], Carry]:
-    """``run(pred, carry, *operands)``, which is ``fun(carry, *operands)`` if ``pred``, else ``carry``.
+    """Returns ``run(pred, carry, *operands)``, which is ``fun(carry, *operands)`` if ``pred``, else ``carry``.
 
-    A loop of one turn or none. ``lax.cond`` says the same, but XLA gives a conditional's result a buffer of its own:
-    what the skipping branch hands through is copied, and copied back into the donated argument. With AdamW inside,
-    two moments and a residual cost 12 transfers of the parameters' size a PREDICT step, as many as the step needs
-    altogether. A loop's carry keeps its buffer. The price: no reverse-mode differentiation through an update.
+    It is a loop of at most one iteration. ``lax.cond`` computes the same, but XLA gives the result of a conditional its
+    own buffer: the skipping branch copies its operand, and the result is copied back into the donated argument. With
+    AdamW inside, two moments and a residual cost 12 transfers of the parameters' size in a PREDICT step, as many as the
+    rest of the step. The carry of a loop keeps its buffer. In return, an update has no reverse-mode derivative.
 
-    ``run`` is one function object for ``fun``: outside jit JAX compiles a loop or a conditional anew for each new one,
-    so callers make theirs once. An eager update of `vsa_optax.phase_switched` on a small model then takes 14 ms instead
-    of 2 s, one of `vsa_optax.ternary_multi_steps` 9 ms instead of 2 s (on a CPU, benchmarks/eager_step.log).
+    ``run`` is one function object for ``fun``. Outside jit, JAX compiles a loop or a conditional again for each new
+    function object, so callers create theirs once. An eager update of `vsa_optax.phase_switched` on a small model then
+    takes 14 ms instead of 2 s, and one of `vsa_optax.ternary_multi_steps` 9 ms instead of 2 s (on a CPU,
+    benchmarks/eager_step.log).
     """
 
     def more(loop: tuple[jax.Array, Carry, tuple[*Operands]]) -> jax.Array:
@@ -33,7 +34,7 @@ def in_place_if(fun: Callable[[Carry, *Operands], Carry]) -> Callable[[jax.Array
 
     def body(loop: tuple[jax.Array, Carry, tuple[*Operands]]) -> tuple[jax.Array, Carry, tuple[*Operands]]:
         pred, carry, operands = loop
-        # False, and under shard_map as variable over the devices as the condition was.
+        # This is False, and under shard_map it varies over the same axes as the condition.
         return jnp.logical_and(pred, False), fun(carry, *operands), operands
 
     def run(pred: jax.Array, carry: Carry, *operands: *Operands) -> Carry:
@@ -43,10 +44,10 @@ def in_place_if(fun: Callable[[Carry, *Operands], Carry]) -> Callable[[jax.Array
 
 
 def warn_of_command_buffers() -> None:
-    """Warns where XLA on a GPU is told to put loops into command buffers, which gives wrong numbers.
+    """Warns if XLA flags put loops into command buffers on a GPU, which gives wrong numbers.
 
-    A loop after a conditional then runs when it should not, without a line of ours: on an H100 with JAX 0.11.2 a sum of
-    16.1 or 18.6 in place of 14.8. CONDITIONAL there is right.
+    A loop after a conditional then runs when it should not, also without this library. On an H100 with JAX 0.11.2 a sum
+    was 16.1 or 18.6 instead of 14.8. CONDITIONAL in command buffers is correct.
     """
     commands = _COMMAND_BUFFERS.findall(os.environ.get("XLA_FLAGS", ""))
     if commands and "WHILE" in re.split(r"[+,]", commands[-1].upper()) and jax.default_backend() == "gpu":
@@ -59,7 +60,7 @@ def warn_of_command_buffers() -> None:
 
 
 def split_extra_args(extra_args: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
-    """Extra arguments that are trees of arrays, which can be operands, and the others, part of the program."""
+    """Splits extra arguments into trees of arrays, which become operands, and others, which are static."""
     traced = {name: value for name, value in extra_args.items() if _is_array_tree(value)}
     return traced, {name: value for name, value in extra_args.items() if name not in traced}
 

@@ -1,4 +1,4 @@
-"""Trees of arrays: are they finite, which of two to keep, and sums and inner products leaf by leaf.
+"""Trees of arrays: finiteness, selection, and sums and inner products leaf by leaf.
 
 Axes: L leaves.
 """
@@ -17,7 +17,7 @@ Alike = TypeVar("Alike")
 
 
 def all_finite(tree: Tree) -> jax.Array:
-    """``[] bool``: no NaN and no infinity in any leaf; true for an empty tree."""
+    """``[] bool``: whether no leaf holds a NaN or an infinity; true for an empty tree."""
     finite = jnp.array(True)
     for leaf in jax.tree.leaves(tree):
         finite &= numerics.is_finite(leaf)
@@ -25,7 +25,7 @@ def all_finite(tree: Tree) -> jax.Array:
 
 
 def both_finite(tree: Tree, other: Tree) -> jax.Array:
-    """`all_finite` of two trees, which takes one pass where their leaves have the same shapes."""
+    """`all_finite` of two trees, in one pass if their leaves have the same shapes."""
     leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
     if [jnp.shape(x) for x in leaves] != [jnp.shape(y) for y in others]:
         return all_finite(tree) & all_finite(other)
@@ -36,18 +36,18 @@ def both_finite(tree: Tree, other: Tree) -> jax.Array:
 
 
 def any_nonzero(tree: Tree) -> jax.Array:
-    """``[] bool``: some number in some leaf is not zero, a NaN included; false for an empty tree."""
+    """``[] bool``: whether any number in any leaf is non-zero, including NaN; false for an empty tree."""
     found = jnp.array(False)
     for leaf in jax.tree.leaves(tree):
-        # A sum of magnitudes is one pass; ``any`` writes a mask first on a CPU.
+        # A sum of magnitudes takes one pass; on a CPU, ``any`` writes a mask first.
         found |= jnp.sum(jnp.abs(leaf)) != 0
     return found
 
 
 def tree_where(condition: jax.Array, new: Alike, old: Alike) -> Alike:
-    """``new`` where ``condition``, else ``old``, in the dtypes of ``old``; one ``[] bool`` for all leaves.
+    """``new`` if ``condition``, else ``old``, in the dtypes of ``old``; one ``[] bool`` for all leaves.
 
-    One pass over the trees; a conditional would cost copies besides.
+    This takes one pass over the trees; a conditional would cost additional copies.
     """
 
     def pick(n: ArrayLike, o: ArrayLike) -> jax.Array:
@@ -59,10 +59,11 @@ def tree_where(condition: jax.Array, new: Alike, old: Alike) -> Alike:
 
 
 def map_leaves(fun: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
-    """``fun`` of each leaf of ``tree`` and those in its place in the others, in the containers of ``tree``.
+    """Applies ``fun`` to each leaf of ``tree`` and the corresponding leaves of the others.
 
-    Unlike ``jax.tree.map`` it asks of the others the same number of leaves only. What keeps a state may put nodes of
-    its own in the place of ours, and parameters may be in boxes that say of which axes they have what a state has not.
+    The result has the containers of ``tree``. Unlike ``jax.tree.map``, this only requires that all trees have the same
+    number of leaves. A library that keeps a state may replace its nodes, and the boxes of parameters may have axis
+    names that those of a state lack.
     """
     leaves, treedef = jax.tree.flatten(tree)
     rows = zip(leaves, *map(jax.tree.leaves, others), strict=True)
@@ -70,15 +71,15 @@ def map_leaves(fun: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
 
 
 def is_placeholder(params: Tree) -> bool:
-    """Whether ``optax.tree.map_params`` asks what of a state is like the parameters, with a node of Optax's for them.
+    """Whether ``optax.tree.map_params`` called ``init`` with its placeholder, to find arrays like the parameters.
 
-    Where a state has nothing like them it must answer with one array, for all that stands in its place.
+    A field of the state that has no such arrays must then be a single array.
     """
     return type(params).__name__ == "_ParamsPlaceholder"
 
 
 def combine_trees(weights: jax.Array, trees: list[Tree]) -> Tree:
-    """The trees' sum with weights ``[L, trees]``, in at least f32."""
+    """The weighted sum of trees in at least f32, with weights ``[L, trees]``."""
     leaves = [jax.tree.leaves(tree) for tree in trees]
     sums = [
         numerics.linear_combination([weights[leaf, i] for i in range(len(trees))], list(arrays))
@@ -98,10 +99,10 @@ def products_of_trees(trees: list[Tree], other: Tree) -> tuple[jax.Array, jax.Ar
 
 
 def norm(tree: Tree) -> jax.Array:
-    """``[] float32``: that of all leaves together."""
+    """``[] float32``: the norm of all leaves together."""
     return jnp.sqrt(sum((inner_products.inner(x, x) for x in jax.tree.leaves(tree)), jnp.zeros([], jnp.float32)))
 
 
 def squared_norms(tree: Tree) -> jax.Array:
-    """``[L] float32``: the leaves' squared norms."""
+    """``[L] float32``: the squared norm of each leaf."""
     return jnp.stack([inner_products.inner(x, x) for x in jax.tree.leaves(tree)])

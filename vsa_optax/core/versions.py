@@ -1,4 +1,4 @@
-"""What older releases lack of what is used here, and from which release on each function can go."""
+"""Replacements for functions that older releases of JAX lack, and the release that makes them obsolete."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -9,28 +9,28 @@ from jax import lax
 
 from vsa_optax.core.types import Tree
 
-# Of these releases `all_gather` cannot promise that its result is the same on all devices, and an array's type has the
-# axes over which it varies under another name. All in this module can go when the oldest JAX is 0.10.0.
+# In these releases `all_gather` cannot mark its result as replicated, and an array's type has another name for the axes
+# over which it varies. This module can be removed when the oldest supported JAX is 0.10.0.
 _IS_BEFORE_0_10 = jax.__version_info__ < (0, 10)
 
 
 @runtime_checkable
 class Program(Protocol):
-    """A jaxpr, closed or not. ``jax.extend``, where JAX has these classes, takes long to import."""
+    """A jaxpr, closed or not. The module of JAX's own classes, ``jax.extend``, takes long to import."""
 
     eqns: list[Any]
 
 
 def varying_axes(x: jax.typing.ArrayLike) -> frozenset[str]:
-    """The axes of a ``jax.shard_map`` over which the array varies."""
+    """The axes of a ``jax.shard_map`` over which an array varies."""
     kind: Tree = jax.typeof(x)
     return frozenset(kind.vma if _IS_BEFORE_0_10 else kind.manual_axis_type.varying)
 
 
 def all_gather_invarying(own: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """``[n, m]``: the arrays ``[m]`` of the n devices along ``axes``, known as the same on all of them.
+    """``[n, m]``: the arrays ``[m]`` of the n devices along ``axes``, marked as replicated.
 
-    Before JAX 0.10.0 arrays that are zero but for one are added up, which takes twice the bytes.
+    Before JAX 0.10.0, each device contributes its own row of a zero array to a sum, which sends twice the bytes.
     """
     if not _IS_BEFORE_0_10:
         return lax.all_gather(own, axes, to="invarying")
@@ -39,17 +39,17 @@ def all_gather_invarying(own: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def traced(fun: Callable[..., Tree], *args: Tree) -> tuple[Program, Tree]:
-    """A function's program, and what it returns: a tree of shapes and dtypes, and of the axes over which they vary.
+    """A function's program, and the shapes, dtypes and varying axes of its result as a tree.
 
-    Before JAX 0.10.0 the shapes that come with a program do not tell these axes.
+    Before JAX 0.10.0, the shapes that JAX returns with a program lack these axes.
     """
     program, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
     return program, jax.eval_shape(fun, *args) if _IS_BEFORE_0_10 else shapes
 
 
 def present_trace() -> object:
-    """Equal for all that is being traced into one and the same program; JAX 0.8.2 has it in another module."""
-    import jax.extend.core as extended  # It takes long: only who accumulates needs it.
+    """The identity of the program that is being traced; JAX 0.8.2 has this function in another module."""
+    import jax.extend.core as extended  # The import takes long, and only accumulation needs it.
 
     has_it = extended if hasattr(extended, "get_opaque_trace_state") else jax.core
     return has_it.get_opaque_trace_state(convention="vsa_optax")

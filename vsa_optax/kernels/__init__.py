@@ -1,4 +1,4 @@
 """Pure functions on arrays: arrays in, arrays out, one equation each.
 
-Nothing here knows of pytrees, phases or Optax.
+Nothing here depends on pytrees, phases or Optax.
 """

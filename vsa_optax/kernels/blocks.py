@@ -1,4 +1,4 @@
-"""Cut a vector into blocks, and run what is done to a block over all of them."""
+"""Cuts a vector into blocks, and maps a function over all blocks."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,24 +10,24 @@ from jax import lax
 
 from vsa_optax.kernels import packing
 
-# What is done to a block takes and gives the same kinds of trees as what is done to all blocks.
+# A function of one block has the same types of arguments and result as its map over all blocks.
 Arrays = TypeVarTuple("Arrays")
 Result = TypeVar("Result")
 
 SMALLEST_BLOCK = 32
-# Blocks of a row, whose trits share bytes: digit j of byte i belongs to coordinate i of block j.
+# The number of blocks in a row, whose trits share bytes: digit j of byte i belongs to coordinate i of block j.
 BLOCKS_IN_ROW = packing.DIGITS_PER_BYTE
-# A vector of so many coordinates is padded to whole rows, by at most four in a hundred.
+# A vector of at least this many coordinates is padded to whole rows, by at most 4 %.
 _LARGE = 1 << 17
 _COORDINATES_AT_ONCE = 1 << 18
 
 
 class BlockRun(NamedTuple):
-    """Blocks of one width that lie one after the other.
+    """Consecutive blocks of the same width.
 
     Attributes:
-        num: how many.
-        width: coordinates in each, a power of two.
+        num: the number of blocks.
+        width: the number of coordinates in each, a power of two.
     """
 
     num: int
@@ -36,9 +36,9 @@ class BlockRun(NamedTuple):
 
 @functools.cache
 def split_into_blocks(size: int, block_size: int) -> tuple[BlockRun, ...]:
-    """Blocks for ``size`` coordinates: as many of ``block_size`` as fit, then narrower ones for what is left.
+    """Blocks for ``size`` coordinates: as many of ``block_size`` as fit, then narrower ones for the remainder.
 
-    Each block costs a scale, and padding costs trits. What is left is cut into powers of two, or padded to the next
+    Each block costs a scale, and padding costs trits. The remainder is cut into powers of two, or padded to the next
     one, whichever takes fewer bits; the last block is padded to at least 32. A vector that fills rows gets whole rows.
     """
     if fills_rows(size, block_size):
@@ -52,12 +52,12 @@ def split_into_blocks(size: int, block_size: int) -> tuple[BlockRun, ...]:
 
 
 def fills_rows(size: int, block_size: int) -> bool:
-    """Whether a vector is padded to whole rows of blocks: from 2^17 coordinates and 25 rows on."""
+    """Whether a vector is padded to whole rows of blocks: it has at least 2^17 coordinates and 25 rows."""
     return size >= max(_LARGE, 25 * BLOCKS_IN_ROW * block_size)
 
 
 def _tail(rest: int, block_size: int) -> tuple[int, tuple[int, ...]]:
-    """Bits, at one trit a coordinate and 16 a scale, and the widths of the best cut of ``rest < block_size``."""
+    """The bits, with one trit per coordinate and 16 bits per scale, and widths of the best cut of the remainder."""
     if rest == 0:
         return 0, ()
     smallest = min(SMALLEST_BLOCK, block_size)
@@ -74,12 +74,12 @@ def _bits(width: int) -> int:
 
 
 def padded_size(runs: Sequence[BlockRun]) -> int:
-    """Coordinates in the runs, padding included."""
+    """The number of coordinates in the runs, including padding."""
     return sum(run.num * run.width for run in runs)
 
 
 def cut(x: jax.Array, runs: Sequence[BlockRun]) -> list[jax.Array]:
-    """``[..., n]``, n up to the padded size, to an array ``[..., num, width]`` for each run, zeros behind n."""
+    """Cuts ``[..., n]``, n up to the padded size, into ``[..., num, width]`` for each run; pads with zeros."""
     *batch, size = x.shape
     x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, padded_size(runs) - size)])
     pieces, start = [], 0
@@ -90,7 +90,7 @@ def cut(x: jax.Array, runs: Sequence[BlockRun]) -> list[jax.Array]:
 
 
 def cut_scales(x: jax.Array, runs: Sequence[BlockRun]) -> list[jax.Array]:
-    """``[..., blocks]``, one number a block, to an array ``[..., num]`` for each run."""
+    """Cuts ``[..., blocks]``, one number per block, into ``[..., num]`` for each run."""
     pieces, start = [], 0
     for num, _ in runs:
         pieces.append(x[..., start : start + num])
@@ -99,11 +99,11 @@ def cut_scales(x: jax.Array, runs: Sequence[BlockRun]) -> list[jax.Array]:
 
 
 def map_runs(fun: Callable[[*Arrays], Result], operands: Sequence[tuple[*Arrays]], runs: Sequence[BlockRun]) -> Result:
-    """What ``fun`` makes of each block, one behind the other, flat.
+    """Applies ``fun`` to each block, and joins the flattened results.
 
     Args:
-        fun: of one block of each array; a pytree of arrays.
-        operands: for each run a tuple of trees of arrays ``[num, ...]``.
+        fun: a function of one block of each array that returns a pytree of arrays.
+        operands: for each run, a tuple of trees of arrays ``[num, ...]``.
         runs: the blocks.
     """
     results = [_map_blocks(fun, arrays, run.width) for arrays, run in zip(operands, runs, strict=True)]
@@ -113,13 +113,13 @@ def map_runs(fun: Callable[[*Arrays], Result], operands: Sequence[tuple[*Arrays]
 def _map_blocks(fun: Callable[[*Arrays], Result], arrays: tuple[*Arrays], width: int) -> Result:
     """``jax.vmap(fun)(*arrays)`` over the leading axis, on a CPU a quarter of a million coordinates at a time.
 
-    All of a large array at once would send each intermediate result through memory that the system has to provide
-    anew at each call. The values are the same.
+    With a large array at once, each intermediate result would go through memory that the system has to allocate at each
+    call. The values are the same.
 
     Args:
-        fun: of one block of each array; any pytree of arrays.
-        arrays: tuple of trees of arrays ``[num, ...]``.
-        width: coordinates in a block, the unit of the work.
+        fun: a function of one block of each array that returns a pytree of arrays.
+        arrays: a tuple of trees of arrays ``[num, ...]``.
+        width: the number of coordinates in a block.
     """
     at_once = max(1, _COORDINATES_AT_ONCE // width)
 

@@ -1,4 +1,4 @@
-"""Real inner products in at least f32, of one array with another or with a stack of records.
+"""Real inner products in at least f32 of one array with another or with a stack of records.
 
 Axes: W records; ``*shape`` of one leaf.
 """
@@ -11,7 +11,7 @@ from vsa_optax.kernels import numerics
 
 
 def inner(x: jax.Array, y: jax.Array) -> jax.Array:
-    """``[] float32``: ``<x, y>``; not finite where it leaves f32's range."""
+    """``[] float32``: ``<x, y>``; not finite if it exceeds f32's range."""
     wide = numerics.promoted(x.dtype, y.dtype, jnp.float32)
     return jnp.sum((x.conj().astype(wide) * y.astype(wide)).real).astype(jnp.float32)
 
@@ -19,7 +19,7 @@ def inner(x: jax.Array, y: jax.Array) -> jax.Array:
 def inner_of_records(records: jax.Array, x: jax.Array) -> jax.Array:
     """``[W] float32``: ``<r_i, x>`` of ``[W, *shape]`` with ``[*shape]``.
 
-    A product of a matrix with a vector, in the records' precision, which reads each record once.
+    It is a matrix-vector product in the records' precision, which reads each record once.
     """
     x = numerics.saturating_cast(x, records.dtype)
     wide = records.dtype if records.dtype.itemsize >= 4 else jnp.float32
@@ -37,8 +37,8 @@ def inner_of_records(records: jax.Array, x: jax.Array) -> jax.Array:
 def inner_of_all_records(records: jax.Array, others: jax.Array) -> jax.Array:
     """``[W, V]``: ``<r_i, o_j>`` of ``[W, *shape]`` with ``[V, *shape]`` of the same dtype, in at least f32.
 
-    One matrix product, whose terms are exact in the precision of the sum. On a CPU the records are widened before: it
-    has no fast product of narrower numbers, which an accelerator reads as they are.
+    It is one matrix product, whose terms are exact in the precision of the sum. An accelerator multiplies narrow
+    records directly. On a CPU, which has no fast product of narrow numbers, the records are widened first.
     """
     wide = numerics.promoted(records.dtype, jnp.float32)
     axes = tuple(range(1, records.ndim))
@@ -64,25 +64,32 @@ def inner_of_all_records(records: jax.Array, others: jax.Array) -> jax.Array:
 def inner_of_each(records: jax.Array, x: jax.Array) -> jax.Array:
     """``[W]``: ``<r_i, x>`` of ``[W, *shape]`` with ``[*shape]``, in at least f32; x is not rounded to the records.
 
-    A matrix product on a CPU; elsewhere a sum, since XLA would write wider records for a product first.
+    On a CPU it is a matrix product, or for narrower records a product of vectors for each; elsewhere it is a sum. For
+    one product XLA would write all records in the wider dtype: 16 records of 2^20 coordinates in float16 took 91 ms,
+    and now take 6.
     """
     wide = numerics.promoted(records.dtype, x.dtype, jnp.float32)
 
     def product(records: jax.Array, x: jax.Array) -> jax.Array:
-        layout = _whole_on_every_device(records)
+        layout = _whole_on_every_device(x, records.ndim - x.ndim)
         products = jnp.tensordot(
             records.conj().astype(wide), x.astype(wide), axes=x.ndim, precision="highest", out_sharding=layout
         )
         return products.real
 
+    def product_or_products(records: jax.Array, x: jax.Array) -> jax.Array:
+        if records.dtype == wide:
+            return product(records, x)
+        return jax.lax.map(lambda record: product(record, x), records)
+
     def summed(records: jax.Array, x: jax.Array) -> jax.Array:
         products = records.conj().astype(wide) * x.astype(wide)[None]
         return jnp.sum(products.real, axis=tuple(range(1, records.ndim)))
 
-    return jax.lax.platform_dependent(records, x, cpu=product, default=summed)
+    return jax.lax.platform_dependent(records, x, cpu=product_or_products, default=summed)
 
 
 def _whole_on_every_device(x: jax.Array, num_axes: int = 1) -> NamedSharding | None:
-    """How a contraction's result is laid out, which a mesh with explicit axes has to be told; None without one."""
+    """The replicated sharding of a contraction's result, which a mesh with explicit axes requires; else None."""
     mesh = jax.typeof(x).sharding.mesh
     return NamedSharding(mesh, PartitionSpec(*[None] * num_axes)) if mesh.explicit_axes else None

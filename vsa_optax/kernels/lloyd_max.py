@@ -1,7 +1,7 @@
-"""Quantisers that lose least on Gaussian data: 3, 9 or 27 levels, which one, two or three trits number.
+"""Quantisers with the least error on Gaussian data: 3, 9 or 27 levels, which one, two or three trits number.
 
-Lloyd's conditions fix the levels for a unit Gaussian: each is the mean of its cell, and cells part halfway between
-levels. A block is scaled to rms 1, quantised, and given a scale of its own:
+Lloyd's conditions determine the levels for a unit Gaussian: each is the mean of its cell, and the cells are separated
+halfway between levels. A block is scaled to rms 1, quantised, and gets its own scale:
 
     mmse       <y, q> / <q, q>      least error for the levels chosen
     unbiased   <y, y> / <y, q>      E[scale q] = y over random rotations of y
@@ -13,8 +13,8 @@ The distortions ``E|x - decoded|^2 / E|x|^2`` of a Gaussian are
     unbiased      0.2348   0.02865   0.00349
 
 References:
-    Lloyd, "Least squares quantization in PCM" (1982); Max, "Quantizing for minimum distortion" (1960). The unbiased
-    scale: Vargaftik et al., "DRIVE" (arXiv 2105.08339), theorem 2.
+    Lloyd, "Least squares quantization in PCM" (1982); Max, "Quantizing for minimum distortion" (1960). Vargaftik et
+    al., "DRIVE" (arXiv 2105.08339), theorem 2: the unbiased scale.
 """
 
 import jax
@@ -35,15 +35,15 @@ _POSITIVE_LEVELS = {
 
 
 def levels(trits: int) -> np.ndarray:
-    """``[3**trits] f32``, ascending and symmetric around 0."""
+    """The levels, ``[3**trits] f32``, ascending and symmetric around 0."""
     positive = np.array(_POSITIVE_LEVELS[trits], np.float32)
     return np.concatenate([-positive[::-1], np.zeros(1, np.float32), positive])
 
 
 def decode(numbers: jax.Array, trits: int) -> jax.Array:
-    """``[...] f32``, the levels that ``[...] uint8`` numbers stand for: ``levels(trits)[numbers]``.
+    """``[...] f32``, the levels of ``[...] uint8`` level numbers: ``levels(trits)[numbers]``.
 
-    By comparisons: a lookup would keep a CPU from doing several at once, and be done anew in each loop that it is
+    It uses comparisons. A lookup would prevent vectorization on a CPU, and would be repeated in each loop that it is
     fused into.
     """
     table = levels(trits)
@@ -56,25 +56,24 @@ def decode(numbers: jax.Array, trits: int) -> jax.Array:
 
 
 def quantize(y: jax.Array, trits: int, *, unbiased: bool) -> tuple[jax.Array, jax.Array]:
-    """Level numbers and scales of blocks.
+    """Computes the level numbers and scales of blocks.
 
     Args:
         y: ``[..., B] f32``.
-        trits: 1, 2 or 3 a coordinate.
-        unbiased: which scale.
+        trits: the number of trits per coordinate, 1, 2 or 3.
+        unbiased: whether to use the unbiased scale instead of the mmse scale.
 
     Returns:
         ``(numbers, scales)``: ``[..., B] uint8`` below ``3**trits``, and ``[...] f32``. The decoded block is
-        ``scale * levels[number]``. A block of zeros has scale 0, a block that holds a NaN or an infinity a scale of
-        NaN.
+        ``scale * levels[number]``. A block of zeros has scale 0; a block with a NaN or an infinity has scale NaN.
     """
     table = levels(trits)
     cuts = (table[1:] + table[:-1]) / 2
     middle = np.uint8(len(table) // 2)
     peak = jnp.max(jnp.abs(y), axis=-1)
-    exponent = numerics.power_of_two(peak)  # It changes no digit.
+    exponent = numerics.power_of_two(peak)  # A power of two changes no digit.
     shrunk = y * jnp.ldexp(jnp.ones_like(peak), -exponent)[..., None]
-    rms = jnp.sqrt(jnp.mean(shrunk**2, axis=-1))  # Not finite if y is not; a maximum may lose a NaN.
+    rms = jnp.sqrt(jnp.mean(shrunk**2, axis=-1))  # It is not finite if y is not; a maximum may lose a NaN.
     is_usable = (rms > 0) & (rms < jnp.inf)
     unit = shrunk * jnp.where(is_usable, 1.0 / rms, 0.0)[..., None]
     magnitude = jnp.abs(unit)
@@ -90,7 +89,7 @@ def quantize(y: jax.Array, trits: int, *, unbiased: bool) -> tuple[jax.Array, ja
 
 
 def round_stochastically(x: jax.Array, random_bits: jax.Array) -> jax.Array:
-    """``x`` f32 in bfloat16, up or down with the odds that keep its mean; ``random_bits`` uint32 of the same shape."""
+    """Rounds ``x`` f32 to bfloat16 up or down at random without bias; ``random_bits`` uint32 of the same shape."""
     largest = float(jnp.finfo(jnp.bfloat16).max)
     raised = lax.bitcast_convert_type(jnp.clip(x, -largest, largest), jnp.uint32) + (random_bits >> 16)
     return lax.bitcast_convert_type((raised >> 16).astype(jnp.uint16), jnp.bfloat16)

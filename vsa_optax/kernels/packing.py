@@ -1,7 +1,7 @@
-"""Five base-three digits in a byte: 1.6 bits each, against the 1.585 that they hold.
+"""Packs five base-three digits per byte: 1.6 bits per digit, compared to 1.585 bits of information.
 
-Planar: digit j of byte i is element ``j * m + i`` of ``n``, for ``m = ceil(n / 5)`` bytes, so that packing and
-unpacking are whole-array operations on five contiguous pieces.
+The layout is planar: digit j of byte i is element ``j * m + i`` of ``n``, for ``m = ceil(n / 5)`` bytes. Packing and
+unpacking are therefore whole-array operations on five contiguous pieces.
 """
 
 import jax
@@ -12,20 +12,20 @@ DIGITS_PER_BYTE = 5
 
 
 def packed_size(size: int) -> int:
-    """Bytes for ``size`` digits."""
+    """The number of bytes for ``size`` digits."""
     return -(-size // DIGITS_PER_BYTE)
 
 
 def digits_of(numbers: jax.Array, num: int) -> jax.Array:
     """``[num, ...] uint32``, the base-three digits, lowest first, of ``[...]`` integers below 256."""
-    # number // 3**j by a product, exact for 8 bits: the factor is too large by less than 3**j / 2**16.
+    # A product computes number // 3**j, exact for 8 bits: the factor is too large by less than 3**j / 2**16.
     factors = np.array([-(-(1 << 16) // 3**j) for j in range(num)], np.uint32)
     quotients = (numbers.astype(jnp.uint32)[None] * factors.reshape(num, *[1] * numbers.ndim)) >> 16
-    return quotients - 3 * ((quotients * 171) >> 9)  # The remainder by 3, exact below 256 too.
+    return quotients - 3 * ((quotients * 171) >> 9)  # The remainder modulo 3, also exact below 256.
 
 
 def pack_digits(digits: jax.Array) -> jax.Array:
-    """``[..., ceil(n / 5)] uint8`` from ``[..., n]`` integers 0, 1, 2."""
+    """Packs ``[..., n]`` integers 0, 1, 2 into ``[..., ceil(n / 5)] uint8``."""
     *batch, size = digits.shape
     num_bytes = packed_size(size)
     padded = jnp.pad(digits, [(0, 0)] * len(batch) + [(0, num_bytes * DIGITS_PER_BYTE - size)])
@@ -36,7 +36,7 @@ def pack_digits(digits: jax.Array) -> jax.Array:
 
 
 def unpack_digits(packed: jax.Array, size: int) -> jax.Array:
-    """``[..., size] uint8``, what `pack_digits` packed."""
+    """The inverse of `pack_digits`: ``[..., size] uint8``."""
     rest = packed.astype(jnp.uint16)
     planes = []
     for _ in range(DIGITS_PER_BYTE):

@@ -1,7 +1,7 @@
-"""What a leap needs of arrays as long as the parameters: sums over secants, and the step; of one leaf.
+"""The parts of a leap that read arrays of the parameters' size, for one leaf: sums over secants, and the step.
 
-On one GPU, for records in bfloat16 of a large leaf, each is one pass of `kernels.gpu.secant_kernels` over the records.
-Everywhere else XLA makes them, which also divides the work of arrays that are laid out over several devices.
+On one GPU, for bfloat16 records of a large leaf, each part is one pass of `kernels.gpu.secant_kernels` over the
+records. Everywhere else XLA computes them, and partitions the work for sharded arrays.
 """
 
 from typing import NamedTuple, TypeVar
@@ -12,17 +12,17 @@ import jax.numpy as jnp
 from vsa_optax.kernels import inner_products, numerics, platforms
 
 EPSILON = 1e-8  # Added to the root mean square of gradients.
-_LEAST_SIZE = 2**16  # Of a leaf, for which a kernel of its own pays.
+_LEAST_SIZE = 2**16  # The smallest leaf for which a custom kernel is faster.
 
 
 class Secants(NamedTuple):
-    """What is known of one leaf.
+    """The secants, gradient and optimizer's step of one leaf.
 
     Attributes:
-        rms: ``[*shape]``, root mean square of gradients; D⁻¹ but for `EPSILON`.
-        diff_params: ``[W, *shape]``, s.
-        diff_gradients: ``[W, *shape]``, y.
-        gradient: ``[*shape]``, g.
+        rms: ``[*shape]``, the root mean square of gradients; D⁻¹ without `EPSILON`.
+        diff_params: ``[W, *shape]``, s, the changes of the parameters.
+        diff_gradients: ``[W, *shape]``, y, the changes of the gradient.
+        gradient: ``[*shape]``, g, the gradient.
         base: ``[*shape]``, b, the optimizer's step.
     """
 
@@ -34,13 +34,13 @@ class Secants(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """A new gradient of one leaf, and what was known before.
+    """A new gradient of one leaf, with the secants and the gradient before it.
 
     Attributes:
-        rms: ``[*shape]``, as in `Secants`.
-        diff_gradients: ``[W, *shape]``, y.
-        new: ``[*shape]``, g.
-        old: ``[*shape]``, the gradient where the leap began.
+        rms: ``[*shape]``, the root mean square of gradients; D⁻¹ without `EPSILON`.
+        diff_gradients: ``[W, *shape]``, y, the changes of the gradient.
+        new: ``[*shape]``, g, the new gradient.
+        old: ``[*shape]``, the gradient at the start of the leap.
     """
 
     rms: jax.Array
@@ -53,15 +53,15 @@ Arrays = TypeVar("Arrays", Secants, Evaluated)
 
 
 class Coefficients(NamedTuple):
-    """What a step is made of.
+    """The coefficients of a step.
 
     Attributes:
-        inside: ``[W]``, of s: the part in the span.
-        change: ``[W]``, of y: how the gradient changes by it.
-        gradient: ``[W]``, of s: D times the part in the span of the gradient so changed.
-        step: ``[W]``, of s: the part of b in the span.
-        of_base: ``[]``, of what b has outside of the span.
-        of_gradient: ``[]``, of minus what D times the changed gradient has outside.
+        inside: ``[W]``, coefficients of s: the part of the step in the span.
+        change: ``[W]``, coefficients of y: the change of the gradient by that part.
+        gradient: ``[W]``, coefficients of s: the part in the span of D times the changed gradient.
+        step: ``[W]``, coefficients of s: the part of b in the span.
+        of_base: ``[]``, the coefficient of the part of b outside the span.
+        of_gradient: ``[]``, the coefficient of minus the part of D times the changed gradient outside the span.
         is_base: ``[] bool``, whether the step is b itself.
     """
 
@@ -75,23 +75,23 @@ class Coefficients(NamedTuple):
 
 
 def metric(rms: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """D⁻¹, by which displacements are measured."""
+    """D⁻¹, the metric of displacements."""
     return (wide(rms) + EPSILON).astype(dtype)
 
 
 def squared_norm(gradient: jax.Array, rms: jax.Array) -> jax.Array:
-    """``[]``, ``g'Dg``."""
+    """The squared norm of a gradient, ``[]``: ``g'Dg``."""
     squared = _squared(wide(gradient))
     return jnp.sum(squared / metric(rms, squared.dtype))
 
 
 def wide(x: jax.Array) -> jax.Array:
-    """In at least f32."""
+    """Casts ``x`` to at least f32."""
     return x.astype(numerics.promoted(x.dtype, jnp.float32))
 
 
 def combined(coefficients: jax.Array, records: jax.Array) -> jax.Array:
-    """``[*shape]``: the records' sum with these weights."""
+    """``[*shape]``: the weighted sum of the records."""
     window = records.shape[0]
     return numerics.linear_combination([coefficients[i] for i in range(window)], [records[i] for i in range(window)])
 
@@ -104,14 +104,14 @@ def products(leaf: Secants) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def step(leaf: Secants, of: Coefficients) -> tuple[jax.Array, jax.Array]:
-    """``[*shape]`` in at least f32, and ``[]``, the squared length of what of it is outside of the span."""
+    """The step, ``[*shape]`` in at least f32, and the squared length ``[]`` of its part outside the span."""
     if not _suits_gpu(leaf):
         return _step(leaf, of)
     return platforms.on_gpu_or_anywhere(_step_in_one_pass, _step, leaf, of)
 
 
 def missed(evaluated: Evaluated, change: jax.Array) -> jax.Array:
-    """``[]``, ``||g - ĝ||²``, where ``change``, ``[W]`` of y, was predicted of the gradient's."""
+    """``[]``, ``||g - ĝ||²``, where the coefficients ``change``, ``[W]``, of y predicted the gradient's change."""
     if not _suits_gpu(evaluated):
         return _missed(evaluated, change)
     return platforms.on_gpu_or_anywhere(_missed_in_one_pass, _missed, evaluated, change)
@@ -130,7 +130,7 @@ def _suits_gpu(arrays: Secants | Evaluated) -> bool:
 
 def _products(leaf: Secants) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     base, records = wide(leaf.base), wide(leaf.diff_params)
-    # By a root on either side the Gram matrix has no negative eigenvalue, rounded or not.
+    # With a square root of the metric on either side, rounding cannot make an eigenvalue of the Gram matrix negative.
     scaled = numerics.saturating_cast(records * jnp.sqrt(metric(leaf.rms, records.dtype))[None], leaf.diff_params.dtype)
     return (
         inner_products.inner_of_all_records(scaled, scaled),
@@ -164,7 +164,7 @@ def _missed(evaluated: Evaluated, change: jax.Array) -> jax.Array:
 
 
 def _products_in_one_pass(leaf: Secants) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    from vsa_optax.kernels.gpu import secant_kernels  # Pallas with it, which few need.
+    from vsa_optax.kernels.gpu import secant_kernels  # It imports Pallas, which few users need.
 
     most, rest = _divided(leaf, secant_kernels.COLUMNS)
     found = secant_kernels.products(*most, epsilon=EPSILON)
@@ -172,7 +172,7 @@ def _products_in_one_pass(leaf: Secants) -> tuple[jax.Array, jax.Array, jax.Arra
 
 
 def _step_in_one_pass(leaf: Secants, of: Coefficients) -> tuple[jax.Array, jax.Array]:
-    from vsa_optax.kernels.gpu import secant_kernels  # Pallas with it, which few need.
+    from vsa_optax.kernels.gpu import secant_kernels  # It imports Pallas, which few users need.
 
     most, rest = _divided(leaf, secant_kernels.COLUMNS)
     coefficients = jnp.stack([of.inside, of.change, of.gradient, of.step]).astype(jnp.float32)
@@ -185,7 +185,7 @@ def _step_in_one_pass(leaf: Secants, of: Coefficients) -> tuple[jax.Array, jax.A
 
 
 def _missed_in_one_pass(evaluated: Evaluated, change: jax.Array) -> jax.Array:
-    from vsa_optax.kernels.gpu import secant_kernels  # Pallas with it, which few need.
+    from vsa_optax.kernels.gpu import secant_kernels  # It imports Pallas, which few users need.
 
     most, rest = _divided(evaluated, secant_kernels.COLUMNS)
     found = secant_kernels.missed(*most, change.astype(jnp.float32), epsilon=EPSILON)
@@ -193,7 +193,7 @@ def _missed_in_one_pass(evaluated: Evaluated, change: jax.Array) -> jax.Array:
 
 
 def _divided(arrays: Arrays, columns: int) -> tuple[Arrays, Arrays | None]:
-    """Flat arrays: a multiple of so many columns, and those left over."""
+    """Flattens the arrays and splits them into a multiple of ``columns`` coordinates and the remainder."""
     shape, size = arrays.rms.shape, arrays.rms.size
     most = size // columns * columns
     flat = [x.reshape(size) if x.shape == shape else x.reshape(x.shape[0], size) for x in arrays]

@@ -1,11 +1,11 @@
-"""A vector as packed trits and a scale a block, and weighted sums of such vectors back.
+"""Encodes a vector as packed trits with one scale per block, and decodes weighted sums of such vectors.
 
-The trits of a vector of at least 2^17 coordinates and 25 rows lie in rows, to which it is padded. A row is five
-blocks, which share its bytes: digit ``j`` of byte ``i`` belongs to coordinate ``i`` of block ``j``. Those of a smaller
-one share bytes all together (`packing`).
+A vector of at least 2^17 coordinates and 25 rows is padded to whole rows of blocks. A row is five blocks, which share
+its bytes: digit ``j`` of byte ``i`` belongs to coordinate ``i`` of block ``j``. In a smaller vector, all digits share
+bytes as in `packing`.
 
-On a GPU of NVIDIA's, vectors that are so padded, in blocks of 1024, are coded by `kernels.gpu.trit_kernels`; everything
-else, and on several devices whatever is outside ``jax.shard_map``, is XLA's.
+On an NVIDIA GPU, `kernels.gpu.trit_kernels` code vectors that are padded in this way, in blocks of 1024. XLA codes all
+others and, on several devices, those outside ``jax.shard_map``.
 
 Axes: n coordinates, t trits, m bytes, b blocks, k vectors.
 """
@@ -29,10 +29,10 @@ def encode(x: jax.Array, key: jax.Array, *, trits: int, block_size: int, unbiase
 
     Args:
         x: ``[n] f32``, n at least 1.
-        key: of the rotation.
-        trits: 1, 2 or 3.
-        block_size: a power of two.
-        unbiased: two rounds, the unbiased scale and its stochastic rounding, instead of what loses least.
+        key: the key of the rotation.
+        trits: the number of trits per coordinate, 1, 2 or 3.
+        block_size: the number of coordinates in a block, a power of two.
+        unbiased: whether to use two rounds, the unbiased scale and its stochastic rounding, instead of the least error.
 
     Returns:
         ``(codes, scales)``: ``[t, m] uint8``, the digits of the level numbers, lowest first; ``[b] bfloat16``.
@@ -49,7 +49,7 @@ def encode(x: jax.Array, key: jax.Array, *, trits: int, block_size: int, unbiase
         return _pack(numbers, trits, row), scales if unbiased else scales.astype(jnp.bfloat16)
 
     def on_gpu(x: jax.Array, words: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
-        from vsa_optax.kernels.gpu import trit_kernels  # Pallas with it, which few need.
+        from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
 
         return trit_kernels.encode(x, _rounds(words), trits=trits, unbiased=unbiased)
 
@@ -74,16 +74,16 @@ def decode_sum(
     block_size: int,
     unbiased: bool,
 ) -> jax.Array:
-    """The weighted sum of k vectors that were encoded with one key, for one rotation.
+    """The weighted sum of k vectors that were encoded with one key, at the cost of one rotation.
 
     Args:
         codes: ``[k, t, m] uint8``.
         scales: ``[k, b] bfloat16``.
         coefficients: ``[k] f32``.
-        key: of the rotation.
-        size: n.
-        block_size: as in `encode`.
-        unbiased: as in `encode`.
+        key: the key of the rotation.
+        size: n, the number of coordinates.
+        block_size: the number of coordinates in a block.
+        unbiased: whether the vectors were encoded with ``unbiased=True``.
 
     Returns:
         ``[n] f32``.
@@ -108,7 +108,7 @@ def decode_sum(
         return blocks.map_runs(decode_block, operands, runs)[:size]
 
     def on_gpu(codes: jax.Array, weights: jax.Array, words: list[list[jax.Array]]) -> jax.Array:
-        from vsa_optax.kernels.gpu import trit_kernels  # Pallas with it, which few need.
+        from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
 
         shares, factors = (weights, weights[0]) if len(weights) == 1 else _shares_of(weights)
         return trit_kernels.decode_sum(codes, shares, factors, _rounds(words), size=size)
@@ -119,33 +119,33 @@ def decode_sum(
 
 
 def suits_gpu(size: int, block_size: int) -> bool:
-    """Whether vectors of this size lie in whole rows of the blocks that the kernels for GPUs are written for."""
+    """Whether vectors of this size fill whole rows of the blocks that the GPU kernels support."""
     return block_size == _BLOCK_ON_GPU and blocks.fills_rows(size, block_size) and size < platforms.MOST // 2
 
 
 def _shares_of(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``[k, ...]`` weights over the largest of them, and that: so that no sum of weighted levels overflows."""
+    """``[k, ...]`` weights over the largest, and the largest, so that no sum of weighted levels overflows."""
     largest = jnp.max(jnp.abs(weights), axis=0)
     return weights / jnp.where(largest > 0, largest, 1.0), largest
 
 
 def _rounds(words: list[list[jax.Array]]) -> jax.Array:
-    """``[rounds, words] uint32``, of a vector that is one run."""
+    """``[rounds, words] uint32``: the words of a vector that is one run."""
     return jnp.stack([of_round.reshape(-1) for of_round in words[0]])
 
 
 def _row(size: int, block_size: int) -> int | None:
-    """Coordinates whose trits share bytes; None if all of the vector do."""
+    """The number of coordinates whose trits share bytes; None if those of the whole vector do."""
     return blocks.BLOCKS_IN_ROW * block_size if blocks.fills_rows(size, block_size) else None
 
 
 def _pack(numbers: jax.Array, trits: int, row: int | None) -> jax.Array:
-    """``[t, m] uint8`` from ``[n] uint8`` level numbers, row by row."""
+    """Packs ``[n] uint8`` level numbers into ``[t, m] uint8``, row by row."""
     return pack_numbers(numbers if row is None else numbers.reshape(-1, row), trits).reshape(trits, -1)
 
 
 def _unpack(codes: jax.Array, size: int, row: int | None) -> jax.Array:
-    """``[..., size] uint8`` from ``[t, ..., m] uint8``, the inverse of `_pack`."""
+    """The inverse of `_pack`: ``[..., size] uint8`` from ``[t, ..., m] uint8``."""
     if row is None:
         return unpack_numbers(codes, size)
     of_rows = codes.reshape(*codes.shape[:-1], -1, packing.packed_size(row))
@@ -153,24 +153,24 @@ def _unpack(codes: jax.Array, size: int, row: int | None) -> jax.Array:
 
 
 def pack_numbers(numbers: jax.Array, trits: int) -> jax.Array:
-    """``[t, ..., m] uint8`` from ``[..., n] uint8`` level numbers below ``3**t``: packed digits, lowest first."""
+    """Packs the digits of ``[..., n] uint8`` level numbers below ``3**t`` into ``[t, ..., m] uint8``, lowest first."""
     return packing.pack_digits(packing.digits_of(numbers, trits))
 
 
 def unpack_numbers(codes: jax.Array, size: int) -> jax.Array:
-    """``[..., size] uint8`` from ``[t, ..., m] uint8``, the inverse of `pack_numbers`."""
+    """The inverse of `pack_numbers`: ``[..., size] uint8`` from ``[t, ..., m] uint8``."""
     return numbers_of(packing.unpack_digits(codes, size))
 
 
 def numbers_of(digits: jax.Array) -> jax.Array:
-    """``[...] uint8`` from ``[t, ...]`` digits, lowest first."""
+    """The level numbers ``[...] uint8`` with these digits ``[t, ...]``, lowest first."""
     powers = np.array([3**i for i in range(len(digits))], np.uint32)
     weighted = digits.astype(jnp.uint32) * powers.reshape(-1, *[1] * (digits.ndim - 1))
     return jnp.sum(weighted, axis=0, dtype=jnp.uint32).astype(jnp.uint8)
 
 
 def random_words(key: jax.Array, runs: Sequence[BlockRun], *, rounds: int) -> list[list[jax.Array]]:
-    """For each run, the words of each round of a rotation."""
+    """The words of each round of a rotation, for each run."""
     return [
         [signs.random_words(jax.random.fold_in(key, 2 * i + turn), run) for turn in range(rounds)]
         for i, run in enumerate(runs)

@@ -1,4 +1,4 @@
-"""Equidistant levels up to a block's largest coordinate, rounded to at random so that the mean is right.
+"""Stochastic rounding to equidistant levels up to a block's largest coordinate, without bias.
 
 References:
     Wen et al., "TernGrad" (arXiv 1705.07878), section 3, for three levels; Alistarh et al., "QSGD" (arXiv 1610.02132),
@@ -11,25 +11,25 @@ from jax import lax
 
 
 def decode(numbers: jax.Array, trits: int) -> jax.Array:
-    """``[...] f32`` in [-1, 1], in units of the scale, of ``[...] uint8`` level numbers below ``3**trits``."""
+    """The levels ``[...] f32`` in [-1, 1], in units of the scale, of ``[...] uint8`` numbers below ``3**trits``."""
     highest = _highest(trits)
     return (numbers.astype(jnp.float32) - highest) / highest
 
 
 def quantize_stochastically(y: jax.Array, trits: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Level numbers and scales of blocks: each neighbouring level has the odds that make the mean right.
+    """Computes level numbers and scales of blocks; rounds to a neighbouring level at random without bias.
 
     Args:
         y: ``[..., B] f32``.
-        trits: 1, 2 or 3 a coordinate.
-        key: of the random numbers.
+        trits: the number of trits per coordinate, 1, 2 or 3.
+        key: the key of the random numbers.
 
     Returns:
         ``(numbers, scales)``: ``[..., B] uint8`` and ``[...] bfloat16``; NaN for a block with a NaN or an infinity.
     """
     highest = _highest(trits)
     peak = jnp.max(jnp.abs(y), axis=-1)
-    # The next bfloat16 that is no smaller, so that every coordinate lies between two levels.
+    # The smallest bfloat16 that is not below the peak, so that every coordinate is between two levels.
     scale = jnp.where(jnp.all(jnp.isfinite(y), axis=-1), _round_up(peak), jnp.nan)
     position = y / jnp.where(peak > 0, scale, 1.0)[..., None] * highest
     odds = jax.random.uniform(key, y.shape)

@@ -1,1 +1,1 @@
-"""Fewer backward passes: gradients, or an optimizer's updates, predicted in closed form."""
+"""Skip backward passes by predicting gradients, or an optimizer's updates, in closed form."""

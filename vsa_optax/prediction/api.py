@@ -1,8 +1,8 @@
-"""Skip backward passes: predict what a gradient, or an optimizer's update, would have been.
+"""Skips backward passes: predicts a gradient, or an optimizer's update, instead of computing it.
 
-A true gradient enters; it leaves as it came (or as the wrapped optimizer's update), and is recorded. In PREDICT
-whatever enters is ignored, and what the records predict leaves in its place. What predicts, and when, are objects:
-`prediction.predictors.factory` and `prediction.phases`.
+A true gradient is recorded and passed on unchanged (or as the wrapped optimizer's update). In PREDICT the incoming
+gradient is ignored, and a prediction from the records is emitted instead. One object says how to predict
+(`prediction.predictors.factory`), another says when (`prediction.phases`).
 """
 
 from typing import TypeVar, get_args
@@ -30,32 +30,36 @@ _Settings = TypeVar("_Settings")
 def predict_gradients(
     *, predictor: Secants | Window | Recursive | Momentum = Secants(), phases: Guarded | Cycle | None = Guarded()
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the gradients of PREDICT steps by predictions; heads an ``optax.chain``.
+    """Replaces the gradients of PREDICT steps with predictions, as the first link of an ``optax.chain``.
 
-    True gradients pass through unchanged and are recorded. In PREDICT the incoming gradients are ignored, so that they
-    need not be computed: `vsa_optax.value_and_grad_by_phase` skips them. The optimizer behind runs at every step.
+    True gradients pass through unchanged and are recorded. In PREDICT the incoming gradients are ignored, so they need
+    not be computed: `vsa_optax.value_and_grad_by_phase` skips them. The optimizer that follows runs at every step.
 
-    A gradient with a NaN or an infinity is neither recorded nor passed on: zeros leave in its place, and the state's
-    ``nonfinite_count`` goes up (with ``phases=None`` it is counted, but passes). Predictions saturate at their dtype's
-    largest finite value.
+    A gradient with a NaN or an infinity is neither recorded nor passed on. Zeros are emitted instead, and the state's
+    ``nonfinite_count`` is incremented (with ``phases=None`` it is counted, but passed on). Predictions saturate at
+    the largest finite value of their dtype.
 
     Args:
-        predictor: what predicts: `vsa_optax.Secants`, or a `vsa_optax.Window`, `vsa_optax.Recursive` or
-            `vsa_optax.Momentum` with ``predicts="gradient"``.
-        phases: when: `vsa_optax.Guarded`, `vsa_optax.Cycle`, `vsa_optax.AdaptiveCycle`, or what
-            `vsa_optax.momentum_predictor` gives; None never predicts.
+        predictor: how gradients are predicted. `vsa_optax.Secants` uses the last changes of parameters and gradients.
+            With ``predicts="gradient"``, `vsa_optax.Window` and `vsa_optax.Recursive` extrapolate a line in time, and
+            `vsa_optax.Momentum` extrapolates the last difference.
+        phases: when steps are predicted. `vsa_optax.Guarded` predicts while the measured error is within a tolerance.
+            `vsa_optax.Cycle` alternates fixed numbers of true and predicted steps, and `vsa_optax.AdaptiveCycle` lets
+            these numbers follow the loss. `vsa_optax.momentum_predictor` returns two legacy cycles. None never
+            predicts.
 
     Returns:
         A transformation that takes the loss as the optional extra argument ``value``.
 
     State cost:
-        the predictor's, the phases', and less than 150 bytes of scalars; with ``phases=None`` the scalars alone.
+        that of the predictor and of the phases, and less than 150 bytes of scalars. With ``phases=None`` the state
+        holds the scalars alone.
 
     Raises:
-        ValueError: a ``predictor`` or ``phases`` of another type; a predictor of updates; at ``update``, gradients
-            whose structure or shapes are not those given to ``init``, or no ``params`` or ``value`` where the settings
-            need them.
-        TypeError: at ``init``, a leaf that is not floating point or complex.
+        ValueError: if ``predictor`` or ``phases`` has another type, or if the predictor predicts updates; at
+            ``update``, if structure or shapes of the gradients differ from those given to ``init``, or if ``params``
+            or ``value`` is missing although the settings need it.
+        TypeError: at ``init``, if a leaf is neither floating point nor complex.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsa_optax
@@ -98,32 +102,36 @@ def phase_switched(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that PREDICT steps need no gradient.
 
-    With the defaults gradients are predicted, and ``opt`` runs at every step: a schedule inside it counts them all.
-    ``Window`` and ``Recursive`` predict what ``opt`` emits; then ``opt`` does not run in PREDICT, and only
-    ``learning_rate`` counts all steps.
+    With the defaults, gradients are predicted and ``opt`` runs at every step, so a schedule inside ``opt`` counts all
+    steps. ``Window`` and ``Recursive`` predict the updates of ``opt`` instead. Then ``opt`` does not run in PREDICT,
+    and a schedule must be given as ``learning_rate``, which counts all steps.
 
     Args:
-        opt: the optimizer. Line searches, a second phase machine, and what emits rarely, such as ``optax.MultiSteps``
-            and `ternary_multi_steps`, are refused.
-        learning_rate: a number ``>= 0`` or a schedule over all steps, for an ``opt`` at rate 1: it multiplies what
-            leaves in every phase. With None nothing is multiplied.
-        predictor: what predicts: `vsa_optax.Secants`, `vsa_optax.Window`, `vsa_optax.Recursive` or
-            `vsa_optax.Momentum`.
-        phases: when: `vsa_optax.Guarded`, `vsa_optax.Cycle`, `vsa_optax.AdaptiveCycle`, or what
-            `vsa_optax.momentum_predictor` gives; with None this is ``opt``, bit for bit.
+        opt: the optimizer to wrap. It must not contain a line search, a second phase machine, or a transformation that
+            emits only every few steps, such as ``optax.MultiSteps`` or `vsa_optax.ternary_multi_steps`.
+        learning_rate: a number ``>= 0`` or a schedule over all steps, for an ``opt`` that was built at rate 1. It
+            multiplies the emitted updates in every phase. None leaves them as they are.
+        predictor: how gradients or updates are predicted. `vsa_optax.Secants` predicts gradients from the last changes
+            of parameters and gradients. `vsa_optax.Window` extrapolates a line fitted to the last records (by default,
+            updates), and `vsa_optax.Recursive` one fitted to all records. `vsa_optax.Momentum` extrapolates the last
+            difference between records (by default, gradients).
+        phases: when steps are predicted. `vsa_optax.Guarded` predicts while the measured error is within a tolerance.
+            `vsa_optax.Cycle` alternates fixed numbers of true and predicted steps; `vsa_optax.AdaptiveCycle` adapts
+            them to the loss. `vsa_optax.momentum_predictor` has two more. None never predicts: this is ``opt`` itself.
 
     Returns:
         A transformation that takes the loss as the optional extra argument ``value`` and forwards it, like every other
-        extra argument, to ``opt``. Updates have the dtype that ``opt`` gives them.
+        extra argument, to ``opt``. Updates keep the dtype that ``opt`` gives them.
 
     State cost:
-        ``opt``'s own, and that of `predict_gradients`.
+        that of ``opt``, of the predictor and of the phases, and less than 150 bytes of scalars.
 
     Raises:
-        ValueError: as `predict_gradients`; for an ``opt`` that is refused; at ``init``, for two rates that would
-            multiply, or a schedule in an ``opt`` that does not run in PREDICT; for gradients to be recorded that differ
-            between devices.
-        TypeError: as `predict_gradients`.
+        ValueError: if an argument is invalid; at ``init``, if two rates would multiply, or if ``opt`` holds a schedule
+            but does not run in PREDICT and ``learning_rate`` is None; at ``update``, if structure or shapes of the
+            gradients differ from those given to ``init``, if ``params`` or ``value`` is missing although the settings
+            need it, or if gradients to be recorded differ between devices.
+        TypeError: at ``init``, if a leaf is neither floating point nor complex.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsa_optax
@@ -151,14 +159,14 @@ def phase_switched(
         optax.with_extra_args_support(opt),
         phases,
         make_predictor(predictor),
-        # Without predictions both domains are opt itself.
+        # Without predictions, both choices are opt itself.
         predicts_updates=predictor.predicts == "update" or not ever_predicts(phases),
         learning_rate=learning_rate,
     )
 
 
 def _check_phases(phases: Guarded | Cycle | None, predictor: PredictorSettings) -> Guarded | Cycle:
-    """The settings, in which None never predicts."""
+    """The checked settings; None becomes a cycle that never predicts."""
     if isinstance(phases, QualityCycle) and not isinstance(predictor, Momentum):
         raise ValueError(
             "phases must be a Guarded, Cycle or AdaptiveCycle unless predictor is a Momentum, which keeps the errors "
@@ -168,7 +176,7 @@ def _check_phases(phases: Guarded | Cycle | None, predictor: PredictorSettings) 
 
 
 def _check_settings(name: str, settings: _Settings, kinds: tuple[type, ...]) -> _Settings:
-    """``settings``; ``ValueError`` unless they are an object of one of these classes."""
+    """Returns ``settings``, or raises ``ValueError`` unless they are an instance of one of ``kinds``."""
     if isinstance(settings, kinds):
         return settings
     names = [kind.__name__ for kind in kinds]

@@ -1,4 +1,4 @@
-"""Which gradients a machine answers for: in PREDICT all others would reach their optimizer as zeros."""
+"""Checks that a machine covers all gradients: in PREDICT, others would reach their optimizer as zeros."""
 
 import collections
 import math
@@ -17,7 +17,7 @@ from vsa_optax.prediction.predictors.window import WindowHistoryState
 from vsa_optax.prediction.stats import contains_machine, find_machine
 from vsa_optax.prediction.update import PhaseSwitchedState
 
-_NAMED = 3  # So many leaves an error names.
+_NAMED = 3  # The number of leaves that an error names.
 
 
 def check_covers(switched: PhaseSwitchedState, state: Tree, grads: Tree) -> None:
@@ -28,15 +28,15 @@ def check_covers(switched: PhaseSwitchedState, state: Tree, grads: Tree) -> None
 
     Args:
         switched: the state with the machine.
-        state: the whole state around it, which tells what happens to the other leaves.
-        grads: tree of shapes and dtypes; those that are no numbers (float0) need no cover.
+        state: the whole state around it, which shows how the other leaves are updated.
+        grads: a tree of shapes and dtypes; leaves of dtype float0 need not be covered.
     """
     wanted = [
         (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if leaf.dtype != jax.dtypes.float0
     ]
     recorded = _recorded(switched)
     if recorded is None:
-        # A codec's payload does not tell the shapes. Its calibration tells how many leaves there are.
+        # A codec's payload does not show the shapes. The calibration shows the number of leaves.
         if (num := _num_leaves(find_machine(state).calibration)) is None or len(wanted) <= num or num == 1:
             return
     elif sum(math.prod(leaf.shape) for _, leaf in wanted) <= sum(map(math.prod, recorded.values())):
@@ -47,14 +47,14 @@ def check_covers(switched: PhaseSwitchedState, state: Tree, grads: Tree) -> None
     names = ", ".join(unknown[:_NAMED]) + (", ..." if len(unknown) > _NAMED else "") or "some leaves"
     raise ValueError(
         f"gradients were asked for that the phase machine does not cover ({names}): in PREDICT they would reach their "
-        "optimizer as zeros, and be taken for news. Switch around the whole, phase_switched(optax.multi_transform({...}"
-        ", labels)) instead of phase_switched inside of it; differentiate only what is switched; or freeze the others "
-        "with optax.set_to_zero()"
+        "optimizer as zeros, which it would use as gradients. Wrap the whole optimizer, "
+        "phase_switched(optax.multi_transform({...}, labels)), not a part of it; differentiate only covered leaves; or "
+        "freeze the others with optax.set_to_zero()"
     )
 
 
 def _recorded(switched: PhaseSwitchedState) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of the leaves that are recorded, by path; None if a codec keeps them."""
+    """The shapes of the recorded leaves, by path; None if a codec keeps them."""
     history = switched.history
     if isinstance(history, SecantHistoryState):
         tree, leading = history.gradient, 0
@@ -69,7 +69,7 @@ def _recorded(switched: PhaseSwitchedState) -> dict[str, tuple[int, ...]] | None
 
 
 def _num_leaves(calibration: Calibration | None) -> int | None:
-    """How many leaves are recorded; None if nothing tells."""
+    """The number of recorded leaves; None if it is unknown."""
     if calibration is None:
         return None
     return int(jax.eval_shape(lambda known: known.quality().r_squared, calibration).shape[0])
@@ -78,7 +78,7 @@ def _num_leaves(calibration: Calibration | None) -> int | None:
 def _uncovered(
     wanted: list[tuple[tuple[Hashable, ...], jax.ShapeDtypeStruct]], recorded: dict[str, tuple[int, ...]]
 ) -> list[str]:
-    """Paths of the leaves that are not recorded: by path and shape, else, in other containers, by shape alone."""
+    """The paths of leaves that are not recorded, by path and shape; in other containers by shape alone."""
     named = [(jax.tree_util.keystr(path) or "(the tree is one leaf)", leaf.shape) for path, leaf in wanted]
     left = dict(recorded)
     rest = [(name, shape) for name, shape in named if left.get(name.replace("(the tree is one leaf)", "")) != shape]
@@ -95,7 +95,7 @@ def _uncovered(
 
 
 def _others_are_frozen(state: Tree) -> bool:
-    """Whether all other groups of parameters are updated by what has no state, as ``optax.set_to_zero``."""
+    """Whether stateless transformations, such as ``optax.set_to_zero``, update all other groups of parameters."""
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.MaskedState))
     others = [node for node in nodes if isinstance(node, optax.MaskedState) and not contains_machine(node)]
     return bool(others) and all(isinstance(node.inner_state, optax.EmptyState) for node in others)

@@ -1,21 +1,21 @@
-"""Which kinds of steps come, as far as it is certain: then the host need not wait for a device to choose a program."""
+"""Forecasts the kinds of the next steps as far as they are certain, so that the host need not wait for a device."""
 
 import jax
 import jax.numpy as jnp
 
-from vsa_optax.prediction.guard import leap_length
+from vsa_optax.prediction.guard import leap_length, watched_for_certain
 from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.machine import Phase, PhaseMachineState, ever_predicts, shortest_full
 from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded, QualityCycle
 
-FOREVER = 2**30  # Steps.
+FOREVER = 2**30  # A number of steps that no run reaches.
 
 
 def forecast(phases: Guarded | Cycle, state: PhaseMachineState) -> jax.Array:
-    """``[2, 2] int32``: a kind, and how many steps of it come for certain; then those that follow for certain.
+    """``[2, 2] int32``: a kind and the number of steps of it that are certain to come; then those certain to follow.
 
-    The second number of steps may be 0. A gradient that is not finite does not count in WARMUP, and only makes it last
-    longer; nothing else of what a step brings changes what is said here.
+    The second number of steps may be 0. A non-finite gradient does not count in WARMUP and only makes it longer. No
+    other result of a step can change the forecast.
     """
     if not ever_predicts(phases):
         return _runs((StepKind.PLAIN, FOREVER), (StepKind.PLAIN, FOREVER))
@@ -25,10 +25,11 @@ def forecast(phases: Guarded | Cycle, state: PhaseMachineState) -> jax.Array:
 
 
 def _of_guard(phases: Guarded, state: PhaseMachineState) -> jax.Array:
-    """A true step that is watched decides on what comes; in a leap, the way does."""
+    """The forecast with a guard: a leap or a sleep may follow a watched step; in a leap, the distance moved decides."""
     assert state.guard is not None
     asleep, done = state.guard.asleep, state.steps_in_phase
-    num_watched = jnp.where(state.phase == Phase.WARMUP, jnp.maximum(phases.warmup_steps - done, 1), 1)
+    num_warmup = jnp.where(state.phase == Phase.WARMUP, phases.warmup_steps - done, 1)
+    num_watched = watched_for_certain(phases, state.guard, num_warmup)
     is_last = done + 1 >= leap_length(phases, state.guard)
     true = jnp.where(
         asleep > 0,
@@ -40,7 +41,7 @@ def _of_guard(phases: Guarded, state: PhaseMachineState) -> jax.Array:
 
 
 def _of_cycle(phases: Cycle, state: PhaseMachineState) -> jax.Array:
-    """All is certain but the lengths of `AdaptiveCycle`, which change where FULL begins."""
+    """The forecast of a cycle: all is certain except the lengths of `AdaptiveCycle`, which change when FULL begins."""
     true = StepKind.RECORDED if state.calibration is None else StepKind.WATCHED
     full: int | jax.Array = phases.full_steps if state.adaptive is None else state.adaptive.full_length
     leap: int | jax.Array = phases.predict_steps if state.adaptive is None else state.adaptive.predict_length
@@ -48,13 +49,13 @@ def _of_cycle(phases: Cycle, state: PhaseMachineState) -> jax.Array:
     done = state.steps_in_phase
 
     def num_predicted(done: int | jax.Array) -> jax.Array:
-        """From there to a correction or to the end, at least one."""
+        """The number of predicted steps until a correction or the end of the phase, at least one."""
         to_correction = phases.correct_every - done % phases.correct_every
         return jnp.minimum(to_correction, jnp.maximum(jnp.asarray(leap) - done, 1))
 
     in_warmup = _runs((true, jnp.maximum(phases.warmup_steps - done, 1)), (true, coming_full))
     in_full = _runs((true, jnp.maximum(full - done, 1)), (StepKind.PREDICTED, num_predicted(0)))
-    if isinstance(phases, QualityCycle):  # How well the step is predicted decides on what follows.
+    if isinstance(phases, QualityCycle):  # The error of the prediction decides the next phase.
         in_full = _runs((true, 1), (true, 0))
     num = num_predicted(done)
     is_corrected = (done + num) % phases.correct_every == 0

@@ -1,4 +1,4 @@
-"""What a function and its arguments must be for `value_and_grad_by_phase`, which calls it inside a conditional."""
+"""Checks of a function and its arguments for `value_and_grad_by_phase`, which calls it inside a conditional."""
 
 import functools
 import inspect
@@ -16,17 +16,17 @@ Array: TypeAlias = jax.Array | np.ndarray | np.generic
 
 
 def refuse_hidden_arguments(fun: Callable[..., object], args: tuple[Tree, ...]) -> None:
-    """``TypeError`` for an argument of ``fun`` that cannot be reached, since its name is taken."""
+    """``TypeError`` for an argument of ``fun`` that cannot be passed, since its name is already used."""
     try:
         signature = inspect.signature(fun)
         filled = signature.bind_partial(*args).arguments
-    except (TypeError, ValueError):  # There is none, or ``fun`` itself will complain.
+    except (TypeError, ValueError):  # There is no signature, or calling ``fun`` will raise an error.
         return
     bound = fun.keywords if isinstance(fun, functools.partial) else {}
     for name in ("state", "aux_in_predict"):
         if name in signature.parameters and name not in filled and name not in bound:
             raise TypeError(
-                f"fun has an argument {name!r} of its own, but {name}= is taken for value_and_grad_by_phase's: give it "
+                f"fun has an argument {name!r} of its own, but {name}= is taken for value_and_grad_by_phase's: pass it "
                 "by position, bind it (functools.partial), or rename it"
             )
 
@@ -54,19 +54,19 @@ def refuse_what_is_no_array(args: tuple[Tree, ...], argnums: int | Sequence[int]
     """``TypeError`` for an argument to differentiate that does not consist of arrays."""
     for place in [argnums] if isinstance(argnums, int) else argnums:
         if not -len(args) <= place < len(args):
-            return  # JAX says so.
+            return  # JAX raises an error.
         for path, leaf in jax.tree_util.tree_leaves_with_path(args[place]):
             if not (isinstance(leaf, Array | int | float | complex) or hasattr(leaf, "__jax_array__")):
                 raise TypeError(
                     f"argument {place}, which is differentiated, must be made of arrays, but "
-                    f"{jax.tree_util.keystr(path) or 'itself'} is a {type(leaf).__name__}. Of an Equinox model give "
-                    "the arrays only: params, static = eqx.partition(model, eqx.is_inexact_array), and in the function "
-                    "model = eqx.combine(params, static)"
+                    f"{jax.tree_util.keystr(path) or 'itself'} is a {type(leaf).__name__}. Pass only the arrays "
+                    "of an Equinox model: params, static = eqx.partition(model, eqx.is_inexact_array), and in the "
+                    "function model = eqx.combine(params, static)"
                 )
 
 
 def aux_without_arrays(call: Callable[[], object]) -> Tree:
-    """What stands for an aux that holds no arrays, which is itself; ``ValueError`` if it does hold some."""
+    """Returns an aux without arrays, which can stand for itself in PREDICT; ``ValueError`` if it holds arrays."""
     found: list[Tree] = []
 
     def traced() -> int:

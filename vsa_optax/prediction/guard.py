@@ -1,40 +1,46 @@
-"""The guard: how many steps to predict before the next true one, from what the last predictions were worth.
+"""The guard: decides from the errors of the last predictions how many steps to predict before the next true one.
 
-A leap is what is predicted between two true steps. At the true step that ends a leap of P predictions, and at every
-other one, what came is compared with what was predicted of it: ``e = ||x - x̂||² / ||x||²``. The error is taken for
-one of second order in the distance, ``||x - x̂|| ~ h²`` after h = P + 1 steps; its constant is the worst of late, and
-the next leap is as long as keeps the error at τ, the square of the tolerance:
+A leap is a run of predicted steps between two true ones. Each true step compares its gradient (or update) x with the
+prediction x̂: ``e = ||x - x̂||² / ||x||²``. The error is assumed to be of second order in the distance, ``||x - x̂|| ~
+h²``, where h = P + 1 steps at the end of a leap of P predictions. The constant of this law is the worst recent one. The
+next leap has the length at which the error reaches τ, the square of the tolerance:
 
     κ <- max(e / h⁴, 3/4 κ)
     P + 1 <- min(1.6 h, 0.9 (τ / κ)^(1/4)),       P <= longest
 
-Below 3/4 there is no leap, and every step is the optimizer's own, until ``κ < τ / 4``; then it starts with a leap of
-one. So on mini-batches, whose gradients nothing predicts to within τ, it never leaps, and the steps are those of the
-optimizer alone.
+If P is below 3/4 there is no leap, and every step is the optimizer's own, until ``κ < τ / 4``. The first leap then has
+one prediction. On mini-batches nothing predicts gradients to within τ, so the guard never leaps, and all steps are
+those of the optimizer alone.
 
-There even the looking is not worth its time: after 32 true steps in a row with ``e > 1/2`` nothing is recorded or
-compared for the next 64, twice as many each time, up to 1024, until a leap has ended with ``e < τ``.
+Watching has a cost: a true step that is recorded and compared takes up to a quarter longer. So the guard keeps an
+account of steps that it watched without benefit:
 
-The plan counts steps, but an error grows with how far the parameters move. So each comparison also measures their way
-from the newest record, by two lengths: w, the sum of the norms of the updates emitted since, and d, the distance
-between the parameters then and now. A leap ends early, or does not begin, once one of them is longer than this pace
-allows:
+    u <- max(0, u + (2 if e > 1/2 else 1) - 4 P)                after a leap of P predictions, or with P = 0 after none
+
+When u reaches 64, the guard sleeps: the next 16 true steps are neither recorded nor compared, then twice as many each
+time, up to 1024, until a leap ends with ``e < τ`` and u = 0. If gradients are noise, it watches 32 steps at a time. If
+they are nearly predictable, but not well enough for leaps, the number is 64.
+
+The plan counts steps, but an error grows with the distance that the parameters move. So each comparison also measures
+two lengths: w, the sum of the norms of the updates emitted since the newest record, and d, the distance of the
+parameters from it. A leap ends early, or does not begin, once one of them exceeds twice its usual pace:
 
     p <- w / h,   q <- d / h                          h steps from the newest record
     a true step is next    if w > 2 p (P + 1) or d > 2 q (P + 1)
 
-w includes the update that a step has just emitted. So if the rate jumps, the coming step is already a true one. (With
-one more predicted step a host that launches steps would know one ahead what comes. But in one of eight such cases in
-benchmarks/guard_way.py the loss then peaked 2.7 times as high as plain training's.) But `predict_gradients` emits
-gradients, and has no w; nor does w include what later links of a chain do to the updates of `phase_switched`. There d
-sees the jump one step later. Only secants have it. Where p or q is 0, nothing was measured, and nothing is bounded.
+w includes the update that a step has just emitted, so after a jump of the rate the next step is already a true one.
+(With one more predicted step, a host that launches steps would know the next kind one step ahead. But in one of eight
+such cases in benchmarks/guard_way.py the loss then peaked 2.7 times as high as in plain training.) `predict_gradients`
+emits gradients, and has no w. Nor does w include the changes that later links of a chain make to the updates of
+`phase_switched`. There, d shows the jump one step later; only secants have d. If p or q is 0, nothing was measured, and
+the length is not bounded.
 
-While the guard sleeps the way does not count, and p stays what it was.
+While the guard sleeps, w does not grow, and p does not change.
 
-Where w or d is 0 the parameters rest. Then everything predicts perfectly, which is no evidence: the step counts as one
-without a comparison, and no leap follows.
+If w or d is 0, the parameters have not moved. Then every prediction is perfect, which is not evidence: the step counts
+as one without a comparison, and no leap follows.
 
-A few scalars, the same on every device, as parameters and updates are; the loss is not needed.
+The state is a few scalars, which are the same on every device, like parameters and updates. The loss is not needed.
 """
 
 import enum
@@ -45,28 +51,29 @@ import jax.numpy as jnp
 
 from vsa_optax.prediction.phases import Guarded
 
-# Growth and safety factor as in the step-size control of ODE solvers: Hairer, Nørsett and Wanner, "Solving ordinary
+# Growth and safety factor are as in the step-size control of ODE solvers: Hairer, Nørsett and Wanner, "Solving ordinary
 # differential equations I" (1993), section II.4, has 1.5 to 5 and 0.8 to 0.9. All others are chosen by hand.
-# benchmarks/constants.log has each of them moved; those of sleeping change no loss and no pass there.
+# benchmarks/constants.log varies each of them; those of sleeping change no loss and no pass there.
 _GROWTH, _SAFETY = 1.6, 0.9
-_FORGET = 0.75  # Of κ, a true step.
-_MOST_ERROR = 100.0  # So that κ is forgotten in time.
-_SHORTEST_LEAP = 0.75  # So that a length rounds to one prediction at least.
-_START = 0.25  # Of τ: how small κ must be for the first leap.
-_SLACK = 2.0  # Of the way. No other value was tried; benchmarks/guard_way.log shows what this one does.
-# Twice the default window of 16 changes; then looking costs a third of the true steps, at the longest sleep 3 %.
-_HOPELESS_ERROR, _HOPELESS_STEPS = 0.5, 32
-_SHORTEST_SLEEP, _LONGEST_SLEEP = 64, 1024
+_FORGET = 0.75  # The decay of κ per true step.
+_MOST_ERROR = 100.0  # The largest error that counts, so that κ decays in time.
+_SHORTEST_LEAP = 0.75  # A leap of this length rounds to one prediction.
+_START = 0.25  # The bound of κ for the first leap, relative to τ.
+_SLACK = 2.0  # The factor of the pace. No other value was tried; benchmarks/guard_way.log shows its effect.
+# The fewest steps watched at a time, 32, are twice the default window of 16 changes; at the longest sleep they are 3 %.
+_HOPELESS_ERROR, _MOST_WATCHED = 0.5, 64
+_WORTH = 4  # The number of watched steps that a prediction pays for: each costs a quarter of a step, and it saves one.
+_SHORTEST_SLEEP, _LONGEST_SLEEP = 16, 1024
 
 
 class GuardAction(enum.IntEnum):
-    """What the guard did last.
+    """The last action of the guard.
 
     Attributes:
-        NONE: nothing yet.
+        NONE: the guard has not acted yet.
         GREW: it lengthened the next leap, or started one.
         SHRANK: it shortened the next leap.
-        GAVE_UP: it predicts nothing for now, since the last prediction was too far off.
+        GAVE_UP: it predicts nothing for now, since the error of the last prediction was too large.
         SLEPT: it stopped recording and comparing for a while, since nothing was predictable for long.
     """
 
@@ -78,21 +85,21 @@ class GuardAction(enum.IntEnum):
 
 
 class GuardState(NamedTuple):
-    """What the guard knows.
+    """State of the guard.
 
     Attributes:
-        length: ``[] float32``, P, predictions of the next leap; 0 for none.
+        length: ``[] float32``, P, the number of predictions in the next leap; 0 for no leap.
         constant: ``[] float32``, κ.
-        leap: ``[] int32``, predictions since the last true step.
-        hopeless: ``[] int32``, true steps in a row that nothing predicted.
-        asleep: ``[] int32``, coming true steps that are neither recorded nor compared.
-        sleep: ``[] int32``, how many it will be the next time.
+        leap: ``[] int32``, the number of predictions since the last true step.
+        hopeless: ``[] int32``, u, the account of true steps that were watched without benefit.
+        asleep: ``[] int32``, the number of coming true steps that are neither recorded nor compared.
+        sleep: ``[] int32``, the length of the next sleep.
         action: ``[] int32``, the last `GuardAction`.
-        way: ``[] float32``, w, the length of the updates emitted since the newest record, without those emitted while
-            asleep. The fields from here on are the last, because `vsa_optax.checkpoint` takes them for 0 in a
+        way: ``[] float32``, w, the summed norms of the updates emitted since the newest record, without those emitted
+            while asleep. This field and the following come last: `vsa_optax.checkpoint` restores them as 0 from a
             checkpoint that was made before they existed.
-        pace: ``[] float32``, w a step, at the last comparison; 0 before the first, when there is no bound.
-        drift: ``[] float32``, d a step, likewise.
+        pace: ``[] float32``, p, which is w per step at the last comparison; 0 before the first, without a bound.
+        drift: ``[] float32``, q, which is d per step at the last comparison; 0 before the first.
     """
 
     length: jax.Array
@@ -108,13 +115,13 @@ class GuardState(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """How a step moves away from the newest record.
+    """The movement of the parameters away from the newest record.
 
     Attributes:
-        horizon: ``[] float32``, steps from there to the parameters before the step.
-        distance: ``[] float32``, from the newest record's parameters to those before the step; None if the predictor
-            does not read the parameters.
-        emitted: ``[] float32``, the norm of the update that leaves; None if what leaves is a gradient.
+        horizon: ``[] float32``, the number of steps from the newest record to the parameters before the step.
+        distance: ``[] float32``, the distance from the newest record's parameters to those before the step; None if the
+            predictor does not read the parameters.
+        emitted: ``[] float32``, the norm of the emitted update; None if a gradient is emitted.
         is_recorded: ``[] bool``, whether the step is recorded.
     """
 
@@ -125,11 +132,12 @@ class Moved(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the guard wants of the phase machine.
+    """The guard's plan for the phase machine.
 
     Attributes:
         leaps: ``[] bool``, whether a FULL phase ends now.
-        length: ``[] int32``, steps of a PREDICT phase; 0 if it ends now, since the way is too long.
+        length: ``[] int32``, the number of steps in a PREDICT phase; 0 if it ends now because the parameters have moved
+            too far.
     """
 
     leaps: jax.Array
@@ -137,7 +145,7 @@ class Plan(NamedTuple):
 
 
 def init() -> GuardState:
-    """It starts without a leap."""
+    """The guard before its first step, without a leap."""
     return GuardState(
         length=jnp.zeros([], jnp.float32),
         constant=jnp.zeros([], jnp.float32),
@@ -160,15 +168,15 @@ def after(
     is_measured: jax.Array,
     moved: Moved,
 ) -> tuple[GuardState, Plan]:
-    """The guard after a step, and what it wants.
+    """The guard after a step, and its plan.
 
     Args:
-        settings: the static ones.
-        state: before the step.
+        settings: the static settings.
+        state: the guard before the step.
         is_predict: ``[] bool``, whether the step was predicted.
-        error: ``[] float32``, ``||x - x̂|| / ||x||`` of a true one.
-        is_measured: ``[] bool``, whether that is known; if not, there is no leap, and nothing is learned.
-        moved: how the step moves away from the newest record.
+        error: ``[] float32``, ``||x - x̂|| / ||x||`` of a true step.
+        is_measured: ``[] bool``, whether the error is known; if not, no leap follows, and nothing is learned.
+        moved: the movement of the parameters away from the newest record.
     """
     was_asleep = state.asleep > 0
     is_measured &= ~_rests(state, moved)
@@ -187,12 +195,31 @@ def after(
 
 
 def leap_length(settings: Guarded, state: GuardState) -> jax.Array:
-    """``[] int32``, predictions of the next leap, or of this one, if there is one; the way may end it earlier."""
+    """``[] int32``, the number of predictions in the present or next leap; a large movement may end it earlier."""
     return jnp.clip(jnp.round(state.length), 1, settings.longest).astype(jnp.int32)
 
 
+def watched_for_certain(settings: Guarded, state: GuardState, num_warmup: jax.Array) -> jax.Array:
+    """``[] int32``: the number of watched true steps that are certain to come, at least one, whatever their errors.
+
+    While awake and after a true step, the guard starts a leap only if ``κ < τ / 4``, and a step leaves at least 3/4 of
+    κ. It falls asleep when u reaches 64, and a step adds at most 2.
+
+    Args:
+        settings: the static settings.
+        state: the guard before the coming step.
+        num_warmup: ``[] int32``, the number of coming steps in the warm-up; a leap may start only after the last.
+    """
+    tiny = jnp.finfo(jnp.float32).tiny
+    excess = jnp.log(jnp.maximum(state.constant, tiny)) - jnp.log(_START * settings.tolerance**2)
+    to_leap = jnp.ceil(excess / -jnp.log(_FORGET) - 0.01)  # The rounding never gives too many.
+    to_leap = jnp.where(state.leap > 0, 1, to_leap)
+    to_sleep = (_MOST_WATCHED - state.hopeless + 1) // 2
+    return jnp.clip(jnp.minimum(jnp.maximum(to_leap, num_warmup), to_sleep), 1, _MOST_WATCHED).astype(jnp.int32)
+
+
 def _rests(state: GuardState, moved: Moved) -> jax.Array:
-    """``[] bool``: nothing has moved since the newest record, as far as is known."""
+    """``[] bool``: whether the parameters have not moved since the newest record, as far as is known."""
     rests = jnp.array(False)
     if moved.distance is not None:
         rests |= moved.distance == 0
@@ -202,7 +229,7 @@ def _rests(state: GuardState, moved: Moved) -> jax.Array:
 
 
 def _is_far(state: GuardState, moved: Moved, steps: jax.Array) -> jax.Array:
-    """``[] bool``: the way is longer than so many steps may be, as they were when last measured."""
+    """``[] bool``: whether the parameters have moved further than ``steps`` steps at the measured pace allow."""
     most = _SLACK * steps.astype(jnp.float32)
     is_far = (state.pace > 0) & (state.way > most * state.pace)
     if moved.distance is not None:
@@ -212,7 +239,7 @@ def _is_far(state: GuardState, moved: Moved, steps: jax.Array) -> jax.Array:
 
 
 def _judged(settings: Guarded, state: GuardState, error: jax.Array, moved: Moved) -> GuardState:
-    """After a true step with this squared error."""
+    """The guard after a true step with this squared error."""
     tolerated = settings.tolerance**2
     distance = (state.leap + 1).astype(jnp.float32)
     constant = jnp.maximum(jnp.minimum(error, _MOST_ERROR) / distance**4, _FORGET * state.constant)
@@ -222,10 +249,11 @@ def _judged(settings: Guarded, state: GuardState, error: jax.Array, moved: Moved
     ends_leap = state.leap > 0
     has_slept = moved.horizon > distance
     length = jnp.where(ends_leap, length, jnp.where(constant < _START * tolerated, 1.0, 0.0))
-    hopeless = jnp.where(error > _HOPELESS_ERROR, state.hopeless + 1, 0)
-    falls_asleep = hopeless >= _HOPELESS_STEPS
-    sleep = jnp.where(ends_leap & (error < tolerated), _SHORTEST_SLEEP, state.sleep)
-    grew, shrank, gave_up, slept = (  # JAX 0.8.2 takes an enum's member for an int64.
+    hopeless = jnp.maximum(state.hopeless + jnp.where(error > _HOPELESS_ERROR, 2, 1) - _WORTH * state.leap, 0)
+    falls_asleep = hopeless >= _MOST_WATCHED
+    length = jnp.where(falls_asleep, 0, length)
+    sleep = jnp.where(ends_leap & (error < tolerated) & (hopeless == 0), _SHORTEST_SLEEP, state.sleep)
+    grew, shrank, gave_up, slept = (  # JAX 0.8.2 converts a member of an enum to int64.
         jnp.int32(action) for action in (GuardAction.GREW, GuardAction.SHRANK, GuardAction.GAVE_UP, GuardAction.SLEPT)
     )
     action = jnp.select(

@@ -1,10 +1,10 @@
-"""One program for each kind of step, and a host that knows which one comes.
+"""Compiles one program for each kind of step; the host chooses which one to run.
 
-In a single program the phase is decided on the device: a GPU stops at each conditional and each turn of a loop until
-the host has fetched its condition. Here each program is a straight line. What the host has to
-know comes out of the programs themselves, as the number of steps whose kind is certain (`prediction.forecast`): it
-waits for a device only where that runs out, which is behind a true step that the guard watched, and in a leap that its
-way may end early.
+In a single program the device decides the phase: a GPU stops at each conditional and each loop iteration until the
+host has fetched the condition. Here, no program has control flow. Each program also returns a forecast, which tells
+the host how many of the coming steps are of a certain kind (`prediction.forecast`). The host waits for a device only
+where the forecast ends. This happens after a true step that the guard compared with its prediction, and in a leap that
+may end early because the parameters moved too far.
 """
 
 import functools
@@ -23,16 +23,17 @@ from vsa_optax.prediction.stats import contains_machine, find_machine
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-# That are kept, in case that the newest is not there yet, and fetched, when fewer steps than that are known.
+# How many forecasts are kept, since the newest may not have arrived yet. A forecast is fetched while fewer steps than
+# that are known.
 _NUM_FORECASTS = 4
 
 
 class JitByPhase(Generic[Parameters, Result]):
-    """What `jit_by_phase` returns.
+    """The compiled training step that `jit_by_phase` returns.
 
     Attributes:
         programs: for each kind, the jitted function of the same arguments, which returns the result and a forecast.
-        num_waits: how often the host had to wait for a device to know which kind comes.
+        num_waits: how often the host had to wait for a device to learn the kind of the next step.
     """
 
     def __init__(self, fun: Callable[Parameters, Result], jit_options: dict[str, Any]) -> None:
@@ -40,26 +41,26 @@ class JitByPhase(Generic[Parameters, Result]):
         self.programs = {kind: jax.jit(_traced_for(kind, fun), **jit_options) for kind in StepKind}
         self.num_waits = 0
         self._last: _Last | None = None
-        self._forecasts: list[tuple[jax.Array, int]] = []  # And the steps since; the newest is the last.
+        self._forecasts: list[tuple[jax.Array, int]] = []  # Each with the steps since; the newest comes last.
         self._coming: list[tuple[StepKind, int]] = []
 
     def __call__(self, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        """One step."""
+        """Runs one step."""
         if self._last is None or not self._last.is_in(args, kwargs):
-            # The first step, another run, or a state that somebody has changed.
+            # This is the first step, another run, or a state that was changed outside.
             self._forecasts, self._coming = [], _coming(find_machine((args, kwargs)))
         kind = self._next_kind()
-        self._last = None  # If the step fails, what is known is forgotten.
+        self._last = None  # If the step fails, the forecasts are dropped.
         result, forecast = self.programs[kind](*args, **kwargs)
         if forecast is not None:
             if sum(num for _, num in self._coming) < _NUM_FORECASTS:
-                forecast.copy_to_host_async()  # Else it is not asked.
+                forecast.copy_to_host_async()  # Otherwise the forecast is not needed.
             self._forecasts.append((forecast, 0))
             self._last = _Last(result)
         return result
 
     def _next_kind(self) -> StepKind:
-        """From what is known; where that runs out, from the newest forecast that is there, or the next that will be."""
+        """The kind from the known runs; once they end, from the newest forecast that has arrived, or the next one."""
         if not self._coming:
             num_there = max((i + 1 for i, (runs, _) in enumerate(self._forecasts) if _is_ready(runs)), default=0)
             later = self._forecasts[num_there:]
@@ -74,9 +75,9 @@ class JitByPhase(Generic[Parameters, Result]):
 
 
 class _Last:
-    """The machine that came out last, to be known again when it comes in.
+    """Recognizes the machine of the last result when it returns as an argument.
 
-    To look through all containers takes longer than many a step, so that an immutable one is known by itself.
+    Searching all containers can take longer than a step, so an immutable container is recognized by its identity.
     """
 
     def __init__(self, result: Tree) -> None:
@@ -92,32 +93,32 @@ class _Last:
 
 
 def _leads_to_machine(tree: Tree) -> bool:
-    """Whether a phase machine is reached through tuples alone, which nobody can change."""
+    """Whether a phase machine is reached through tuples alone, which are immutable."""
     if isinstance(tree, PhaseMachineState):
         return True
     return isinstance(tree, tuple) and any(map(_leads_to_machine, tree))
 
 
 def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitByPhase[Parameters, Result]:
-    """Compiles a training step once for each kind of step, and chooses on the host; in the place of ``jax.jit``.
+    """Replaces ``jax.jit`` for a training step: compiles it once for each kind of step, and chooses on the host.
 
-    The rules are those of ``jax.jit(fun)``, and a state may go back and forth between both. Parameters differ by
-    rounding, and phases only where rounding turns a decision of the guard or of `AdaptiveCycle`. It is meant for GPUs,
-    which stop at each conditional. Write one step for it, not several in a ``lax.scan``: a loop's body is compiled
-    once, whatever the kind.
+    The rules of ``jax.jit(fun)`` apply, and a state may move back and forth between both. Parameters differ by
+    rounding. Phases differ only where rounding changes a decision of the guard or of `vsa_optax.AdaptiveCycle`. It is
+    meant for GPUs, which stop at each conditional. Compile a single step, not several in a ``lax.scan``: the body of a
+    loop is compiled once, for all kinds.
 
     Args:
-        fun: the training step. Exactly one phase machine is in its arguments, inside of an optimizer's state, and it
-            comes back in the result. The update has to be outside of loops and of ``jax.shard_map``; inside of them it
-            decides on the device, as it does in ``jax.jit``.
-        **jit_options: as for ``jax.jit``: ``donate_argnums=(0, 1)``, ``static_argnames=...``
+        fun: the training step. Its arguments contain exactly one phase machine, inside an optimizer's state, and its
+            result contains the updated one. The update must be outside loops and ``jax.shard_map``; inside them, the
+            device decides the phase, as in ``jax.jit``.
+        **jit_options: keyword arguments of ``jax.jit``, such as ``donate_argnums=(0, 1)`` or ``static_argnames=...``.
 
     Returns:
-        A function of the same arguments with the same result. ``programs`` has the jitted functions by kind. With
-        several processes all choose alike, since they read the same scalars.
+        A function with the same arguments and the same result. Its attribute ``programs`` holds the jitted functions
+        by kind. Several processes choose alike, since they read the same scalars.
 
     Raises:
-        ValueError: at a call, not exactly one phase machine in the arguments.
+        ValueError: at a call, if the arguments do not contain exactly one phase machine.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsa_optax
@@ -143,7 +144,7 @@ def _traced_for(kind: StepKind, fun: Callable[..., Result]) -> Callable[..., tup
         assumption = Assumption(kind, find_machine((args, kwargs)))
         with assumed(assumption):
             result = fun(*args, **kwargs)
-        # A forecast is of the machine that it was made for.
+        # A forecast is valid only for the machine that it was made for.
         is_its = (
             assumption.after is not None
             and contains_machine(result)
@@ -155,7 +156,7 @@ def _traced_for(kind: StepKind, fun: Callable[..., Result]) -> Callable[..., tup
 
 
 def _coming(machine: PhaseMachineState) -> list[tuple[StepKind, int]]:
-    """What a machine's own scalars say of the coming step; they are waited for."""
+    """The kind of the coming step, read from the machine's own scalars; the host waits for them."""
     if machine.errors is None:
         return [(StepKind.PLAIN, FOREVER)]
     if int(machine.phase) == Phase.PREDICT:
@@ -172,7 +173,7 @@ def _is_ready(x: jax.Array) -> bool:
 
 
 def _without(runs: jax.Array, steps: int) -> list[tuple[StepKind, int]]:
-    """What is left of a forecast's runs after so many steps."""
+    """The runs of a forecast that remain after ``steps`` steps."""
     left = []
     for kind, num in np.asarray(runs).tolist():
         taken = min(num, steps)

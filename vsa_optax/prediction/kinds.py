@@ -1,9 +1,9 @@
-"""The kind of a step, where it is known while a program is traced: then there is nothing to decide on the device.
+"""The kind of a step, if it is known while a program is traced; the device then has nothing to decide.
 
-`jit_by_phase` traces a training step once for each kind, and says by `assumed` which one it is. A transformation and
-`value_and_grad_by_phase` ask by `kind_of`, each for its own machine. The machine is known by its arrays, which are the
-same Python objects from the arguments to the update: behind an update, in the body of a loop, or inside
-``jax.shard_map`` they are others, and nothing is known.
+`jit_by_phase` traces a training step once for each kind, and sets the kind with `assumed`. A transformation and
+`value_and_grad_by_phase` query it with `kind_of`, each for its own machine. The machine is recognized by its arrays,
+which are the same Python objects from the arguments to the update. After an update, in the body of a loop, or inside
+``jax.shard_map`` they are different objects, and the kind is unknown.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from vsa_optax.prediction.machine import PhaseMachineState
 
 
 class StepKind(enum.IntEnum):
-    """What a step has to do.
+    """The kind of a step.
 
     Attributes:
-        PLAIN: a true step of which nothing is recorded: the guard is asleep, or nothing is ever predicted.
-        RECORDED: a true step, recorded.
-        WATCHED: a true step, recorded, and compared with its prediction.
-        PREDICTED: a step of PREDICT.
+        PLAIN: a true step that is not recorded: the guard is asleep, or nothing is ever predicted.
+        RECORDED: a true step that is recorded.
+        WATCHED: a true step that is recorded and compared with its prediction.
+        PREDICTED: a PREDICT step.
     """
 
     PLAIN = 0
@@ -35,13 +35,13 @@ class StepKind(enum.IntEnum):
 
 @dataclasses.dataclass
 class Assumption:
-    """What a program is traced for.
+    """The assumption under which a program is traced.
 
     Attributes:
-        kind: of the step.
-        machine: before the step.
-        forecast: what the update found of the steps behind this one, as `forecast.forecast` gives it; None before.
-        after: the machine behind the step.
+        kind: the kind of the step.
+        machine: the machine before the step.
+        forecast: the kinds of the following steps, as `forecast.forecast` returns them; None before the update.
+        after: the machine after the step; None before the update.
     """
 
     kind: StepKind
@@ -55,7 +55,7 @@ _assumption: contextvars.ContextVar[Assumption | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def assumed(assumption: Assumption) -> Iterator[None]:
-    """As long as this lasts, the machine's step is of that kind."""
+    """Within this context, the machine's step is of the assumed kind."""
     token = _assumption.set(assumption)
     try:
         yield
@@ -64,7 +64,7 @@ def assumed(assumption: Assumption) -> Iterator[None]:
 
 
 def assumption_for(machine: PhaseMachineState) -> Assumption | None:
-    """What is known of this machine's step; None if nothing is."""
+    """The assumption for this machine's step; None if there is none."""
     assumption = _assumption.get()
     if assumption is None or assumption.machine.phase is not machine.phase:
         return None
@@ -72,6 +72,6 @@ def assumption_for(machine: PhaseMachineState) -> Assumption | None:
 
 
 def kind_of(machine: PhaseMachineState) -> StepKind | None:
-    """The kind of this machine's coming step, if it is known."""
+    """The kind of this machine's coming step; None if it is unknown."""
     assumption = assumption_for(machine)
     return None if assumption is None else assumption.kind

@@ -1,7 +1,7 @@
-"""What `multisecant` does with an evaluation: it judges the leap that led there, and makes the next one.
+"""The two halves of a `multisecant` step: judge the leap that led to an evaluation, and make the next leap.
 
-All is chosen by selects, without control flow, except on a CPU. There nothing is computed of the secants while the
-optimizer's own step is taken and no look at the prediction is due, and new secants are written in place.
+Selects make all choices, without control flow, except on a CPU. There, the secants are not read while the optimizer's
+own step is taken and no check of the prediction is due, and new secants are written in place.
 """
 
 import functools
@@ -21,30 +21,31 @@ from vsa_optax.prediction.fits.multisecant_fit import Products, solve
 
 Result = TypeVar("Result")
 
-# All chosen by hand, on digits, PINNs and a neural field; no log has the others.
-NUM_LOSSES = 8  # M, accepted ones that a new one is compared with.
+# All are chosen by hand, on digits, PINNs and a neural field; no log has other values.
+NUM_LOSSES = 8  # M, the number of accepted losses that a new loss is compared with.
 LEAST_DAMPING, FIRST_DAMPING, MOST_DAMPING = 1e-6, 1.0, 100.0
-# What damping is multiplied by: with a gradient as predicted; without, where the loss rose; on a rejection.
+# The factors of the damping: the gradient is as predicted; it is not, and the loss rose; the leap is rejected.
 LESS, MORE, MUCH_MORE = 0.5, 1.5, 4.0
-# Of ||g - ĝ||² / ||g before||²: below it a gradient came as predicted. Stricter where the loss rose: noise passes 1.
+# The bounds of ||g - ĝ||² / ||g before||² for a gradient as predicted. After a rise of the loss the bound is stricter,
+# since noise reaches errors below 1.
 WORST_ERROR, WORST_IF_IT_ROSE = 1.0, 0.3
-METRIC_DECAY = 0.98  # Of the average of squared gradients.
-# Of what is missed of a gradient: all of it, as if it were curvature outside of the span, would be too much.
+METRIC_DECAY = 0.98  # The decay of the average of squared gradients.
+# The share of a gradient's error that counts as curvature outside the span; all of it would be too much.
 CURVATURE_SHARE = 0.3
-CURVATURE_DECAY = 0.5  # Of the average of its logarithm.
-LEAST_OUTSIDE = 1e-6  # Of the squared length of the leap inside of the span; less is what rounding left.
+CURVATURE_DECAY = 0.5  # The decay of the average of the curvature's logarithm.
+LEAST_OUTSIDE = 1e-6  # Relative to the squared length of the leap inside the span; smaller values are rounding.
 MOST_LOGARITHM = 80.0  # Exponentials of both signs stay in f32's range.
-MOST_REST = 64  # Steps between two looks, with the damping at its bound.
+MOST_REST = 64  # The largest number of steps between two checks of the prediction with the damping at its bound.
 
 
 class LeapState(NamedTuple):
-    """What is remembered of a leap.
+    """The quantities by which a leap is judged.
 
     Attributes:
-        change: ``[W]``, coefficients of ``diff_gradients`` in the change of the gradient that it predicts.
-        squared_gradient: ``[]``, ``||g||²`` where it starts.
-        squared_outside: ``[]``, squared length of its part outside of the span; 0 where that is but rounding.
-        dimension: ``[] int32``, of the span.
+        change: ``[W]``, the coefficients of ``diff_gradients`` in the predicted change of the gradient.
+        squared_gradient: ``[]``, ``||g||²`` at the start of the leap.
+        squared_outside: ``[]``, the squared length of its part outside the span; 0 if that is only rounding.
+        dimension: ``[] int32``, the dimension of the span.
     """
 
     change: jax.Array
@@ -57,24 +58,25 @@ class MultisecantState(NamedTuple):
     """State of `multisecant`.
 
     Attributes:
-        inner_state: the wrapped optimizer's.
+        inner_state: the state of the wrapped optimizer.
         params: tree of ``[*shape]``, the accepted parameters.
-        gradient: tree of ``[*shape]``, there.
-        gradient_rms: tree of ``[*shape]`` in the history's dtype, root of the average of squared gradients.
-        diff_params: tree of ``[W, *shape]``, moves from accepted parameters to those evaluated next, in a ring.
-        diff_gradients: tree of ``[W, *shape]``, how the gradient changed by them.
-        leap: the last one, by which the next gradient is judged.
-        losses: ``[8]``, the last accepted ones, in a ring; minus infinity before any.
-        loss: ``[]``, at the accepted parameters.
+        gradient: tree of ``[*shape]``, the gradient at the accepted parameters.
+        gradient_rms: tree of ``[*shape]`` in the history's dtype, the square root of the average of squared gradients.
+        diff_params: tree of ``[W, *shape]``, a ring of moves from accepted parameters to those evaluated next.
+        diff_gradients: tree of ``[W, *shape]``, the changes of the gradient by these moves.
+        leap: the last leap, by which the next gradient is judged.
+        losses: ``[8]``, a ring of the last accepted losses; minus infinity before any.
+        loss: ``[]``, the loss at the accepted parameters.
         damping: ``[]``, λ.
-        log_curvature: ``[]``, logarithm of the curvature outside of the span, averaged; exactly 0 before it is known.
+        log_curvature: ``[]``, the average logarithm of the curvature outside the span; exactly 0 before any
+            measurement.
         prediction_error: ``[]``, ``||g - ĝ|| / ||g before||`` of the last finite evaluation.
-        rest: ``[] int32``, evaluations to come before the next look; 0 unless damping is at its bound.
-        rest_length: ``[] int32``, of the last such rest.
-        num_evaluations: ``[] int32``.
-        num_accepted: ``[] int32``.
-        num_secants: ``[] int32``, so far; the next goes to slot ``num_secants % W``.
-        nonfinite_count: ``[] int32``, evaluations whose loss or gradient was not finite.
+        rest: ``[] int32``, the number of evaluations before the next check; 0 unless damping is at its bound.
+        rest_length: ``[] int32``, the length of the last such pause.
+        num_evaluations: ``[] int32``, the number of evaluations so far.
+        num_accepted: ``[] int32``, the number of accepted evaluations so far.
+        num_secants: ``[] int32``, the number of secants so far; the next goes to slot ``num_secants % W``.
+        nonfinite_count: ``[] int32``, the number of evaluations whose loss or gradient was not finite.
     """
 
     inner_state: Tree
@@ -100,22 +102,22 @@ class MultisecantState(NamedTuple):
 def judged(
     state: MultisecantState, gradient: optax.Updates, value: jax.Array, params: optax.Params
 ) -> MultisecantState:
-    """The state after an evaluation: what it taught, and from which point to go on."""
+    """The state after an evaluation: the leap is accepted or rejected, and damping, curvature and secants updated."""
     is_finite = jnp.isfinite(value) & all_finite(gradient)
     is_first = state.num_accepted == 0
     is_leap = is_finite & ~is_first
-    is_resting = state.rest > 0  # Then nothing was predicted.
+    is_resting = state.rest > 0  # Nothing was predicted then.
     is_bound = state.damping >= MOST_DAMPING
     is_accepted = is_finite & (is_first | is_bound | (value <= jnp.max(state.losses)))
     missed = _unless(is_resting, jnp.zeros_like(state.loss), _missed, state, gradient)
     squared_error = _ratio(missed, state.leap.squared_gradient)
-    # A loss that rises although the gradient came as predicted is the doing of the optimizer's step in the leap.
+    # If the loss rises although the gradient is as predicted, the optimizer's part of the leap has raised it.
     fell = value <= state.loss
     is_foreseen = squared_error < jnp.where(fell, WORST_ERROR, WORST_IF_IT_ROSE)
     factor = jnp.where(is_accepted, jnp.where(is_foreseen, LESS, jnp.where(fell, 1, MORE)), MUCH_MORE)
     damping = jnp.clip(state.damping * factor.astype(state.damping.dtype), LEAST_DAMPING, MOST_DAMPING)
     damping = jnp.where(is_first | is_resting, state.damping, damping)
-    # Looks that find no reason to leave the bound come ever more rarely.
+    # Checks that find no reason to leave the bound become ever rarer.
     is_in_vain = is_bound & ~is_resting & (damping >= MOST_DAMPING)
     longer = jnp.clip(2 * state.rest_length, 1, MOST_REST)
     rest_length = jnp.where(is_in_vain, longer, jnp.where(damping >= MOST_DAMPING, state.rest_length, 0))
@@ -123,16 +125,16 @@ def judged(
     curvature = CURVATURE_SHARE * jnp.sqrt(_ratio(missed, state.leap.squared_outside))
     is_measured = is_leap & (state.leap.squared_outside > 0) & (curvature > 0) & jnp.isfinite(curvature)
     log_curvature = jnp.clip(jnp.log(jnp.where(is_measured, curvature, 1)), -MOST_LOGARITHM, MOST_LOGARITHM)
-    # The first is no average.
+    # The first measurement is not averaged with the initial 0.
     kept = jnp.where(state.log_curvature == 0, 0, CURVATURE_DECAY).astype(curvature.dtype)
     log_curvature = kept * state.log_curvature + (1 - kept) * log_curvature
 
-    # Behind what was missed, which reads the records as they were: else XLA copies them. Nothing missed is below 0.
+    # The slot depends on the error, which reads the old records: otherwise XLA copies them. An error is never negative.
     slot = state.num_secants % state.leap.change.size + (missed < 0).astype(jnp.int32)
     record = functools.partial(_recorded, slot=slot, is_recorded=is_leap)
     num_evaluations = optax.safe_increment(state.num_evaluations)
     forgotten = METRIC_DECAY ** num_evaluations.astype(value.dtype)
-    # Of an average without the bias of its start; rounding may make more than 1 of the first.
+    # The weight of a new square in a bias-corrected average; rounding may bring the first above 1.
     share = jnp.minimum((1 - METRIC_DECAY) / (1 - forgotten), 1)
     accepted_gradient = tree_where(is_accepted, map_leaves(_as_kept, state.gradient, gradient), state.gradient)
     newest = state.num_accepted % NUM_LOSSES
@@ -157,7 +159,7 @@ def judged(
 
 
 def leap(state: MultisecantState, base: optax.Updates) -> tuple[Tree, LeapState]:
-    """The step from the accepted parameters, a tree in at least f32, and what to judge it by."""
+    """The step from the accepted parameters, a tree in at least f32, and the state by which it is judged."""
 
     def widened(gradient: jax.Array, base: jax.Array) -> jax.Array:
         return base.astype(numerics.promoted(gradient.dtype, base.dtype, jnp.float32))
@@ -167,8 +169,8 @@ def leap(state: MultisecantState, base: optax.Updates) -> tuple[Tree, LeapState]
 
 
 def _unless(is_skipped: jax.Array, skipped: Result, compute: Callable[..., Result], *operands: Tree) -> Result:
-    """``compute(*operands)``, or what stands for it; a GPU would wait for the host to decide."""
-    compute = jax.jit(compute)  # Traced once for both.
+    """``compute(*operands)`` or ``skipped``; a GPU uses a select, since it would wait for the host at a conditional."""
+    compute = jax.jit(compute)  # It is traced once for both.
 
     def decided(is_skipped: jax.Array, skipped: Result, *operands: Tree) -> Result:
         return jax.lax.cond(is_skipped, lambda *_: skipped, compute, *operands)
@@ -213,7 +215,7 @@ def _leap(state: MultisecantState, base: optax.Updates) -> tuple[Tree, LeapState
 
 
 def _missed(state: MultisecantState, gradient: optax.Updates) -> jax.Array:
-    """``||g - ĝ||²``: of the new gradient, by the secants, in the metric of the leap."""
+    """``||g - ĝ||²``: the error of the predicted gradient in the metric of the leap."""
     missed = jnp.zeros_like(state.loss)
     trees = state.gradient_rms, state.diff_gradients, gradient, state.gradient
     for leaf in zip(*map(jax.tree.leaves, trees), strict=True):
@@ -232,7 +234,7 @@ def _written(records: jax.Array, change: jax.Array, slot: jax.Array) -> jax.Arra
     return jax.lax.dynamic_update_index_in_dim(records, change, slot, 0)
 
 
-# A CPU makes bfloat16 of all records anew where one is read to be written.
+# If a record is read before it is written, a CPU converts all records to bfloat16 again.
 _written_if = in_place_if(_written)
 
 
@@ -245,7 +247,7 @@ def _as_kept(old: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def _averaged(rms: jax.Array, gradient: jax.Array, *, share: jax.Array) -> jax.Array:
-    """The root of the average with one more square in it; no square leaves the range."""
+    """The root mean square with one more gradient; no square exceeds the range."""
     new = jnp.abs(secants.wide(gradient))
     of_old, of_new = jnp.sqrt(1 - share).astype(new.dtype), jnp.sqrt(share).astype(new.dtype)
     return numerics.saturating_cast(jnp.hypot(of_old * rms.astype(new.dtype), of_new * new), rms.dtype)

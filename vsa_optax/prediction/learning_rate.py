@@ -1,4 +1,4 @@
-"""Learning rates: what may be given for one, and that there is one only, which counts all steps."""
+"""Checks of learning rates: their type, and that only one rate applies and counts all steps."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,16 +10,16 @@ import optax
 
 from vsa_optax.core import checks
 
-_NAMES = ("learning_rate", "lr", "step_size")  # By which factories of optimizers call it.
+_NAMES = ("learning_rate", "lr", "step_size")  # The names that optimizer factories use for it.
 _SCHEDULES = (optax.ScaleByScheduleState,)
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 class _Own(NamedTuple):
-    """A factor of an optimizer's own, as its state shows it.
+    """A factor inside an optimizer, as its state shows it.
 
     Attributes:
-        name: what to call it in an error.
+        name: its name in an error.
         is_schedule: whether it counts steps.
         is_rate: whether it multiplies updates.
     """
@@ -30,7 +30,7 @@ class _Own(NamedTuple):
 
 
 def check_learning_rate(learning_rate: optax.ScalarOrSchedule | None) -> None:
-    """``ValueError`` unless it is None, a schedule, a number ``>= 0`` or such an array."""
+    """``ValueError`` unless ``learning_rate`` is None, a schedule, a number ``>= 0`` or such an array."""
     if learning_rate is None or callable(learning_rate):
         return
     if isinstance(learning_rate, jax.Array | np.ndarray | np.generic):
@@ -39,7 +39,7 @@ def check_learning_rate(learning_rate: optax.ScalarOrSchedule | None) -> None:
                 "learning_rate must be a schedule, a number >= 0 or a floating-point scalar array, got an array of "
                 f"shape {jnp.shape(learning_rate)} and dtype {learning_rate.dtype}"
             )
-        if isinstance(learning_rate, jax.core.Tracer):  # Of inject_hyperparams, say: its value is not known.
+        if isinstance(learning_rate, jax.core.Tracer):  # The value is unknown, e.g. from inject_hyperparams.
             return
         learning_rate = float(learning_rate)
     checks.check_real("learning_rate", learning_rate, low=0.0, high=float(np.finfo(np.float32).max))
@@ -49,8 +49,8 @@ def check_one_rate(inner_state: optax.OptState, learning_rate: optax.ScalarOrSch
     """``ValueError`` if rates would multiply, or if the optimizer's own schedule would not count all steps.
 
     Args:
-        inner_state: the optimizer's. A plain number, as in ``optax.adamw(0.1)``, leaves no trace in it.
-        learning_rate: the one beside the optimizer, or None.
+        inner_state: the optimizer's state. It does not show a plain number, as in ``optax.adamw(0.1)``.
+        learning_rate: the wrapper's learning rate, or None.
         rests: whether the optimizer does not run in PREDICT.
     """
     for own in _own_factors(inner_state):

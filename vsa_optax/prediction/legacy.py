@@ -1,4 +1,4 @@
-"""The legacy pair: prediction by momentum, and the rhythm that the Rust crate vsa-optim-rs has for it."""
+"""The legacy pair: prediction by momentum, and the cycles that the Rust crate vsa-optim-rs uses with it."""
 
 from typing import Literal, NamedTuple, get_args
 
@@ -10,11 +10,11 @@ Schedule = Literal["trainer", "predictor"]
 
 
 class MomentumSettings(NamedTuple):
-    """What `momentum_predictor` gives to `phase_switched` or `predict_gradients`.
+    """The settings that `momentum_predictor` returns, for `phase_switched` or `predict_gradients`.
 
     Attributes:
-        predictor: what predicts.
-        phases: when: `LegacyCycle` or `QualityCycle`.
+        predictor: predicts gradients or updates.
+        phases: decides when to predict: a `LegacyCycle` or a `QualityCycle`.
     """
 
     predictor: Momentum
@@ -28,27 +28,29 @@ def momentum_predictor(
     correction_weight: float = 0.5,
     predicts: Predicted = "gradient",
 ) -> MomentumSettings:
-    """Momentum and its rhythm, as the legacy half of vsa-optim-rs 0.1.1 has them: to compare with, not to train with.
+    """Momentum and its cycle from the legacy half of vsa-optim-rs 0.1.1, for comparison rather than for training.
 
-    Both rhythms end at a higher loss than plain Adam does with as many backward passes, on both tasks that were tried
-    (benchmarks/momentum.log). Under the guard, ``phase_switched(opt, predictor=Momentum())``, it did no harm there.
+    On both tasks that were tried, both cycles end at a higher loss than plain Adam with as many backward passes
+    (benchmarks/momentum.log). With the guard, ``phase_switched(opt, predictor=Momentum())``, the loss was no worse.
 
     Args:
-        schedule: ``"trainer"`` is `vsa_optax.LegacyCycle`: 10 true steps, then 40 of which each tenth is corrected;
-            lengths follow the loss, so that every ``update`` needs ``value=``. ``"predictor"`` is
-            `vsa_optax.QualityCycle`: one true step in five, as long as predictions are good enough.
-        momentum: as in `vsa_optax.Momentum`.
-        correction_weight: as in `vsa_optax.Momentum`.
-        predicts: as in `vsa_optax.Momentum`.
+        schedule: ``"trainer"`` is `vsa_optax.LegacyCycle`: 10 true steps, then 40 predicted ones, of which each tenth
+            is corrected. The lengths follow the loss, so every ``update`` needs ``value=``. ``"predictor"`` is
+            `vsa_optax.QualityCycle`: one true step in five, while predictions are good enough.
+        momentum: μ in ``x_last + μ (x_last - x_before)``, ``>= 0``. 0 repeats the newest record.
+        correction_weight: ω in ``x + ω (x - x̂)``, ``>= 0``. It corrects the true step that ends a leap; 0 corrects
+            nothing.
+        predicts: ``"update"`` records the updates of the wrapped optimizer, which does not run in PREDICT;
+            ``"gradient"`` records gradients, and the optimizer runs at every step.
 
     Returns:
-        A NamedTuple of ``predictor`` and ``phases``. For other lengths write both settings yourself.
+        A NamedTuple of ``predictor`` and ``phases``. For other lengths, construct both settings yourself.
 
     State cost:
         twice the parameters, and less than 700 bytes of scalars.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: if an argument is outside its range.
 
     Example:
         >>> import optax, vsa_optax

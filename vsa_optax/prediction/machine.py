@@ -1,14 +1,14 @@
-"""The phase machine: which step runs a backward pass, decided on a dozen scalars.
+"""The phase machine: a dozen scalars decide which steps run a backward pass.
 
     WARMUP  until ``warmup_steps`` gradients are recorded
     FULL    ``full_steps`` true gradients
     PREDICT ``predict_steps`` steps without a backward pass, except that
     CORRECT takes one true gradient whenever the step within the phase is a positive multiple of ``correct_every``
 
-``phase`` is the phase of the *coming* step: `advance` is called when that step is done and decides the next one. Steps
-of PREDICT and CORRECT count together; CORRECT takes precedence over the end of the phase (20 steps corrected every 5
-take 21), and two CORRECT steps never adjoin. ``predict_steps=0`` stays in FULL. With `Guarded`, FULL lasts until the
-guard wants to predict, PREDICT as long as it wants to, and nothing is corrected: the FULL step behind it does that.
+``phase`` is the phase of the *coming* step: `advance` is called after that step and decides the next phase. Steps of
+PREDICT and CORRECT count together. CORRECT takes precedence over the end of the phase (20 steps corrected every 5 take
+21), and two CORRECT steps are never adjacent. ``predict_steps=0`` stays in FULL. With `Guarded`, FULL lasts until the
+guard starts a leap, and PREDICT until the leap ends. There are no CORRECT steps: the FULL step after the leap corrects.
 
 The machine reads replicated scalars only, so devices that run the same program agree on the phase.
 """
@@ -28,18 +28,18 @@ from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded, LegacyCyc
 from vsa_optax.prediction.predictors.base import Calibration, Comparison
 from vsa_optax.prediction.predictors.momentum import MomentumCalibrationState
 
-# The adaptive rule is that of the Rust crate vsa-optim-rs 0.1.1, its numbers included.
+# The adaptive rule and its numbers are those of the Rust crate vsa-optim-rs 0.1.1.
 _RECENT_LOSSES = 100
 _COMPARED_LOSSES = 10
-_BETTER = 0.05  # Relative fall of the loss.
+_BETTER = 0.05  # The relative fall of the loss that counts as better.
 _SHORTEST_FULL, _LONGEST_FULL = 3, 30
 _SHORTEST_PREDICT, _LONGEST_PREDICT = 5, 50
-# The phases, by id, of machines whose loss is repeated in PREDICT: see `note_repeated_loss`.
+# The phases, by id, of machines that repeat the loss in PREDICT; `note_repeated_loss` adds them.
 _repeating: weakref.WeakValueDictionary[int, jax.Array] = weakref.WeakValueDictionary()
 
 
 class Phase(enum.IntEnum):
-    """What a step does: WARMUP, FULL and CORRECT run the backward pass, PREDICT does not."""
+    """The phase of a step: WARMUP, FULL and CORRECT run the backward pass, PREDICT does not."""
 
     WARMUP = 0
     FULL = 1
@@ -51,10 +51,10 @@ class AdaptiveLengthsState(NamedTuple):
     """Phase lengths that follow the loss.
 
     Attributes:
-        full_length: ``[] int32``, steps of the present FULL phase.
-        predict_length: ``[] int32``, steps of the coming PREDICT phase.
-        losses: ``[100] float32``, the most recent losses, in a ring.
-        num_losses: ``[] int32``, losses seen; the next goes to slot ``num_losses % 100``.
+        full_length: ``[] int32``, the number of steps in the present FULL phase.
+        predict_length: ``[] int32``, the number of steps in the coming PREDICT phase.
+        losses: ``[100] float32``, a ring of the most recent losses.
+        num_losses: ``[] int32``, the number of losses so far; the next goes to slot ``num_losses % 100``.
     """
 
     full_length: jax.Array
@@ -64,14 +64,14 @@ class AdaptiveLengthsState(NamedTuple):
 
 
 class PredictionErrorState(NamedTuple):
-    """Relative errors ``||x - x̂|| / ||x||`` of what is predicted, at CORRECT steps.
+    """Relative errors ``||x - x̂|| / ||x||`` of predicted gradients or updates, at CORRECT steps.
 
-    With the guard, or calibrated, at all true steps that follow a prediction.
+    With the guard or calibration, they are measured at all true steps that follow a prediction.
 
     Attributes:
-        num_measured: ``[] int32``, errors measured.
+        num_measured: ``[] int32``, the number of errors measured.
         mean: ``[] float32``, their mean.
-        last: ``[] float32``, the latest.
+        last: ``[] float32``, the latest error.
     """
 
     num_measured: jax.Array
@@ -84,13 +84,14 @@ class PhaseMachineState(NamedTuple):
 
     Attributes:
         phase: ``[] int32``, the `Phase` of the coming step.
-        steps_in_phase: ``[] int32``, steps done in it (PREDICT and CORRECT together; in WARMUP, gradients recorded).
-        warmup_steps: ``[] int32``, steps taken in WARMUP so far; likewise the next three.
-        full_steps: ``[] int32``.
-        predict_steps: ``[] int32``.
-        correct_steps: ``[] int32``.
-        cycles: ``[] int32``, PREDICT phases completed.
-        nonfinite_count: ``[] int32``, steps skipped for a NaN or an infinity.
+        steps_in_phase: ``[] int32``, the number of steps done in this phase (PREDICT and CORRECT together); in WARMUP,
+            the number of recorded gradients.
+        warmup_steps: ``[] int32``, the number of steps taken in WARMUP so far.
+        full_steps: ``[] int32``, the number of steps taken in FULL.
+        predict_steps: ``[] int32``, the number of steps taken in PREDICT.
+        correct_steps: ``[] int32``, the number of CORRECT steps taken.
+        cycles: ``[] int32``, the number of PREDICT phases completed.
+        nonfinite_count: ``[] int32``, the number of steps skipped because of a NaN or an infinity.
         errors: `PredictionErrorState`, or None if no step is ever predicted.
         value: ``[] float32``, the last finite ``value=`` that a true step received; meaningless before ``has_value``.
         has_value: ``[] bool``, whether one was received.
@@ -98,8 +99,8 @@ class PhaseMachineState(NamedTuple):
         calibration: `CalibrationState`, `SecantCalibrationState` or `MomentumCalibrationState`; None with a line that
             is not calibrated.
         guard: `GuardState` with `Guarded`, else None.
-        ignored_gradients: ``[] int32``, PREDICT steps that were handed a gradient that is not zero. The field is the
-            last, because `vsa_optax.checkpoint` takes it for 0 in a checkpoint that was made before it existed.
+        ignored_gradients: ``[] int32``, the number of PREDICT steps that received a non-zero gradient. This field comes
+            last: `vsa_optax.checkpoint` restores it as 0 from a checkpoint that was made before it existed.
     """
 
     phase: jax.Array
@@ -120,17 +121,17 @@ class PhaseMachineState(NamedTuple):
 
 
 def ever_predicts(phases: Guarded | Cycle) -> bool:
-    """False if no step will ever be predicted."""
+    """Whether these settings ever predict a step."""
     return isinstance(phases, Guarded) or phases.predict_steps > 0
 
 
 def shortest_full(phases: AdaptiveCycle) -> int:
-    """The fewest steps that FULL may have."""
+    """The smallest number of steps that a FULL phase may have."""
     return min(phases.shortest_full if isinstance(phases, LegacyCycle) else _SHORTEST_FULL, phases.full_steps)
 
 
 def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> PhaseMachineState:
-    """The machine before its first step, with the calibration that it is to carry."""
+    """The machine before its first step, with the initial calibration."""
 
     def zero() -> jax.Array:
         return jnp.zeros([], jnp.int32)
@@ -163,36 +164,36 @@ def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> Pha
 
 
 def total_steps(state: PhaseMachineState) -> jax.Array:
-    """``[] int32``, steps taken so far, which is also the 0-based number of the coming step."""
+    """``[] int32``, the number of steps taken so far, which is also the 0-based number of the coming step."""
     return state.warmup_steps + state.full_steps + state.predict_steps + state.correct_steps
 
 
 def ends_leap(state: PhaseMachineState) -> jax.Array:
-    """``[] bool``: the coming step is the true one behind a leap, or behind the correction that ended it."""
+    """``[] bool``: whether the coming step is the true step after a leap, or after the correction that ended it."""
     is_first = (state.phase == Phase.FULL) & (state.steps_in_phase == 0) & (state.cycles > 0)
     return is_first | (state.phase == Phase.CORRECT)
 
 
 def last_value(state: PhaseMachineState) -> jax.Array:
-    """``[] float32``, the last finite loss that an update received; NaN until one did.
+    """``[] float32``, the last finite loss that an update received; NaN before the first.
 
-    Where JAX is told to stop at each NaN, infinity says the same.
+    If JAX is set to stop at each NaN, infinity is used instead.
     """
     unknown = jnp.inf if jax.config.jax_debug_nans else jnp.nan  # type: ignore[attr-defined] # Made at run time.
     return jnp.where(state.has_value, state.value, unknown)
 
 
 def note_repeated_loss(state: PhaseMachineState) -> None:
-    """Remembers, as long as a trace lasts, that no forward pass runs in this machine's PREDICT steps.
+    """Remembers, for the duration of a trace, that no forward pass runs in this machine's PREDICT steps.
 
-    `value_and_grad_by_phase` and ``update`` see the same machine, and its arrays are the same Python objects as long as
-    both are called in one trace. So the one tells the other, on which nothing depends but warnings and errors.
+    `value_and_grad_by_phase` and ``update`` see the same machine, and its arrays are the same Python objects if both
+    are called in one trace. So the former can inform the latter; only warnings and errors depend on it.
     """
     _repeating[id(state.phase)] = state.phase
 
 
 def repeats_loss(state: PhaseMachineState) -> bool:
-    """Whether it is known that this machine's PREDICT steps have no loss of their own."""
+    """Whether this machine's PREDICT steps are known to repeat the loss."""
     return _repeating.get(id(state.phase)) is state.phase
 
 
@@ -206,16 +207,17 @@ def advance(
     moved: Moved | None = None,
     comparison: Comparison | None = None,
 ) -> PhaseMachineState:
-    """Counts the step that was just done, learns from its comparison, and decides the phase of the next.
+    """Counts the step that was just done, learns from its comparison, and decides the next phase.
 
     Args:
         phases: the static settings.
-        state: the machine whose ``phase`` was just performed.
-        is_finite: ``[] bool``, false if the step's gradient was skipped. It does not count towards the warm-up.
-        is_ignored: ``[] bool``, true if the step was predicted and was handed a gradient all the same.
+        state: the machine before the step, whose ``phase`` the step has performed.
+        is_finite: ``[] bool``, false if the step's gradient was skipped. Such a step does not count in the warm-up.
+        is_ignored: ``[] bool``, true if the step was predicted but received a non-zero gradient.
         value: ``[]``, the step's loss, or None.
-        moved: how the step moves away from the newest record.
-        comparison: of what came with its prediction; None if no step is ever predicted, and then so is ``moved``.
+        moved: the movement of the parameters away from the newest record; None if no step is ever predicted.
+        comparison: the comparison of the true gradient or update with its prediction; None if no step is ever
+            predicted.
     """
     plan = None
     if comparison is not None:
@@ -228,8 +230,8 @@ def advance(
     if value is not None:
         loss = jnp.asarray(value, jnp.float32)
         is_known = jnp.isfinite(loss)
-        # In PREDICT the caller has only what `value_and_grad_by_phase` made of the last value. If that came back
-        # changed (divided by a loss scale, say), it would be changed anew at every step.
+        # In PREDICT the caller's value is the last one, which `value_and_grad_by_phase` repeated. If the caller changes
+        # it, e.g. divides it by a loss scale, remembering it would repeat the change at every step.
         is_measured = is_known & (phase != Phase.PREDICT)
         has_value, last_value = has_value | is_measured, jnp.where(is_measured, loss, last_value)
         if adaptive is not None:
@@ -238,7 +240,7 @@ def advance(
     following = _following(phases, plan, adaptive, phase, done)
     if isinstance(phases, QualityCycle):
         assert isinstance(state.calibration, MomentumCalibrationState)
-        # In a leap nothing is measured, so that it is never ended by this.
+        # Nothing is measured in a leap, so this never ends one.
         is_poor = state.calibration.exceeds(phases.most_error)
         following = jnp.where(is_poor, jnp.int32(Phase.FULL), following)
     was_leap = phase >= Phase.PREDICT
@@ -270,7 +272,7 @@ def _following(
     phase: jax.Array,
     done: jax.Array,
 ) -> jax.Array:
-    """``[] int32``, the phase after ``phase`` of which ``done`` steps are done."""
+    """``[] int32``, the phase that follows ``phase`` after ``done`` of its steps."""
     if isinstance(phases, Guarded):
         assert plan is not None
         in_full = jnp.where(plan.leaps, Phase.PREDICT, Phase.FULL)
@@ -293,7 +295,7 @@ def _following(
 def _learn(
     phases: Guarded | Cycle, state: PhaseMachineState, moved: Moved, comparison: Comparison
 ) -> tuple[PhaseMachineState, Plan | None]:
-    """The machine with the step's error in its mean and in the guard, and what that plans."""
+    """The machine with the step's error in its mean and in the guard, and the guard's plan."""
     assert state.errors is not None
     error, plan = comparison.error, None
     is_after_gap = (moved.horizon > 1) | (state.phase == Phase.CORRECT)
@@ -327,10 +329,10 @@ def _remember_loss(state: AdaptiveLengthsState, loss: jax.Array, is_known: jax.A
 
 
 def _adapt(phases: AdaptiveCycle, state: AdaptiveLengthsState, is_due: jax.Array) -> AdaptiveLengthsState:
-    """The reference's rule: longer FULL and shorter PREDICT while the loss rises, the reverse while it falls.
+    """The rule of vsa-optim-rs: FULL grows and PREDICT shrinks while the loss rises, and the reverse while it falls.
 
-    The mean of the first ten of the recent losses is compared with that of the last ten. A setting of the user's
-    beyond one of the bounds widens it.
+    The mean of the first ten of the recent losses is compared with that of the last ten. A user's setting beyond one
+    of the bounds widens the bound.
     """
     known = jnp.minimum(state.num_losses, _RECENT_LOSSES)
     offsets = jnp.arange(_COMPARED_LOSSES, dtype=jnp.int32)

@@ -1,19 +1,20 @@
-"""Fewer evaluations on losses without noise: leap to where the predicted gradient vanishes, then look.
+"""Needs fewer evaluations on losses without noise: it leaps to where the predicted gradient vanishes, then evaluates.
 
-Each step takes one true gradient. What the last few moves say of the loss (`prediction.fits.multisecant_fit`) is solved
-for its minimum, near the optimizer's own step or far from it, as far as it has been right so far. There is no line
-search: what is accepted, rejected or left out is chosen by selects.
+Each step takes one true gradient. The secants of the last few moves give a model of the loss
+(`prediction.fits.multisecant_fit`). A leap goes to the damped minimum of this model. The damping keeps the leap near
+the optimizer's own step unless the model has been accurate so far. There is no line search: selects choose what is
+accepted and what is rejected.
 
-A leap is judged by the next evaluation. It is accepted if the loss is not above the largest of the last few accepted
-ones; otherwise the next leap starts again from the accepted parameters, damped more, and knows one more secant. The
-damping falls while the gradient comes as predicted, and rises where it does not and the loss rises. At its bound the
-step is the optimizer's, bit for bit, and always accepted: so it is where the gradient has noise. Then it is looked
-ever more rarely whether the gradient comes as predicted, up to 64 evaluations apart.
+The next evaluation judges a leap. The leap is accepted if the loss is not above the largest of the last few accepted
+losses. Otherwise the next leap starts again from the accepted parameters, with more damping and one more secant. The
+damping falls while the gradient is as predicted, and rises where it is not and the loss rises. At the damping's upper
+bound the step is the optimizer's own, bit for bit, and is always accepted; noise in the gradient leads there. From
+then on the predicted gradient is checked ever more rarely, up to 64 evaluations apart.
 
 References:
     L. Grippo, F. Lampariello and S. Lucidi, "A nonmonotone line search technique for Newton's method", SIAM Journal on
-    Numerical Analysis 23 (1986): acceptance by the largest of the last M losses. There a line search follows a
-    rejection; here it is damping.
+    Numerical Analysis 23 (1986): acceptance by the largest of the last M losses. There, a line search follows a
+    rejection; here, more damping does.
 """
 
 import functools
@@ -37,15 +38,16 @@ from vsa_optax.prediction.stats import unwrapped
 
 
 class MultisecantStats(NamedTuple):
-    """What a run has done so far; all are scalar arrays.
+    """Counts and damping of a run so far; all fields are scalar arrays.
 
     Attributes:
-        evaluations: int32, gradients seen.
-        accepted: int32, those whose parameters the next step started from.
-        rejected: int32, those that it went back from; evaluations that were not finite among them.
-        nonfinite_count: int32, evaluations whose loss or gradient had a NaN or an infinity.
-        damping: float32, λ of the coming step: 100 or more for the optimizer's own, towards 0 for Newton's.
-        dimension: int32, of the span of the secants in the last leap.
+        evaluations: int32, the number of gradients received.
+        accepted: int32, the number of evaluations whose parameters the next step started from.
+        rejected: int32, the number of evaluations whose parameters were given up, including non-finite evaluations.
+        nonfinite_count: int32, the number of evaluations whose loss or gradient had a NaN or an infinity.
+        damping: float32, λ of the coming step. At 100 or more the step is the optimizer's own; towards 0 it is
+            Newton's.
+        dimension: int32, the dimension of the span of the secants in the last leap.
         prediction_error: float32, ``||g - ĝ|| / ||g before||`` at the end of the last leap.
     """
 
@@ -67,38 +69,39 @@ def multisecant(
 ) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that a loss without noise needs several times fewer gradients.
 
-    For full batches, simulations, inverse problems and physics-informed networks: there re-tuned Adam needs 1.3 to 13
-    times as many, mostly 3 or more, and on a quantum circuit 1.1 to 1.6 times (``benchmarks/noiseless.log`` and
-    ``noiseless_gpu.log``).
-    With mini-batches it becomes ``opt``.
+    It is meant for full batches, simulations, inverse problems and physics-informed networks. There, re-tuned Adam
+    needs 1.3 to 13 times as many gradients, mostly 3 times or more, and on a quantum circuit 1.1 to 1.6 times
+    (``benchmarks/noiseless.log`` and ``noiseless_gpu.log``). With mini-batches it becomes ``opt``.
 
-    The loss is required: ``update(grads, state, params, value=loss)``. Both are those of ``params``, as
-    ``jax.value_and_grad`` gives them. An evaluation may be rejected; then the update leads from there to a new point
-    near the last accepted one, which is ``state.params``. Inside ``jax.shard_map``, gradients and loss must be averaged
-    over the devices, and the parameters whole on each.
+    ``update(grads, state, params, value=loss)`` requires the loss. Gradients and loss belong to ``params``, as
+    ``jax.value_and_grad`` returns them. If an evaluation is rejected, the update leads from ``params`` to a new point
+    near the last accepted one, which is ``state.params``. Inside ``jax.shard_map``, average gradients and loss over
+    the devices, and keep the whole parameters on each device.
 
     Args:
-        opt: the optimizer, which gives the first steps, the direction where secants know nothing, and a step to fall
-            back on. It runs at each evaluation, with the gradient at the accepted parameters: schedules count
-            evaluations.
-        learning_rate: a number ``>= 0`` or a schedule over evaluations, for an ``opt`` at rate 1; None multiplies
-            nothing.
-        history_window: W >= 1, secants kept.
-        history_dtype: of the secants; None for the parameters' own.
+        opt: the optimizer to wrap. It gives the first steps, the direction outside the span of the secants, and a step
+            to fall back on. It runs at each evaluation with the gradient at the accepted parameters, so its schedules
+            count evaluations.
+        learning_rate: a number ``>= 0`` or a schedule over evaluations, for an ``opt`` that was built at rate 1. It
+            multiplies the updates of ``opt``. None leaves them as they are.
+        history_window: W, the number of secants kept, ``>= 1``.
+        history_dtype: the dtype of the secants: float16, bfloat16, float32 or float64. None keeps each parameter's
+            own.
 
     Returns:
         A transformation that forwards extra arguments to ``opt``, with the accepted point's loss as ``value``. Updates
-        have the dtype that ``opt`` gives them.
+        keep the dtype that ``opt`` gives them.
 
     State cost:
-        ``opt``'s own, twice the parameters, ``2 * W + 1`` times them in ``history_dtype``, and ``4 * W + 84`` bytes:
-        42 bytes a float32 parameter with the defaults.
+        the state of ``opt``, twice the parameters, ``2 * W + 1`` copies of them in ``history_dtype``, and
+        ``4 * W + 84`` bytes: 42 bytes per float32 parameter with the defaults, without the state of ``opt``.
 
     Raises:
-        ValueError: a setting out of range; an ``opt`` with a line search, or that emits rarely, such as
-            ``optax.MultiSteps``; two rates that would multiply; at ``update``, no ``value`` or no ``params``, what
-            differs between devices, or gradients of another structure or shape than those given to ``init``.
-        TypeError: at ``init``, a leaf that is not floating point or complex.
+        ValueError: if a setting is out of range; at ``init``, if ``opt`` contains a line search, a `multisecant` or a
+            transformation that emits only every few steps, such as ``optax.MultiSteps``, or if two rates would
+            multiply; at ``update``, if ``value`` or ``params`` is missing, if gradients or loss differ between
+            devices, or if structure or shapes of the gradients differ from those given to ``init``.
+        TypeError: at ``init``, if a leaf is neither floating point nor complex.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsa_optax
@@ -128,7 +131,7 @@ def multisecant(
         inner_state = opt.init(params)
         _check_inner_state(inner_state)
         check_one_rate(inner_state, learning_rate, rests=False)
-        # Arrays of their own: a buffer cannot be donated twice.
+        # Each field gets its own array: a buffer cannot be donated twice.
         number = functools.partial(_zeros, dtype=_scalar_dtype(params))
         count = functools.partial(_zeros, dtype=jnp.int32)
         return MultisecantState(
@@ -180,7 +183,7 @@ def multisecant(
         step, made = leap(state, base)
 
         def emitted(base: jax.Array, accepted: jax.Array, given: jax.Array, step: jax.Array) -> jax.Array:
-            # Where the point was accepted both are the same, and what leaves is the step.
+            # At an accepted point both are equal, and the emitted update is the step.
             update = (accepted.astype(step.dtype) - given.astype(step.dtype)) + step
             return jnp.where(has_point, update, 0).astype(base.dtype)
 
@@ -191,13 +194,13 @@ def multisecant(
 
 
 def multisecant_stats(opt_state: Tree) -> MultisecantStats:
-    """Counts and damping of the run so far, as `MultisecantStats`; traced under jit.
+    """Returns counts and damping of the run so far as `MultisecantStats`; traced under jit.
 
     Args:
-        opt_state: an optimizer state with one `multisecant` anywhere inside.
+        opt_state: an optimizer state that contains exactly one `multisecant` state, at any depth.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: if it contains none, or more than one.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsa_optax
@@ -221,7 +224,7 @@ def multisecant_stats(opt_state: Tree) -> MultisecantStats:
 
 
 def _copied(leaf: jax.Array) -> jax.Array:
-    """A copy, so that parameters and state can both be donated; zeros where only the shape is given."""
+    """A copy, so that parameters and state can both be donated; zeros if only the shape is given."""
     return jnp.zeros_like(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.array(leaf)
 
 
@@ -230,7 +233,7 @@ def _zeros(*shape: int, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def _rings(params: optax.Params, window: int, dtype: jnp.dtype | None) -> Tree:
-    """Zeros ``[W, *shape]``, laid out on the devices as the parameters are."""
+    """Zeros ``[W, *shape]`` with the parameters' sharding."""
     zeros = zeros_as_stored(params, dtype)
     return with_axis_in_front(jax.tree.map(lambda x: jnp.broadcast_to(x[None], (window, *x.shape)), zeros))
 
@@ -250,24 +253,24 @@ def _check_inner_state(inner_state: optax.OptState) -> None:
     unsuited.check_no_line_search(inner_state)
     for name in unsuited.rare_emitters(inner_state):
         raise ValueError(
-            f"opt must not contain {name}, which emits rarely: most of its steps are none. Average gradients and "
-            "losses of micro-batches before update, with optax.microbatching say"
+            f"opt must not contain {name}, which emits rarely: most of its updates are zero. Average gradients and "
+            "losses of micro-batches before update, for example with optax.microbatching"
         )
 
 
 def _check_agreement(gradients: optax.Updates, value: object, state: MultisecantState) -> None:
-    """``ValueError`` if what enters differs between devices that share the state: they would go apart."""
+    """``ValueError`` if gradients or loss differ between devices that share the state: the devices would diverge."""
     for what, tree in (("gradients", gradients), ("value", value)):
         axes = varying_axes(tree) - varying_axes(state.damping)
         if axes:
             raise ValueError(
                 f"{what} must be the same on all devices along {sorted(axes)}, which share the state: average with "
-                "jax.lax.pmean before update, gradients and loss"
+                "jax.lax.pmean before update, gradients as well as loss"
             )
 
 
 def _check_state(state: optax.OptState, window: int) -> None:
-    """``ValueError`` if the state was made by another transformation or with other settings."""
+    """``ValueError`` if the state is another transformation's, or was made with other settings."""
     if not isinstance(state, MultisecantState):
         raise ValueError(f"state must be what init returned, a MultisecantState, got {type(state).__name__}")
     check_settings(history_window=(state.leap.change.shape[0], window))

@@ -1,4 +1,4 @@
-"""When to predict: the settings of the phase machine, as objects that check themselves."""
+"""The settings of the phase machine, which decide when to predict, as objects that check themselves."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,22 +11,22 @@ from vsa_optax.core import checks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Guarded:
-    """Predicts as many steps at a time as keep the error within a tolerance, and none where nothing can be predicted.
+    """Predicts as many steps at a time as keep the error within a tolerance, and none if gradients are unpredictable.
 
-    Each true gradient is compared with its prediction; the rule, and when the guard stops looking, are in
-    `prediction.guard`. It needs no loss. On mini-batches it usually never predicts.
+    Each true gradient is compared with its prediction. `prediction.guard` gives the rule, and says when the comparison
+    is suspended. The guard does not need the loss. On mini-batches it usually never predicts.
 
     Attributes:
-        tolerance: the largest error of a prediction, ``||x - x̂|| / ||x||`` (a ratio of norms, not of their squares),
-            in ``(0, 1]``.
-        longest: the most steps predicted in a row, ``>= 1``.
-        warmup_steps: true gradients to record before anything is predicted, ``>= 2``.
+        tolerance: the largest relative error of a prediction, ``||x - x̂|| / ||x||``, in ``(0, 1]``. It is a ratio of
+            norms, not of their squares.
+        longest: the largest number of steps predicted in a row, ``>= 1``.
+        warmup_steps: the number of true gradients recorded before the first prediction, ``>= 2``.
 
     State cost:
         40 bytes.
 
     Raises:
-        ValueError: an attribute outside its range.
+        ValueError: if an attribute is outside its range.
 
     Example:
         >>> import optax, vsa_optax
@@ -46,20 +46,21 @@ class Guarded:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cycle:
-    """Predicts in a fixed rhythm, whatever the predictions are worth.
+    """Predicts in a fixed cycle, however accurate the predictions are.
 
-    After the warm-up, phases of true and of predicted steps alternate. A predicted phase takes a true gradient now and
-    then, which corrects the predictor.
+    After the warm-up, phases of true steps alternate with phases of predicted steps. Within a predicted phase, a true
+    gradient corrects the predictor at regular intervals.
 
     Attributes:
-        warmup_steps: true gradients to record before the first FULL phase, ``>= 0``; with 0 a run starts in FULL.
-        full_steps: steps of a FULL phase, ``>= 1``.
-        predict_steps: steps of a PREDICT phase, its corrections included, ``>= 0``; 0 never predicts.
+        warmup_steps: the number of true gradients recorded before the first FULL phase, ``>= 0``. With 0 a run starts
+            in FULL.
+        full_steps: the number of steps in a FULL phase, ``>= 1``.
+        predict_steps: the number of steps in a PREDICT phase, corrections included, ``>= 0``. 0 never predicts.
         correct_every: in PREDICT, a true gradient is taken when the step within the phase is a positive multiple of
-            this, ``>= 1``. A multiple at the end of the phase makes it one step longer.
+            this number, ``>= 1``. A multiple at the end of the phase makes the phase one step longer.
 
     Raises:
-        ValueError: an attribute outside its range.
+        ValueError: if an attribute is outside its range.
 
     Example:
         >>> import optax, vsa_optax
@@ -78,23 +79,26 @@ class Cycle:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptiveCycle(Cycle):
-    """A `Cycle` whose phases follow the loss.
+    """A `Cycle` whose phase lengths follow the loss.
 
-    FULL grows and PREDICT shrinks while the loss rises, the reverse while it falls. Every ``update`` needs the loss, as
-    ``value=``. Lengths stay within 3 to 30 and 5 to 50 steps; a setting beyond such a bound widens it.
+    While the loss rises, FULL phases grow and PREDICT phases shrink; while it falls, they do the reverse. Every
+    ``update`` needs the loss as ``value=``. FULL stays between 3 and 30 steps and PREDICT between 5 and 50; a setting
+    beyond a bound widens that bound.
 
     Attributes:
-        warmup_steps: as in `Cycle`.
-        full_steps: at the start; then it follows the loss.
-        predict_steps: at the start; then it follows the loss.
-        correct_every: as in `Cycle`.
+        warmup_steps: the number of true gradients recorded before the first FULL phase, ``>= 0``. With 0 a run starts
+            in FULL.
+        full_steps: the initial number of steps in a FULL phase, ``>= 1``.
+        predict_steps: the initial number of steps in a PREDICT phase, corrections included, ``>= 0``. 0 never predicts.
+        correct_every: in PREDICT, a true gradient is taken when the step within the phase is a positive multiple of
+            this number, ``>= 1``.
         loss_threshold: the relative rise of the loss that counts as worse, ``>= 0``.
 
     State cost:
         412 bytes.
 
     Raises:
-        ValueError: an attribute outside its range; at ``update``, no ``value``.
+        ValueError: if an attribute is outside its range; at ``update``, if ``value`` is missing.
 
     Example:
         >>> import optax, vsa_optax
@@ -111,25 +115,27 @@ class AdaptiveCycle(Cycle):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LegacyCycle(AdaptiveCycle):
-    """The `AdaptiveCycle` of the Rust crate's legacy trainer: longer phases, larger moves, no warm-up.
+    """The `AdaptiveCycle` of the Rust crate's legacy trainer: longer phases, larger adaptations, no warm-up.
 
-    A rise of the loss makes FULL 5 steps longer, up to 50, and PREDICT 10 shorter, down to 10; a fall by 5 % makes FULL
-    2 shorter, down to 5, and PREDICT 5 longer, up to 100. A bound holds in its own direction, and for every setting: a
-    FULL of 60 steps that is to grow becomes 50. For fixed lengths write ``Cycle(warmup_steps=0, full_steps=10,
-    predict_steps=40, correct_every=10)``.
+    When the loss rises, FULL becomes 5 steps longer, up to 50, and PREDICT 10 shorter, down to 10. When it falls by
+    5 %, FULL becomes 2 steps shorter, down to 5, and PREDICT 5 longer, up to 100. A bound applies in its own direction
+    and to every setting: a FULL phase of 60 steps that should grow becomes 50. For fixed lengths, use
+    ``Cycle(warmup_steps=0, full_steps=10, predict_steps=40, correct_every=10)``.
 
     Attributes:
-        warmup_steps: as in `Cycle`; 0 starts in FULL.
-        full_steps: at the start; then it follows the loss.
-        predict_steps: at the start; then it follows the loss.
-        correct_every: as in `Cycle`.
-        loss_threshold: as in `AdaptiveCycle`.
+        warmup_steps: the number of true gradients recorded before the first FULL phase, ``>= 0``. With 0 a run starts
+            in FULL.
+        full_steps: the initial number of steps in a FULL phase, ``>= 1``.
+        predict_steps: the initial number of steps in a PREDICT phase, corrections included, ``>= 0``. 0 never predicts.
+        correct_every: in PREDICT, a true gradient is taken when the step within the phase is a positive multiple of
+            this number, ``>= 1``.
+        loss_threshold: the relative rise of the loss that counts as worse, ``>= 0``.
 
     State cost:
         412 bytes.
 
     Raises:
-        ValueError: an attribute outside its range; at ``update``, no ``value``.
+        ValueError: if an attribute is outside its range; at ``update``, if ``value`` is missing.
 
     Example:
         >>> import optax, vsa_optax
@@ -148,7 +154,7 @@ class LegacyCycle(AdaptiveCycle):
     def moved(
         self, full: jax.Array, predict: jax.Array, is_worse: jax.Array, is_better: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """``[] int32`` each: the coming lengths of FULL and PREDICT, from those before and how the loss went."""
+        """``[] int32`` each: the next lengths of FULL and PREDICT, from the previous ones and the trend of the loss."""
         longer, shorter = jnp.minimum(full + 5, 50), jnp.maximum(full - 2, self.shortest_full)
         fewer, more = jnp.maximum(predict - 10, 10), jnp.minimum(predict + 5, 100)
         full = jnp.where(is_worse, longer, jnp.where(is_better, shorter, full)).astype(jnp.int32)
@@ -157,18 +163,18 @@ class LegacyCycle(AdaptiveCycle):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QualityCycle(Cycle):
-    """One true step, then some predicted ones, as long as the last true steps were predicted well.
+    """Alternates one true step with a leap of predicted steps while the last true steps were predicted well.
 
-    The first two steps are true. Then each leap follows a single true step, unless ten errors are known and their mean
-    is above the bound: then steps are true until the mean is below it again. Needs ``predictor=Momentum()``, which
-    keeps these errors.
+    The first two steps are true. Each leap then follows a single true step. If ten errors are known and their mean is
+    above the bound, all steps are true until the mean is below the bound again. This cycle needs
+    ``predictor=Momentum()``, which keeps these errors.
 
     Attributes:
-        predict_steps: steps of a leap, ``>= 1``; 4 of 5 steps are then predicted.
-        most_error: of the mean of ``||x - x̂|| / ||x||`` at the last ten true steps, ``> 0``.
+        predict_steps: the number of steps in a leap, ``>= 1``. With the default 4, 4 of 5 steps are predicted.
+        most_error: the bound of the mean of ``||x - x̂|| / ||x||`` at the last ten true steps, ``> 0``.
 
     Raises:
-        ValueError: an attribute outside its range; another predictor.
+        ValueError: if an attribute is outside its range, or if the predictor is another one.
 
     Example:
         >>> import optax, vsa_optax
@@ -180,7 +186,7 @@ class QualityCycle(Cycle):
         ``GradientPredictor.should_compute_full`` of vsa-optim-rs 0.1.1, whose error is not relative.
     """
 
-    # One step of WARMUP and one of FULL are the two that come first. Nothing is corrected in between.
+    # One step of WARMUP and one of FULL are the first two steps. A leap has no CORRECT steps.
     warmup_steps: int = dataclasses.field(default=1, init=False, repr=False)
     full_steps: int = dataclasses.field(default=1, init=False, repr=False)
     predict_steps: int = 4

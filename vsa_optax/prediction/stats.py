@@ -1,4 +1,4 @@
-"""Questions to the phase machine inside an optimizer's state, wherever it is nested."""
+"""Queries of the phase machine in an optimizer's state, at any depth."""
 
 from typing import NamedTuple, TypeVar
 
@@ -14,14 +14,14 @@ Wrapped = TypeVar("Wrapped")
 
 
 class GuardStats(NamedTuple):
-    """What the guard does, and why.
+    """The guard's last action and the quantities that decided it.
 
     Attributes:
-        action: ``[] int32``, the `vsa_optax.GuardAction` it took last.
-        predict_length: ``[] float32``, predictions of the next leap as it would have them; 0 for none.
-        constant: ``[] float32``, κ of `prediction.guard`, by which it chooses the length: the worst squared relative
-            error of late at one step's distance.
-        asleep: ``[] int32``, coming true steps that are neither recorded nor compared.
+        action: ``[] int32``, the last `vsa_optax.GuardAction`.
+        predict_length: ``[] float32``, the planned number of predictions in the next leap; 0 for no leap.
+        constant: ``[] float32``, κ of `prediction.guard`, which determines the length: the worst recent squared
+            relative error at a distance of one step.
+        asleep: ``[] int32``, the number of coming true steps that are neither recorded nor compared.
     """
 
     action: jax.Array
@@ -31,33 +31,33 @@ class GuardStats(NamedTuple):
 
 
 class PhaseStats(NamedTuple):
-    """What a run has done so far; all but the last two are scalar arrays.
+    """Counts and errors of a run so far; all fields but the last two are scalar arrays.
 
     Attributes:
         phase: int32, the `Phase` of the coming step.
-        total_steps: int32, all steps taken.
-        warmup_steps: int32, those of each phase.
-        full_steps: int32.
-        predict_steps: int32, the steps without a backward pass.
-        correct_steps: int32.
-        cycles: int32, PREDICT phases completed.
-        steps_per_backward: float32, all steps / steps that needed a backward pass; 1 before any step. Not a time: that
-            is saved only if ``ignored_gradients`` is 0. Passes that an optimizer runs inside its own update are not
-            counted (``optax.contrib.sophia``, ``sam`` with ``opaque_mode=True``): where gradients are predicted they
-            run in PREDICT, too, where updates are predicted they do not.
-        nonfinite_count: int32, steps skipped for a NaN or an infinity.
-        ignored_gradients: int32, PREDICT steps that were handed a gradient that is not zero. Its backward pass was
-            wasted: use `vsa_optax.value_and_grad_by_phase` instead of ``jax.value_and_grad``. To cost little, a step
-            looks at the four largest leaves of at most 65536 coordinates (at the smallest leaf, if all have more) and
-            takes them for the whole. What an earlier link of a chain adds to the zeros of a skipped step (weight decay,
-            noise) counts, too. Inside ``jax.shard_map``, gradients that differ between devices are not counted, since
-            devices do not communicate in PREDICT.
-        mean_prediction_error: float32, mean over CORRECT steps of ``||x - x̂|| / ||x||``, x being what is predicted, a
-            gradient or an update; 0 before the first. With the guard, or calibrated, over all true steps that follow a
-            prediction.
-        last_prediction_error: float32, the same at the latest such step.
-        quality: `PredictionQuality`, or None where nothing is calibrated.
-        guard: `GuardStats` with `vsa_optax.Guarded`, else None.
+        total_steps: int32, the number of steps taken.
+        warmup_steps: int32, the number of steps taken in WARMUP.
+        full_steps: int32, the number of steps taken in FULL.
+        predict_steps: int32, the number of steps taken in PREDICT, which need no backward pass.
+        correct_steps: int32, the number of CORRECT steps taken.
+        cycles: int32, the number of PREDICT phases completed.
+        steps_per_backward: float32, the number of steps divided by the number that needed a backward pass; 1 before
+            any step. It is not a ratio of times: time is saved only if ``ignored_gradients`` is 0. Passes that an
+            optimizer runs inside its own update are not counted (``optax.contrib.sophia``, ``sam`` with
+            ``opaque_mode=True``). They run in PREDICT if gradients are predicted, and do not if updates are.
+        nonfinite_count: int32, the number of steps skipped because of a NaN or an infinity.
+        ignored_gradients: int32, the number of PREDICT steps that received a non-zero gradient. Its backward pass was
+            wasted: use `vsa_optax.value_and_grad_by_phase` instead of ``jax.value_and_grad``. To keep the check cheap,
+            it reads only the four largest leaves of at most 65536 coordinates, or the smallest leaf if all have more.
+            Terms that an earlier link of a chain adds to the zeros of a skipped step (weight decay, noise) count as
+            well. Inside ``jax.shard_map``, gradients that differ between devices are not counted, since devices do not
+            communicate in PREDICT.
+        mean_prediction_error: float32, the mean of ``||x - x̂|| / ||x||`` over CORRECT steps, where x is the predicted
+            gradient or update; 0 before the first. With the guard or calibration, the mean is over all true steps that
+            follow a prediction.
+        last_prediction_error: float32, the same error at the latest such step.
+        quality: `vsa_optax.PredictionQuality`, or None without calibration.
+        guard: `vsa_optax.GuardStats` with `vsa_optax.Guarded`, else None.
     """
 
     phase: jax.Array
@@ -82,26 +82,26 @@ def contains_machine(state: Tree) -> bool:
 
 
 def find_machine(state: Tree) -> PhaseMachineState:
-    """The one phase machine in ``state``, its arrays unwrapped from what a Flax nnx optimizer puts round them.
+    """The one phase machine in ``state``; its arrays are unwrapped from the Variables of a Flax nnx optimizer.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: if there is none, or more than one.
     """
     found = _machines(state)
     if len(found) != 1:
         raise ValueError(
             f"expected one phase machine in the optimizer state, found {len(found)}: pass the state of an optimizer "
-            "made with predict_gradients or phase_switched, and use one of them, once. For several groups of "
-            "parameters write one around all of them: phase_switched(optax.multi_transform({...}, labels))"
+            "made with predict_gradients or phase_switched, and use only one of them, once. For several groups of "
+            "parameters, wrap one around all of them: phase_switched(optax.multi_transform({...}, labels))"
         )
     return unwrapped(found[0])
 
 
 def needs_backward(opt_state: Tree) -> jax.Array:
-    """Whether the coming step wants a true gradient: ``[] bool``, traced under jit.
+    """Whether the coming step needs a true gradient, as ``[] bool``; traced under jit.
 
     Args:
-        opt_state: an optimizer state with one phase machine anywhere inside.
+        opt_state: an optimizer state that contains exactly one phase machine, at any depth.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsa_optax
@@ -113,10 +113,10 @@ def needs_backward(opt_state: Tree) -> jax.Array:
 
 
 def phase_stats(opt_state: Tree) -> PhaseStats:
-    """Counts and errors of the run so far, as `PhaseStats`; traced under jit.
+    """Returns counts and errors of the run so far as `PhaseStats`; traced under jit.
 
     Args:
-        opt_state: an optimizer state with one phase machine anywhere inside.
+        opt_state: an optimizer state that contains exactly one phase machine, at any depth.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsa_optax
@@ -157,10 +157,10 @@ def _machines(state: Tree) -> list[PhaseMachineState]:
 
 
 def unwrapped(state: Wrapped) -> Wrapped:
-    """The state, its arrays taken out of what a Flax nnx optimizer puts round them."""
+    """The state with its arrays taken out of the Variables of a Flax nnx optimizer."""
 
     def is_wrapped(leaf: object) -> bool:
-        # A Variable of Flax nnx, told by what it can do so that Flax need not be imported.
+        # A Flax nnx Variable is recognized by its method, so that Flax need not be imported.
         return hasattr(leaf, "get_value")
 
     return jax.tree.map(lambda leaf: leaf.get_value() if is_wrapped(leaf) else leaf, state, is_leaf=is_wrapped)

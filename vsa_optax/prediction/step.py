@@ -1,4 +1,4 @@
-"""One step of a transformation, or its prediction, chosen by the phase without copying anybody's state."""
+"""One step of a transformation, or its prediction, chosen by the phase without copying any state."""
 
 import functools
 from collections.abc import Callable
@@ -20,25 +20,25 @@ from vsa_optax.prediction.machine import Phase, PhaseMachineState, ends_leap
 from vsa_optax.prediction.predictors.base import Comparison, Experience, HistoryState, Predictor, Scalars
 from vsa_optax.prediction.predictors.momentum import MomentumPredictor
 
-# To see whether a gradient is zero: so many leaves, and coordinates in each, unless all leaves have more.
+# The check for a zero gradient reads this many leaves, with at most as many coordinates each unless all have more.
 _NUM_LOOKED_AT, _LOOKED_AT = 4, 65536
 
 
 class StepResult(NamedTuple):
-    """What one step comes to.
+    """The result of one step.
 
     Attributes:
-        target: tree, what the recorded transformation emitted, or its prediction, or what `MomentumPredictor` makes of
-            it after a leap; of no use if not finite.
-        inner_state: the recorded transformation's state.
-        is_finite: ``[] bool``, false if a gradient, or what the transformation made of it, holds a NaN or an infinity.
-        is_ignored: ``[] bool``, whether this was PREDICT and a gradient that is not zero came all the same, as far as
-            a few leaves tell. Always false where devices would have to ask each other, since in PREDICT they do not
-            communicate.
-        history: with the target in it, if it was recorded.
-        comparison: of the target with its prediction: measured at CORRECT steps, or, calibrated or with the guard, at
-            all true steps. None if no step is ever predicted, and so is ``moved``.
-        moved: how the step moves away from the newest record; zeros while the guard sleeps.
+        target: tree, the update of the recorded transformation, its prediction, or its correction by
+            `MomentumPredictor` after a leap; meaningless if it is not finite.
+        inner_state: the state of the recorded transformation.
+        is_finite: ``[] bool``, false if a gradient or the transformation's update holds a NaN or an infinity.
+        is_ignored: ``[] bool``, whether a PREDICT step received a non-zero gradient, as far as a few leaves show. It is
+            always false if devices would have to agree on it, since they do not communicate in PREDICT.
+        history: the history, including the target if it was recorded.
+        comparison: the comparison of the target with its prediction, measured at CORRECT steps, or with calibration or
+            the guard at all true steps. None if no step is ever predicted.
+        moved: the movement away from the newest record; zeros while the guard sleeps. None if no step is ever
+            predicted.
     """
 
     target: optax.Updates
@@ -51,7 +51,7 @@ class StepResult(NamedTuple):
 
 
 class _Emitted(NamedTuple):
-    """What a true step's transformation gives."""
+    """The result of the transformation in a true step."""
 
     target: optax.Updates
     inner_state: optax.OptState
@@ -59,7 +59,7 @@ class _Emitted(NamedTuple):
 
 
 class _Consulted(NamedTuple):
-    """What the history makes of a step, and the step of the history."""
+    """The results of a step that involve the history."""
 
     target: optax.Updates
     history: HistoryState
@@ -72,12 +72,12 @@ class _Consulted(NamedTuple):
 class PhaseStep:
     """One step of ``recorded``, or its prediction if the phase is PREDICT.
 
-    Outside jit, JAX compiles a loop or a conditional anew for each new function object, which for a small model
-    takes seventy times as long as the update (benchmarks/eager_step.log): all are made here, once.
+    Outside jit, JAX compiles a loop or a conditional again for each new function object. For a small model this takes
+    seventy times as long as the update (benchmarks/eager_step.log), so all are created here, once.
     """
 
     def __init__(self, recorded: optax.GradientTransformationExtraArgs | None, predictor: Predictor) -> None:
-        """With None for ``recorded``, gradients are recorded as they come."""
+        """If ``recorded`` is None, the incoming gradients are recorded."""
         self._recorded = recorded
         self._predictor = predictor
         self._emit_if = self._emitting({})
@@ -85,7 +85,7 @@ class PhaseStep:
         self._compare_if = in_place_if(self._compare)
         self._record_if = in_place_if(self._record)
         self._predicted_or_given = self._predicted, _given
-        # The only predictor of which something else leaves than is recorded.
+        # This is the only predictor that emits something else than it records.
         self._correct = predictor.corrected if isinstance(predictor, MomentumPredictor) else None
         self._corrected = self._corrected_and_horizon
 
@@ -101,13 +101,13 @@ class PhaseStep:
         count: jax.Array,
         axes: frozenset[str] = frozenset(),
     ) -> StepResult:
-        """One step in a true phase, the prediction in PREDICT; ``count`` is the step's number.
+        """Runs one step in a true phase, and the prediction in PREDICT; ``count`` is the step's number.
 
-        A true step is compared with its prediction in CORRECT; calibrated, or with the guard, always. Devices along
-        ``axes`` decide together: what is not finite on one is skipped on all.
+        CORRECT steps are compared with their prediction; with calibration or the guard, all true steps are. Devices
+        along ``axes`` decide together: a non-finite gradient on one is skipped on all.
 
-        On a GPU each condition is fetched by the host, which holds the device up. So all that concerns the history is
-        in one loop of one turn at most, and none while the guard sleeps.
+        On a GPU the host fetches each condition, which delays the device. So everything that involves the history is in
+        one loop of at most one iteration, which does not run while the guard sleeps.
         """
         is_predict = machine.phase == Phase.PREDICT
         has_gradient, is_ignored = _looked_over(updates, is_predict, axes)
@@ -158,7 +158,7 @@ class PhaseStep:
         count: jax.Array,
         axes: frozenset[str] = frozenset(),
     ) -> StepResult:
-        """The same for a kind that is known: nothing is decided on the device, selects leave out what is not finite."""
+        """The same for a known kind: the device decides nothing, and selects leave out non-finite gradients."""
         if kind is StepKind.PREDICTED:
             has_gradient = jnp.array(True)
             is_ignored = jnp.array(False) if axes else any_nonzero(_telling_leaves(updates))
@@ -206,7 +206,7 @@ class PhaseStep:
         extra_args: dict[str, object],
         axes: frozenset[str],
     ) -> _Emitted:
-        """What the transformation makes of the gradients, which are the given target, if it runs; else zeros."""
+        """The result of the transformation for the gradients in ``unchanged.target`` if it runs; otherwise zeros."""
         traced_args, static_args = split_extra_args(extra_args)
         updates = unchanged.target
         target = self._zeros_like_emitted(unchanged, params, extra_args, axes)
@@ -220,7 +220,7 @@ class PhaseStep:
         extra_args: dict[str, object],
         axes: frozenset[str],
     ) -> optax.Updates:
-        """What stands for the transformation's target where it does not run."""
+        """The zeros that replace the transformation's update if it does not run."""
         traced_args, static_args = split_extra_args(extra_args)
 
         def target(updates: optax.Updates, state: Tree, params: optax.Params | None, extra_args: Tree) -> Tree:
@@ -233,7 +233,7 @@ class PhaseStep:
         return jax.tree.map(lambda aval: jnp.zeros_like(aval, dtype=aval.dtype), avals)
 
     def _emitting(self, static_args: dict[str, object]) -> Callable[..., _Emitted]:
-        """A true step of the transformation, if it runs."""
+        """Returns a function that runs a true step of the transformation under a condition."""
 
         def emit(
             carry: _Emitted, updates: optax.Updates, params: optax.Params | None, extra_args: dict[str, object]
@@ -255,7 +255,7 @@ class PhaseStep:
         count: jax.Array,
         params: optax.Params | None,
     ) -> _Consulted:
-        """Predicts the target, or compares it with its prediction, and records it."""
+        """Predicts the target, or compares it with its prediction and records it."""
         history, experience = carry.history, carry.comparison.experience
         scalars = self._predictor.scalars(history, count, params)
         weights = self._predictor.weights(experience.calibration, scalars)
@@ -268,7 +268,7 @@ class PhaseStep:
         if self._correct is not None:
             is_due = _is_corrected(is_recorded, is_behind_leap, scalars)
             leaving, horizon = lax.cond(is_due, self._corrected, _as_it_is, history, scalars, target)
-            is_recorded &= horizon >= 0  # Always true, but known only now.
+            is_recorded &= horizon >= 0  # This is always true, but XLA knows it only now.
         history = self._record_if(is_recorded, history, target, params, count, scalars)
         return _Consulted(leaving, history, comparison, scalars.horizon, scalars.distance, is_recorded)
 
@@ -300,7 +300,7 @@ class PhaseStep:
         def prediction() -> optax.Updates:
             if is_due is None:
                 return self._predicted(*operands)
-            # It is true here. But a conditional's result is one array: without it XLA copies each record on the way.
+            # The condition is true here. But a conditional's result is one array: without it XLA copies each record.
             return lax.cond(is_due, *self._predicted_or_given, *operands)
 
         return self._predictor.compare(history, experience, scalars, target, prediction)
@@ -308,7 +308,7 @@ class PhaseStep:
     def _corrected_and_horizon(
         self, history: HistoryState, scalars: Scalars, target: optax.Updates
     ) -> tuple[optax.Updates, jax.Array]:
-        """With a number that is not negative, and not the other branch's: else XLA would know it before."""
+        """The corrected target, and a non-negative number unlike the other branch's, so that XLA cannot know it."""
         assert self._correct is not None
         return self._correct(history, scalars, target), scalars.horizon + 1
 
@@ -331,7 +331,7 @@ def _given(
 
 
 def _is_corrected(is_recorded: jax.Array, is_behind_leap: jax.Array, scalars: Scalars) -> jax.Array:
-    """``[] bool``: a true target came after a step that was predicted."""
+    """``[] bool``: whether a true target followed a predicted step."""
     return is_recorded & is_behind_leap & (scalars.horizon > 1)
 
 
@@ -345,14 +345,18 @@ def _nothing_measured(experience: Experience) -> Comparison:
 
 
 def _behind(is_recorded: jax.Array, comparison: Comparison) -> jax.Array:
-    """``is_recorded``, known only when the error was: then XLA writes secants in place (by phase it copies windows)."""
-    return is_recorded & ~(comparison.error < 0)  # An error is not negative, which XLA does not know.
+    """``is_recorded``, known only after the comparison has read the history, so that XLA writes the record in place."""
+    is_known = ~(comparison.error < 0)  # Neither happens: errors are not negative, and no NaN enters an experience.
+    for leaf in jax.tree.leaves(comparison.experience):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            is_known &= ~jnp.any(jnp.isnan(leaf))
+    return is_recorded & is_known
 
 
 def _telling_leaves(tree: Tree) -> list[jax.Array]:
-    """Some leaves that are not zero if a gradient was computed: a few, and small, so that a look at them costs nothing.
+    """A few small leaves that show whether a gradient was computed, so that reading them costs almost nothing.
 
-    The whole gradient would be one of about twelve transfers of the parameters' size in a PREDICT step.
+    Reading the whole gradient would be one of about twelve transfers of the parameters' size in a PREDICT step.
     """
     by_size = sorted((leaf for leaf in jax.tree.leaves(tree) if leaf.size), key=lambda leaf: leaf.size)
     small = [leaf for leaf in by_size if leaf.size <= _LOOKED_AT]
@@ -360,7 +364,7 @@ def _telling_leaves(tree: Tree) -> list[jax.Array]:
 
 
 def _looked_over(updates: optax.Updates, is_predict: jax.Array, axes: frozenset[str]) -> tuple[jax.Array, jax.Array]:
-    """What gradients are asked: are they finite, which does not matter in PREDICT, and are they ignored."""
+    """Whether gradients are finite, which does not matter in PREDICT, and whether they are ignored."""
     if axes:
         return lax.cond(is_predict, *_agreed_looks(axes), updates)
     return is_predict | all_finite(updates), is_predict & any_nonzero(_telling_leaves(updates))
@@ -368,7 +372,7 @@ def _looked_over(updates: optax.Updates, is_predict: jax.Array, axes: frozenset[
 
 @functools.cache
 def _agreed_looks(axes: frozenset[str]) -> tuple[Callable[[Tree], tuple[jax.Array, jax.Array]], ...]:
-    """The same where devices along ``axes`` have to ask each other, which they do not in PREDICT."""
+    """The same if devices along ``axes`` must agree, which they do not do in PREDICT."""
 
     def in_predict(updates: optax.Updates) -> tuple[jax.Array, jax.Array]:
         del updates
@@ -381,11 +385,11 @@ def _agreed_looks(axes: frozenset[str]) -> tuple[Callable[[Tree], tuple[jax.Arra
 
 
 def _check_same_everywhere(target: optax.Updates, axes: frozenset[str]) -> None:
-    """``ValueError`` if what is to be recorded differs between devices along ``axes``, which decide together."""
+    """``ValueError`` if the target differs between devices along ``axes``, which decide together."""
     differing = varying_axes(target) & axes
     if differing:
         raise ValueError(
-            f"gradients differ between the devices along {sorted(differing)}, and so would what is recorded of them: "
-            "average them before (jax.lax.pmean), or inside opt (compressed_pmean) with predictor=Window(...), which "
-            "predicts updates; if the parameters themselves are sharded, leave that to jax.jit"
+            f"gradients differ between the devices along {sorted(differing)}, and so would their records: average them "
+            "before (jax.lax.pmean), or inside opt (compressed_pmean) with predictor=Window(...), which predicts "
+            "updates; if the parameters themselves are sharded, leave that to jax.jit"
         )

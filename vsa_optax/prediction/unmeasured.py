@@ -1,6 +1,6 @@
-"""What happens to a loss that comes back unmeasured in PREDICT: nobody keeps it, or somebody takes it for news.
+"""Detects misuse of the loss that PREDICT repeats: ``update`` does not receive it, or something reads it as new.
 
-Both are noticed while a training step is traced, by an update that knows of its machine that the loss is repeated
+Both are detected while a training step is traced, by an update whose machine's loss is known to be repeated
 (`machine.repeats_loss`).
 """
 
@@ -14,7 +14,7 @@ from vsa_optax.core.types import Tree
 from vsa_optax.prediction.stats import contains_machine
 
 _LIBRARIES = ("vsa_optax", "optax", "jax", "flax")
-# States of Optax's that follow the loss from step to step.
+# The states of Optax transformations that follow the loss from step to step.
 READERS = tuple(
     getattr(optax.contrib, name)
     for name in ("ReduceLROnPlateauState", "MomoState", "MomoAdamState")
@@ -23,7 +23,7 @@ READERS = tuple(
 
 
 def warn_without_value() -> None:
-    """Names the line to write; shown once for each line of the caller that updates, as Python's warnings are."""
+    """Warns with the line to write; like other Python warnings, once for each calling line."""
     warnings.warn(
         "value= was not given to update, so value_and_grad_by_phase returns NaN for the loss of PREDICT steps: write "
         "opt.update(grads, state, params, value=value) (with Flax nnx, optimizer.update(model, grads, value=value); a "
@@ -35,19 +35,19 @@ def warn_without_value() -> None:
 
 
 def check_no_reader(states: Tree) -> None:
-    """``ValueError`` if something in ``states`` follows the loss, which would take a repeated one for news."""
+    """``ValueError`` if something in ``states`` follows the loss, since it would read a repeated loss as a new one."""
     for node in _readers(states):
         raise ValueError(
             f"the optimizer follows the loss ({type(node).__name__}), but value_and_grad_by_phase repeats the last "
-            "one in PREDICT, which would be taken for news (no progress, say): let a forward pass measure it, "
+            "loss in PREDICT, which would count as a new one (e.g. as no progress): let a forward pass measure it, "
             "value_and_grad_by_phase(loss, value_in_predict=True)"
         )
 
 
 def is_reader(node: object) -> bool:
-    """Whether it is the state of what follows the loss, and cannot see which losses are repeated.
+    """Whether a node is the state of a transformation that follows the loss but cannot see which losses are repeated.
 
-    `track_loss` is known by its state's name, since it stands above this package; it sees a machine that it wraps.
+    `track_loss` is recognized by its state's name, since it imports this package. It sees the machine that it wraps.
     """
     if type(node).__name__ == "TrackLossState":
         return not contains_machine(node)
@@ -65,7 +65,7 @@ def _readers(state: Tree) -> list[Tree]:
 
 
 def _levels_to_the_caller() -> int:
-    """The ``stacklevel``, for a warning in the function that calls this, of the first frame outside the libraries."""
+    """The ``stacklevel`` of the first frame outside the libraries, for a warning in the calling function."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES:
         level, frame = level + 1, frame.f_back

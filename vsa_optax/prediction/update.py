@@ -1,4 +1,4 @@
-"""The transformation behind `predict_gradients` and `phase_switched`, of checked settings: its state and its update."""
+"""The implementation of `predict_gradients` and `phase_switched` with checked settings: its state and its update."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from vsa_optax.prediction.predictors.base import (
 from vsa_optax.prediction.step import PhaseStep, StepResult
 
 _THE_OTHER_WAY_ROUND = (
-    "what is predicted would leave between its emissions, too. Wrap the other way round, "
+    "predictions would also be emitted between its own emissions. Wrap the other way round, "
     "ternary_multi_steps(phase_switched(...), k) or optax.MultiSteps(phase_switched(...), k)"
 )
 
@@ -40,11 +40,11 @@ class PhaseSwitchedState(NamedTuple):
     """State of `predict_gradients` and `phase_switched`.
 
     Attributes:
-        machine: `PhaseMachineState`, scalars.
+        machine: `PhaseMachineState`, the machine's scalars.
         history: `SecantHistoryState`, `WindowHistoryState`, `CodedWindowHistoryState`, `RecursiveHistoryState` or
             `MomentumHistoryState`; None if no step is ever predicted.
         residual: tree of ``[*shape]`` in the history's dtype, the averaged prediction error, or a codec's payload of
-            it; None if switched off.
+            it; None if it is switched off.
         inner_state: the wrapped optimizer's state.
     """
 
@@ -63,15 +63,15 @@ def switched(
     learning_rate: optax.ScalarOrSchedule | None,
     emits_moves: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Follows ``opt``, or the predictor in its place.
+    """Runs ``opt`` in true steps, and the predictor in PREDICT.
 
     Args:
         opt: the optimizer.
-        phases: when to predict.
-        predictor: of what is recorded.
-        predicts_updates: whether what ``opt`` emits is recorded and predicted; else the gradients are.
-        learning_rate: multiplies what leaves, in every phase; a number, a schedule over all steps, or None.
-        emits_moves: whether the parameters move by what leaves; else by what is made of it.
+        phases: the settings that decide when to predict.
+        predictor: the predictor of gradients or updates.
+        predicts_updates: whether the updates of ``opt`` are recorded and predicted; otherwise the gradients are.
+        learning_rate: a factor of the emitted updates in every phase: a number, a schedule over all steps, or None.
+        emits_moves: whether the emitted updates are the moves of the parameters; otherwise later links change them.
     """
     _refuse_rare_emissions(opt)
     ever_predicts = machines.ever_predicts(phases)
@@ -121,7 +121,7 @@ def switched(
         kind = None if assumption is None else assumption.kind
         axes = _axes_to_agree_over(updates, state)
         if value is not None:
-            # What follows the loss inside of an optimizer that runs in PREDICT needs measured ones there, too.
+            # A transformation that follows the loss, in an optimizer that runs in PREDICT, needs measured losses there.
             follows = not predicts_updates and unmeasured.contains_reader(state.inner_state)
             value = extra_args["value"] = _agreed_value(value, state, in_all_phases=is_adaptive or follows)
         count = machines.total_steps(machine)
@@ -140,9 +140,9 @@ def switched(
             new_updates, inner_state = result.target, result.inner_state
         else:
             new_updates, inner_state = opt.update(result.target, state.inner_state, params, **extra_args)
-        if ever_predicts:  # Else nothing stands between opt and the caller: a select would move its last bits.
+        if ever_predicts:  # Otherwise opt's updates pass unchanged: a select would change their last bits.
             if not predicts_updates:
-                # In PLAIN nothing has to be known before: one pass over both.
+                # A PLAIN step need not know earlier whether gradients are finite: one pass checks both trees.
                 asks_once = kind is StepKind.PLAIN and not axes
                 is_finite = both_finite(updates, new_updates) if asks_once else is_finite & all_finite(new_updates)
                 inner_state = tree_where(is_finite, inner_state, state.inner_state)
@@ -151,7 +151,7 @@ def switched(
             rate = learning_rate(count) if callable(learning_rate) else learning_rate
             new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)
         moved = result.moved
-        # While the guard sleeps, the way does not count.
+        # While the guard sleeps, it does not add up the norms of updates.
         if emits_moves and machine.guard is not None and kind is not StepKind.PLAIN:
             assert moved is not None
             moved = moved._replace(emitted=norm(new_updates))
@@ -174,16 +174,16 @@ def switched(
 
 
 def _axes_to_agree_over(tree: Tree, state: PhaseSwitchedState) -> frozenset[str]:
-    """The mesh axes along which devices share the machine, but not ``tree``."""
+    """The mesh axes along which devices share the machine but not ``tree``."""
     averaged = axes_in(state.inner_state)
     may_vary = frozenset() if is_checked(averaged) else averaged
     return (varying_axes(tree) | may_vary) - varying_axes(state.machine.phase)
 
 
 def _agreed_value(value: jax.Array, state: PhaseSwitchedState, *, in_all_phases: bool) -> jax.Array:
-    """The loss, averaged over devices where it differs.
+    """The loss, averaged over devices if it differs between them.
 
-    In PREDICT, where devices do not communicate, the last one known, unless the value counts ``in_all_phases``.
+    Devices do not communicate in PREDICT; there it is the last known loss, unless the value counts ``in_all_phases``.
     """
     axes = _axes_to_agree_over(value, state)
     if not axes:
@@ -207,7 +207,7 @@ def _check_domain(inner_state: optax.OptState, predicts_updates: bool, predictor
         which = "secants predict gradients" if predictor.reads_params else "predicts='gradient' predicts gradients"
         raise ValueError(
             f"predictor must predict updates where opt averages gradients over devices, along {sorted(axes)}: {which}, "
-            "which differ between devices here: use predictor=Window(...), whose updates are the same on all"
+            "which differ between devices here: use predictor=Window(...), whose updates are the same on all devices"
         )
 
 
@@ -222,7 +222,7 @@ def _check_inner_state(inner_state: optax.OptState, *, predicts_updates: bool) -
     if predicts_updates and _find(inner_state, lambda node: isinstance(node, optax.ConditionallyMaskState)):
         raise ValueError(
             "opt must not contain optax.transforms.conditionally_mask where its updates are predicted: predictions "
-            "would leave in the steps that it masks, too. Mask what phase_switched emits, or predict gradients"
+            "would also be emitted in the steps that it masks. Mask the updates of phase_switched, or predict gradients"
         )
 
 
@@ -231,7 +231,7 @@ def _find(state: Tree, is_meant: Callable[[object], bool]) -> list[Tree]:
 
 
 def _refuse_rare_emissions(opt: optax.GradientTransformation) -> None:
-    """``ValueError``, where it is made, for what says of itself that it emits rarely; ``init`` finds what is inside."""
+    """``ValueError`` for an ``opt`` with ``has_updated``, which emits rarely; ``init`` checks the state of ``opt``."""
     if hasattr(opt, "has_updated"):
         raise ValueError(f"opt must not be {type(opt).__name__}, which emits rarely: {_THE_OTHER_WAY_ROUND}")
 
@@ -239,7 +239,7 @@ def _refuse_rare_emissions(opt: optax.GradientTransformation) -> None:
 def _check_trees(
     updates: optax.Updates, params: optax.Params | None, state: PhaseSwitchedState, predictor: Predictor
 ) -> None:
-    """``ValueError`` if gradients or parameters are not those that the state was made for."""
+    """``ValueError`` if gradients or parameters do not match those that the state was made for."""
     if state.history is None:
         if params is not None:
             checks.check_same_tree(params, updates, what="gradients")
@@ -250,7 +250,7 @@ def _check_trees(
         if params is None and tree is not None:
             raise ValueError(
                 "params must be given with predictor=Secants(), the default: update(updates, state, params); got None. "
-                "A Window or Recursive needs none"
+                "A Window or Recursive does not need them"
             )
         checks.check_same_tree(tree, params, what="params", leading_axes=leading)
 
@@ -267,7 +267,7 @@ def _check_state(state: optax.OptState, phases: Guarded | Cycle, predictor: Pred
         return
     predictor.history.check_state(state.history)
     check_settings(calibrate=(machine.calibration is not None, predictor.calibrates))
-    if predictor.history.example(state.history)[0] is not None:  # A tree may be None itself.
+    if predictor.history.example(state.history)[0] is not None:  # The tree itself may be None.
         had = None if state.residual is None else "a number"
         check_settings(residual_decay=(had, "a number" if predictor.has_residual else None))
 

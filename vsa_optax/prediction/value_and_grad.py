@@ -1,4 +1,4 @@
-"""The backward pass inside a conditional, so that PREDICT steps really do not run it."""
+"""Puts the backward pass inside a conditional, so that PREDICT steps do not run it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
@@ -29,14 +29,14 @@ from vsa_optax.prediction.update import PhaseSwitchedState
 Value = TypeVar("Value")
 Value_co = TypeVar("Value_co", covariant=True)
 Result = TypeVar("Result")
-_NOT_GIVEN: Any = object()  # None may be the state of an optimizer, or aux.
+_NOT_GIVEN: Any = object()  # None is a valid optimizer state and a valid aux.
 
 
 class ValueAndGradByPhase(Protocol[Value_co]):
-    """What `value_and_grad_by_phase` returns: the function's arguments go in, and by keyword the optimizer's state."""
+    """The type of function that `value_and_grad_by_phase` returns: the optimizer's state is a keyword argument."""
 
     def __call__(self, *args: Any, state: Tree, aux_in_predict: Tree = ..., **kwargs: Any) -> tuple[Value_co, Tree]:
-        """What the function returns, or in PREDICT what stands in its place; and the gradients, or zeros."""
+        """The function's value, or its replacement in PREDICT, and the gradients, or zeros."""
 
 
 def value_and_grad_by_phase(
@@ -49,52 +49,52 @@ def value_and_grad_by_phase(
 ) -> ValueAndGradByPhase[Value]:
     """Like ``jax.value_and_grad``, but PREDICT steps run neither the backward nor, by default, the forward pass.
 
-    In WARMUP, FULL and CORRECT the returned function does what ``jax.value_and_grad(fun, argnums, has_aux)`` does. In
-    PREDICT it returns zero gradients, which `vsa_optax.phase_switched` and `vsa_optax.predict_gradients` ignore, and as
-    the value the last finite ``value=`` that an ``update`` received in a true step (NaN until one did, or infinity with
-    ``jax_debug_nans``), or, with ``value_in_predict=True``, the value that a forward pass gives. It cannot be the last
-    value that this function computed: a pure function keeps nothing, and of what it returns only what ``update`` is
-    given reaches the state. Where ``update`` was not given it, a warning says so.
+    In WARMUP, FULL and CORRECT the returned function equals ``jax.value_and_grad(fun, argnums, has_aux)``. In PREDICT
+    it returns zero gradients, which `vsa_optax.phase_switched` and `vsa_optax.predict_gradients` ignore. Its value is
+    then the last finite ``value=`` that an ``update`` received in a true step. Before the first, the value is NaN, or
+    infinity with ``jax_debug_nans``. With ``value_in_predict=True`` a forward pass computes the value instead. A pure
+    function cannot keep its own last value, so ``update`` must receive ``value=``; a warning says if it did not.
 
-    **A repeated value is no news.** What takes it for news (early stopping, a loss scale that is divided out again, a
-    schedule that follows the loss) goes wrong without an error: ``reduce_on_plateau`` counts repeated losses as no
-    progress, until the rate is 0. A NaN in its place would count likewise. So, where something reads the value at every
-    step, pay for the forward pass, ``value_in_predict=True``; or look only at steps for which
-    ``vsa_optax.needs_backward(state)``, asked before the update, was true. A state that holds ``reduce_on_plateau`` or
-    ``momo`` is refused without it.
+    **A repeated value carries no information.** Code that reads it as a new loss goes wrong without an error: early
+    stopping, a loss scale that is divided out again, a schedule that follows the loss. For example,
+    ``reduce_on_plateau`` counts repeated losses as no progress, until the rate is 0; NaN would count likewise. If
+    something reads the value at every step, pay for the forward pass with ``value_in_predict=True``. Or read the value
+    only at steps for which ``vsa_optax.needs_backward(state)`` was true before the update. A state that holds
+    ``reduce_on_plateau`` or ``momo`` is an error without ``value_in_predict=True``.
 
-    The choice is one ``lax.cond`` on the phase in ``state``; a single compiled step serves all phases. Under
-    ``jax.vmap`` both sides run.
+    One ``lax.cond`` on the phase in ``state`` makes the choice, so a single compiled step serves all phases. Under
+    ``jax.vmap`` both branches run.
 
-    Inside ``jax.shard_map`` devices that share the state take the same side, so ``fun`` may communicate. There JAX sums
-    up gradients of parameters that are the same on all devices, as those of ``jax.value_and_grad``: for each device's
-    own, as `vsa_optax.compressed_pmean` wants them, make the parameters vary first.
+    Inside ``jax.shard_map``, devices that share the state take the same branch, so ``fun`` may communicate. As with
+    ``jax.value_and_grad``, JAX then sums the gradients of parameters that are the same on all devices.
+    `vsa_optax.compressed_pmean` needs each device's own gradients: make the parameters vary over the devices first.
 
     Args:
-        fun: a function with a scalar floating-point value, or ``(value, aux)``.
-        argnums: positions of the arguments to differentiate.
+        fun: a function that returns a scalar floating-point value, or ``(value, aux)``.
+        argnums: the positions of the arguments to differentiate.
         has_aux: whether ``fun`` returns ``(value, aux)``.
-        value_in_predict: whether PREDICT runs the forward pass.
-        allow_int: as in ``jax.value_and_grad``.
+        value_in_predict: whether PREDICT steps run the forward pass.
+        allow_int: whether arguments of integer dtype may be differentiated, which gives gradients of dtype float0.
 
     Returns:
-        ``f(*args, state, aux_in_predict, **kwargs)``, which returns ``(value, grads)`` or
-        ``((value, aux), grads)``. ``state`` is the optimizer's state, with one phase machine anywhere inside.
-        ``aux_in_predict`` is what stands for aux in PREDICT when no forward pass runs: a tree of aux's structure,
-        shapes and dtypes, e.g. the current batch statistics. It is not needed for an aux without arrays, such as None.
+        ``f(*args, state, aux_in_predict, **kwargs)``, which returns ``(value, grads)`` or ``((value, aux), grads)``.
+        ``state`` is the optimizer's state, which contains one phase machine at any depth. ``aux_in_predict`` replaces
+        aux in PREDICT when no forward pass runs. It is a tree with the structure, shapes and dtypes of aux, e.g. the
+        current batch statistics. It is not needed if aux has no arrays, e.g. if it is None.
 
     Raises:
-        ValueError: ``has_aux=True`` with neither ``value_in_predict=True`` nor ``aux_in_predict``; an
-            ``aux_in_predict`` that does not match aux; a ``state`` without exactly one phase machine; gradients of
-            leaves that the machine does not cover, whose optimizer would take the zeros of a skipped step for news
-            (frozen ones are allowed); something in the state that follows the loss, without ``value_in_predict=True``.
-        TypeError: no ``state=``; a ``fun`` with an argument ``state`` or ``aux_in_predict`` of its own that was not
-            given by position; aux that is not made of arrays; an argument to differentiate with leaves that are no
-            arrays, such as an Equinox model; a Flax nnx Module among the arguments, whose mutations inside a
-            conditional would be lost: split it (``nnx.split``) and return what changes as aux.
+        ValueError: if ``has_aux=True`` comes with neither ``value_in_predict=True`` nor ``aux_in_predict``; if
+            ``aux_in_predict`` does not match aux; if ``state`` does not contain exactly one phase machine; if ``fun``
+            is differentiated in leaves that the machine does not cover and that are not frozen, since their optimizer
+            would treat the zeros of a skipped step as gradients; if something in the state follows the loss without
+            ``value_in_predict=True``.
+        TypeError: if ``state=`` is missing; if ``fun`` has its own argument ``state`` or ``aux_in_predict`` that was
+            not given by position; if aux is not made of arrays; if a differentiated argument has leaves that are not
+            arrays, such as an Equinox model; if an argument is a Flax nnx Module, whose mutations inside a conditional
+            would be lost. Split the Module with ``nnx.split`` and return its changes as aux.
 
     Warns:
-        UserWarning: at the ``update``, if it is given no ``value=``, and ``value_in_predict`` is False.
+        UserWarning: at ``update``, if it receives no ``value=`` and ``value_in_predict`` is False.
 
     Example:
         >>> import jax.numpy as jnp, optax, vsa_optax
@@ -124,8 +124,8 @@ def value_and_grad_by_phase(
             note_repeated_loss(machine)
             unmeasured.check_no_reader(_run_in_predict(state))
 
-        # Arrays enter the conditional as operands, so that containers which know where they were made (Flax's
-        # Variables) are made anew inside; what is not an array is static.
+        # Arrays enter the conditional as operands, and the containers are rebuilt inside it: Flax's Variables remember
+        # the trace that they were made in. All leaves that are not arrays are static.
         leaves, treedef = jax.tree.flatten((args, kwargs))
         is_array = [isinstance(leaf, Array) for leaf in leaves]
         arrays = [leaf for leaf, dynamic in zip(leaves, is_array, strict=True) if dynamic]
@@ -157,7 +157,7 @@ def value_and_grad_by_phase(
             return call(differentiated, arrays)
 
         def without_backward(arrays: Sequence[Array], aux: Tree) -> tuple[Value, Tree]:
-            # Inside shard_map both branches must vary over the same axes.
+            # Inside shard_map, both branches must vary over the same axes.
             return jax.tree.map(as_varying, in_predict(arrays, aux), axes)
 
         def in_predict(arrays: Sequence[Array], aux: Tree) -> tuple[Value, Tree]:
@@ -179,17 +179,17 @@ def value_and_grad_by_phase(
 
 
 def _switched(state: Tree) -> list[PhaseSwitchedState]:
-    """The state of the transformation with the machine; none if the machine was given alone."""
+    """The states of transformations that hold a machine; none if the machine was given alone."""
     return [node for node in _nodes(state) if isinstance(node, PhaseSwitchedState)]
 
 
 def _nodes(state: Tree) -> list[Tree]:
-    """What a state holds, the transformation with the machine, and transformations that follow the loss, as one."""
+    """The leaves of a state; a transformation that holds the machine or follows the loss counts as one leaf."""
     return jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, PhaseSwitchedState) or unmeasured.is_reader(x))
 
 
 def _run_in_predict(state: Tree) -> list[Tree]:
-    """What of a state is updated in PREDICT, too: all around the machine, and what secants feed with gradients."""
+    """The parts of a state that PREDICT updates: all outside the machine, and an optimizer fed by secants."""
     found = [node for node in _nodes(state) if not isinstance(node, PhaseSwitchedState)]
     return found + [node.inner_state for node in _switched(state) if isinstance(node.history, SecantHistoryState)]
 

@@ -1,4 +1,4 @@
-"""What a kernel does with a block in registers, done outside of one."""
+"""The work of a kernel on a block in registers, done outside of a kernel."""
 
 import jax
 import jax.numpy as jnp

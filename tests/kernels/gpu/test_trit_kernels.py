@@ -56,7 +56,7 @@ def decoded_by_numpy(numbers, scales, of_rounds, trits):
 
 
 def share(difference, x):
-    """Of the energy of x."""
+    """The share of the energy of x."""
     return np.sum(np.square(np.asarray(difference, np.float64))) / np.sum(np.square(np.asarray(x, np.float64)))
 
 

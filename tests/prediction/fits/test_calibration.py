@@ -38,7 +38,7 @@ def stream(seed, steps):
 
 
 def emitted(opt, gradients):
-    """What leaves at each step, and the last state; one jitted scan."""
+    """The emitted updates at each step, and the last state; one jitted scan."""
 
     def step(state, gradient):
         updates, state = opt.update(gradient, state)
@@ -129,7 +129,7 @@ def test_in_noise_round_a_constant_the_slope_is_not_believed():
     alpha, beta = np.asarray(stats.quality.coefficients[-1, 0])
     assert abs(beta) < 0.1
     assert 0.9 < alpha < 1.05
-    # Half of what comes is noise that nothing predicts.
+    # Half of the gradient is noise that nothing predicts.
     assert float(stats.quality.mean_r_squared[-1]) == pytest.approx(0.49, abs=0.03)
 
 

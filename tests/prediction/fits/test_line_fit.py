@@ -73,7 +73,7 @@ def test_coefficients_sum_to_one_and_ignore_empty_slots():
 
 
 def test_variance_of_raw_extrapolation():
-    """Noise of variance 1 in each of eight records: what the horizon makes of it (0.125 is the mean's)."""
+    """The variance of a prediction by its horizon, for noise of variance 1 in each of eight records (mean: 0.125)."""
     ages, weights = jnp.arange(-7.0, 1.0), jnp.ones(8)
     variance = [jnp.sum(extrapolation_weights(ages, weights, 7, float(h)) ** 2) for h in (1, 5, 10, 20)]
     np.testing.assert_allclose(variance, [0.607, 1.845, 4.464, 13.27], rtol=2e-3)

@@ -101,7 +101,7 @@ def test_of_products_that_are_not_finite_comes_nothing(number):
         x = getattr(products, name)
         found = solve(products._replace(**{name: x.at[(1,) * x.ndim].set(number)}), 3.0, 0.7)
         assert not any(np.any(x) for x in found), name
-    # But for a secant whose own length is not a number: it is left out.
+    # A secant whose own length is not a number is left out.
     gram = products.gram.at[1].set(number).at[:, 1].set(number)
     found = solve(products._replace(gram=gram), 3.0, 0.7)
     rest = solve(

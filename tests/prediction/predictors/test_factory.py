@@ -1,4 +1,4 @@
-"""What predicts, as settings: their ranges, their defaults, and which predictor they mean."""
+"""The settings of predictors: their ranges, their defaults, and the predictors made from them."""
 
 import jax.numpy as jnp
 import optax

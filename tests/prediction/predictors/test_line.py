@@ -64,7 +64,7 @@ def test_exact_on_gradients_that_move_on_a_line(line):
         emitted, state = update(tree_of(gradient if is_true else np.full_like(gradient, np.nan)), state)
         assert relative(flat_of(emitted), gradient) < 1e-5
     assert vsa_optax.phase_stats(state).mean_prediction_error < 1e-5
-    assert vsa_optax.phase_stats(state).nonfinite_count == 0  # what enters in PREDICT is not looked at
+    assert vsa_optax.phase_stats(state).nonfinite_count == 0  # The gradients of PREDICT steps are not read.
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])

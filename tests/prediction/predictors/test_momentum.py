@@ -104,7 +104,7 @@ def test_a_skipped_gradient_is_no_leap():
 
 
 def test_a_skipped_gradient_behind_a_leap_is_no_leap():
-    """The true step behind the leap is corrected, and the one behind a gradient that is skipped is not."""
+    """The true step after the leap is corrected, and the one after a skipped gradient is not."""
     opt = vsa_optax.predict_gradients(predictor=Momentum(), phases=Cycle(warmup_steps=2, full_steps=5, predict_steps=2))
     state, update = opt.init(jnp.zeros(3)), jax.jit(opt.update)
     for _ in range(9):

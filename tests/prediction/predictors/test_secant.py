@@ -146,7 +146,7 @@ def test_the_products_kept_are_those_of_the_changes():
 
 @pytest.mark.parametrize(("of_w", "of_b"), [(1.0, 1.0), (1e-14, 1e14), (1e12, 1e-12)])
 def test_in_float16_changes_of_any_size_keep_eleven_bits(of_w, of_b):
-    """Each leaf by a power of two of its own; what is predicted, and the products, are in the true units."""
+    """Each leaf has its own power of two; predictions and inner products are in the true units."""
     (opt, update), rng = in_a_cycle(5), np.random.default_rng(7)
     factors = {"w": np.float32(of_w), "b": np.float32(of_b), "empty": np.float32(1)}
 
@@ -250,6 +250,49 @@ def test_the_state_costs_what_is_documented():
         besides = 4 * window**2
         assert 0 < total - trees * size - 2 * per_leaf - besides < 150
         assert state.residual is None
+
+
+def test_large_leaves_are_kept_in_float16_unless_a_dtype_is_given():
+    shapes = {"large": (256, 256), "small": (255, 257), "wide": (2**16,)}
+    dtypes = {"large": "bfloat16", "small": "float32", "wide": "complex64"}
+    params = {name: jnp.zeros(shape, dtypes[name]) for name, shape in shapes.items()}
+    kept = vsa_optax.predict_gradients().init(params).history
+    assert {name: str(x.dtype) for name, x in kept.diff_params.items()} == dtypes | {"large": "float16"}
+    assert {name: str(x.dtype) for name, x in kept.gradient.items()} == dtypes
+    kept = vsa_optax.predict_gradients(predictor=Secants(dtype="float32")).init(params).history
+    assert kept.diff_gradients["large"].dtype == jnp.float32
+    assert kept.scales is None
+    params = {"w": jnp.zeros([256, 256])}
+    state = vsa_optax.predict_gradients().init(params)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) < 18.1 * 4 * 2**16
+
+
+def test_the_rounding_of_a_large_leaf_does_not_show():
+    """On a quadratic whose curvatures span a factor of a thousand, one leaf in float16 and one as it is."""
+    rng = np.random.default_rng(8)
+    shapes = {"large": (2**16,), "small": (300,)}
+    start = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    curvature = {name: jnp.asarray(10 ** rng.uniform(-3, 0, shape), jnp.float32) for name, shape in shapes.items()}
+
+    def run(dtype):
+        opt = vsa_optax.phase_switched(optax.adam(0.02), predictor=Secants(dtype=dtype))
+
+        def step(carry, _):
+            params, state = carry
+            gradients = jax.tree.map(jnp.multiply, curvature, params)
+            gradients = jax.tree.map(lambda g: jnp.where(vsa_optax.needs_backward(state), g, 0), gradients)
+            updates, state = opt.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        carry = jax.lax.scan(step, (start, opt.init(start)), length=100)[0]
+        return carry[0], vsa_optax.phase_stats(carry[1]).predict_steps
+
+    (exact, exact_steps), (rounded, rounded_steps) = jax.jit(lambda: (run("float32"), run(None)))()
+    assert exact_steps > 50
+    assert abs(int(rounded_steps) - int(exact_steps)) <= 8
+    for name, leaf in exact.items():
+        losses = [float(jnp.sum(curvature[name] * x**2)) for x in (rounded[name], leaf)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_parameters_are_asked_for():

@@ -88,7 +88,7 @@ class CodedPredictor(reference.Predictor):
 
 @every_codec
 def test_predictions_equal_those_of_decoded_records(name):
-    """With the residual, over many phases; what leaves in true phases is untouched."""
+    """With the residual, over many phases; the updates of true phases do not change."""
     opt, update = compiled(name)
     twin = CodedPredictor(CODECS[name], window=5, residual_decay=0.3)
     state = opt.init(PARAMS)
@@ -235,7 +235,7 @@ def test_one_compilation_and_scan():
 
 
 def test_half_parameters_with_wider_updates_and_donation():
-    """Records are kept as the parameters are, updates leave as the optimizer made them; each buffer is used anew."""
+    """Records have the parameters' dtype, updates have the optimizer's, and each buffer is reused."""
     widen = optax.stateless(lambda updates, params: jax.tree.map(lambda u: u.astype(jnp.float32), updates))
     params = {"w": jnp.zeros(128, jnp.bfloat16), "b": jnp.zeros(3, jnp.bfloat16)}
     opt = blind.phase_switched(widen, codec=CODECS["trits"], **SHORT)

@@ -16,7 +16,7 @@ from vsa_optax.kernels.gpu import random_words, tiles
 from vsa_optax.kernels.gpu.tiles import Ref
 
 BLOCKS = 5  # In a row, whose digits share bytes.
-_MIDDLE = (3**BLOCKS - 1) // 2  # Of a byte.
+_MIDDLE = (3**BLOCKS - 1) // 2  # The middle of a byte's values.
 # Added to a small number, it leaves the nearest integer in the last bits.
 _ROUNDING = float(3 << 22)
 _ROUNDING_BITS = int(np.float32(_ROUNDING).view(np.int32))
@@ -44,7 +44,7 @@ def table(trits: int) -> jax.Array:
 
 
 def unit(trits: int, *, nearest: bool) -> float:
-    """What `values_of` counts in, in units of the scale."""
+    """The unit of `values_of`, in units of the scale."""
     if not nearest:
         return 1 / _highest(trits)
     return float(lloyd_max.levels(1)[-1]) if trits == 1 else 1.0
@@ -70,13 +70,13 @@ def nearest_levels(y: jax.Array, trits: int, table: Ref, *, unbiased: bool) -> t
     # The branch of a kernel cannot give back a constant.
     y, mean_square, power = lax.cond(is_ordinary, lambda: (y, mean_square, mean_square), lambda: _shrunk(y))
     power = jnp.where(is_ordinary, 1.0, power)
-    is_usable = (mean_square > 0) & (mean_square < jnp.inf)  # Not finite if y is not.
+    is_usable = (mean_square > 0) & (mean_square < jnp.inf)  # It is not finite if y is not.
     rms, magnitude = jnp.sqrt(mean_square), jnp.abs(y)
     if trits == 3:
         digits, chosen = _by_table(magnitude * jnp.where(is_usable, _EIGHTHS / rms, 0.0), table)
     else:
         digits, chosen = _by_comparisons(magnitude, rms, trits)
-    if trits == 1:  # What is chosen is the digit, in units of the only positive level.
+    if trits == 1:  # The digit is chosen, in units of the only positive level.
         highest = float(lloyd_max.levels(1)[-1])
         alignment, length = highest * tiles.total(magnitude * digits), highest * highest * tiles.total(digits)
     else:
@@ -159,7 +159,7 @@ def centred(codes: jax.Array) -> jax.Array:
 
 
 def first_numbers(codes: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-    """The levels' numbers ``[32, 32] f32`` that the first digit of each byte makes, and what is left of the bytes."""
+    """The levels' numbers ``[32, 32] f32`` that the first digit of each byte makes, and the rest of the bytes."""
     digits, rests = zip(*map(_divided, codes), strict=True)
     number = digits[-1]
     for digit in digits[-2::-1]:

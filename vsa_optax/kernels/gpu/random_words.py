@@ -1,6 +1,6 @@
-"""The numbers of ``jax.random.bits``, at the speed of a GPU's memory: one pass, without what XLA writes in between.
+"""The numbers of ``jax.random.bits`` in one pass at the speed of a GPU's memory, without XLA's intermediate results.
 
-A number is the exclusive or of the two words that threefry makes of a key and the number's place.
+A number is the exclusive or of the two words that threefry computes from a key and the number's place.
 """
 
 import functools
@@ -19,17 +19,17 @@ Ref = Any  # Memory of the GPU; Pallas has no public type for it.
 
 _AT_ONCE = 1024
 _WARPS = 4
-_TURNS = ((13, 15, 26, 6), (17, 29, 16, 24))  # Of threefry-2x32, by turns.
+_TURNS = ((13, 15, 26, 6), (17, 29, 16, 24))  # The rotations of threefry-2x32, which alternate.
 _PARITY = np.uint32(0x1BD11BDA)
 
 
 def draw(key: jax.Array, size: int, *, interpret: bool = False) -> jax.Array:
-    """``[size] uint32``.
+    """Draws ``[size] uint32``.
 
     Args:
         key: ``[2] uint32``, the words of a threefry key.
-        size: below 2^31.
-        interpret: to run without a GPU, for tests.
+        size: the number of words, below 2^31.
+        interpret: whether to run without a GPU, for tests.
     """
     return pl.pallas_call(
         functools.partial(_kernel, size=size),
@@ -49,13 +49,13 @@ def _kernel(key: Ref, words: Ref, *, size: int) -> None:
 
 
 def bits(key: Ref, place: jax.Array) -> jax.Array:
-    """``[*shape] uint32``, those at ``[*shape] int32`` places of a vector."""
+    """``[*shape] uint32``: the numbers at ``[*shape] int32`` places of a vector."""
     x, y = _threefry(key[0], key[1], place.astype(jnp.uint32))
     return x ^ y
 
 
 def _threefry(first: jax.Array, second: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 in 20 rounds, of the counter ``(0, place)``."""
+    """Threefry-2x32 in 20 rounds with the counter ``(0, place)``."""
     keys = first, second, first ^ second ^ _PARITY
     x, y = jnp.zeros_like(place) + keys[0], place + keys[1]
     for i in range(5):

@@ -114,7 +114,7 @@ def coordinates(x: Ref, block: jax.Array) -> jax.Array:
 
 
 def put_coordinates(x: Ref, block: jax.Array, new: jax.Array) -> None:
-    """Stores ``[32, 32] f32``, but for what is behind the end."""
+    """Stores ``[32, 32] f32``, without the part after the end."""
     part, inside = within(x, block)
     triton.store(part, new.reshape(WIDTH), mask=inside)
 
@@ -127,7 +127,7 @@ def codes(codes: Ref, row: jax.Array, *vector: int | jax.Array) -> Bytes:
 
 
 def no_sums() -> Sums:
-    """Those of no blocks."""
+    """The sums of no blocks."""
     return jnp.zeros((SIDE, SIDE), jnp.float32), jnp.ones([], jnp.float32)
 
 

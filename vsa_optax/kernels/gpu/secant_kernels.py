@@ -1,11 +1,11 @@
-"""What `kernels.secants` does, in one pass over the records each; for bfloat16 records on one GPU.
+"""The functions of `kernels.secants` in one pass over the records each, for bfloat16 records on one GPU.
 
 A program takes some columns of all records at a time. Matrix products run on tensor cores, whose products of
-bfloat16 numbers are exact and summed in f32. A vector in f32 enters such a product as the sum of two of bfloat16, which
-have 16 of its 24 bits. Each program leaves its own sums, which are added behind it: no atomic addition, so the bits are
-the same in every run.
+bfloat16 numbers are exact and summed in f32. A vector in f32 enters such a product as the sum of two bfloat16 vectors,
+which hold 16 of its 24 bits. Each program writes its own sums, which are added afterwards. There is no atomic addition,
+so the bits are the same in every run.
 
-Axes: W records, padded to a power of two by taking the first ones again; N columns, a multiple of `COLUMNS`.
+Axes: W records, padded to a power of two by repeating the first ones; N columns, a multiple of `COLUMNS`.
 """
 
 import functools
@@ -18,13 +18,13 @@ from jax.experimental.pallas import triton
 
 Ref = Any  # Memory of the GPU; Pallas has no public type for it.
 
-COLUMNS = 1024  # Their number is a multiple.
-BLOCK, WIDE_BLOCK = 128, 1024  # Columns of a turn of `products`, and of a program of the others.
-_PROGRAMS = 132 * 8  # Of `products`, at most: eight for each multiprocessor of an H100.
-# Of `products`; with its block, the fastest on an H100 of 128 to 512 columns, 2 to 8 warps, and 1 or 3 stages. No log.
+COLUMNS = 1024  # The number of columns must be a multiple of this.
+BLOCK, WIDE_BLOCK = 128, 1024  # The columns of an iteration of `products`, and of a program of the others.
+_PROGRAMS = 132 * 8  # The largest number of programs of `products`: eight for each multiprocessor of an H100.
+# For `products`; with its block, the fastest on an H100 of 128 to 512 columns, 2 to 8 warps, and 1 or 3 stages. No log.
 _WARPS, _STAGES = 2, 3
 _WIDE_WARPS = 4
-_LEAST_ROWS = 16  # Of a tensor core's operand.
+_LEAST_ROWS = 16  # The smallest number of rows of a tensor core's operand.
 
 
 def products(
@@ -37,7 +37,7 @@ def products(
     epsilon: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Gram matrix, cross products, and products with gradient and step.
+    """The Gram matrix, the cross products, and the products with gradient and step.
 
     Args:
         rms: ``[N]``, D⁻¹ without epsilon.
@@ -45,8 +45,8 @@ def products(
         diff_gradients: ``[W, N] bfloat16``, y.
         gradient: ``[N]``, g.
         base: ``[N]``, b.
-        epsilon: what D⁻¹ has more.
-        interpret: to run without a GPU, for tests.
+        epsilon: the term that D⁻¹ adds to ``rms``.
+        interpret: whether to run without a GPU, for tests.
 
     Returns:
         ``[W, W]`` ``s_i' D⁻¹ s_j`` and ``s_i' y_j``, ``[W]`` ``s_i' g`` and ``s_i' D⁻¹ b``, all float32.
@@ -124,7 +124,7 @@ def step(
     epsilon: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The step, and the squared length of what of it is outside of the span.
+    """The step, and the squared length of its part outside the span.
 
     Args:
         rms: ``[N]``, D⁻¹ without epsilon.
@@ -132,14 +132,15 @@ def step(
         diff_gradients: ``[W, N] bfloat16``, y.
         gradient: ``[N]``, g.
         base: ``[N]``, b.
-        coefficients: ``[4, W] float32``: of s in the part inside, of y, of s in the gradient and in the step.
-        numbers: ``[3] float32``: parts of the optimizer's step and of the gradient outside; 1 if the step is the
+        coefficients: ``[4, W] float32``, the coefficients of s in the part inside, of y, of s in the gradient, and of s
+            in the step.
+        numbers: ``[3] float32``, the factors of the optimizer's step and of the gradient outside; 1 if the step is the
             optimizer's, and 0 if not.
-        epsilon: what D⁻¹ has more.
-        interpret: to run without a GPU, for tests.
+        epsilon: the term that D⁻¹ adds to ``rms``.
+        interpret: whether to run without a GPU, for tests.
 
     Returns:
-        ``[N] float32`` and ``[]``.
+        The step, ``[N] float32``, and the squared length, ``[]``.
     """
     window, size = diff_params.shape
     programs = size // WIDE_BLOCK
@@ -194,16 +195,16 @@ def missed(
     epsilon: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """``||g - ĝ||²``, what a prediction missed.
+    """The squared error of a prediction, ``||g - ĝ||²``.
 
     Args:
         rms: ``[N]``, D⁻¹ without epsilon.
         diff_gradients: ``[W, N] bfloat16``, y.
         new: ``[N]``, the gradient g.
-        old: ``[N]``, the one before.
-        change: ``[W] float32``, of y in what was predicted of their difference.
-        epsilon: what D⁻¹ has more.
-        interpret: to run without a GPU, for tests.
+        old: ``[N]``, the gradient before it.
+        change: ``[W] float32``, the coefficients of y in the predicted difference of both.
+        epsilon: the term that D⁻¹ adds to ``rms``.
+        interpret: whether to run without a GPU, for tests.
 
     Returns:
         ``[]``.
@@ -237,7 +238,7 @@ def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two of bfloat16 that add up to x, but for its last 8 bits."""
+    """Two bfloat16 arrays whose sum is x, except for its last 8 bits."""
     x = x.astype(jnp.float32)
     high = x.astype(jnp.bfloat16)
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)

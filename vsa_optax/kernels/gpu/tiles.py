@@ -1,8 +1,8 @@
 """A block of 1024 coordinates in the registers of a GPU's program: its random signs, and its rotation.
 
-A block is a tile ``[32, 32]``, row after row, and the Walsh-Hadamard transform of order 1024 a product with the matrix
-H of order 32 from either side, since that of order 1024 is the Kronecker product of H with itself. Tensor cores take
-operands in bfloat16 and sum in f32. To round the operands of both products costs 5e-6 of the block's energy; H has
+A block is a tile ``[32, 32]``, row after row. Its Walsh-Hadamard transform of order 1024 is a product with the matrix
+H of order 32 from either side, since the matrix of order 1024 is the Kronecker product of H with itself. Tensor cores
+take operands in bfloat16 and sum in f32. To round the operands of both products costs 5e-6 of the block's energy; H has
 entries of ±1 / 32 and ±1, which bfloat16 holds exactly.
 """
 
@@ -19,7 +19,7 @@ from vsa_optax.kernels import rotation
 Ref = Any  # Memory of the GPU; Pallas has no public type for it.
 
 SIDE = 32
-WIDTH = SIDE * SIDE  # Of a block.
+WIDTH = SIDE * SIDE  # Coordinates of a block.
 _SIGN = np.uint32(1 << 31)
 
 

@@ -1,4 +1,4 @@
-"""What `kernels.trit_blocks` and `accumulation.packed_rows` do with large vectors, in one pass over memory; for GPUs.
+"""The work of `kernels.trit_blocks` and `accumulation.packed_rows` on large vectors, in one pass over memory; for GPUs.
 
     encode       Q(R x)
     decode_sum   R^-1 sum_k c_k deQ(S_k)
@@ -6,8 +6,8 @@
     finish       (R^-1 deQ(S) + x) / divisor
 
 for a random rotation R of each block of 1024 and a quantiser Q. A program takes a row: five blocks of the vector, which
-share their bytes, so that nothing but the vector, its trits, and a scale a block crosses memory. What is behind the
-vector's end in the last row counts as zeros.
+share their bytes, so that nothing but the vector, its trits, and a scale a block crosses memory. Positions after
+the vector's end in the last row count as zeros.
 
 Levels are those of `lloyd_max` and `uniform` but where a coordinate is close to a tie; the rotation rounds to bfloat16
 (`tiles`), which costs 5e-6 of a block's energy.

@@ -1,30 +1,30 @@
-"""A damped Newton step among the last few changes of parameters and gradients, in closed form.
+"""A damped Newton step from the last few changes of parameters and gradients, in closed form.
 
 Over the last W moves the parameters changed by ``s_i`` and the gradient by ``y_i``; ``g`` is the newest gradient and
-``b`` the optimizer's step. All is measured in the metric of a positive diagonal D, such as Adam's: ``||s||² = s'D⁻¹s``
-for a displacement, ``||g||² = g'Dg`` for a gradient, so that ``y's`` needs no D. With ``s_i`` at unit length:
+``b`` the optimizer's step. Norms use the metric of a positive diagonal D, such as Adam's: ``||s||² = s'D⁻¹s`` for a
+displacement and ``||g||² = g'Dg`` for a gradient, so ``y's`` needs no D. With ``s_i`` scaled to unit length:
 
-1. An eigenbasis ``u_j`` of their span, from the Gram matrix ``G = S D⁻¹ S'`` with eigenvalues ``e_j``. A direction of a
-   small ``e_j`` is a small difference of long moves: its curvature is the least known.
-2. The Hessian there: the symmetric B of least ``sum_j ||B u_j √e_j - y_j||² + ρ ||B - κ I||²``, in closed form, for
-   what the ``u_j`` have of the ``y_j``. Both measurements of an element count by how well they are known, and what is
-   not known at all has κ, the curvature outside of the span. Eigenvalues enter by their size, so that a saddle is left
-   downhill.
-3. The leap: the s that minimises ``g's + ½ s'Hs + ½ λκ ||s - b||²``, with H = B inside of the span, H = κ outside, and
-   there the gradient that the ``y_i`` predict for the end of the leap inside. As λ grows it becomes b, as it falls
+1. Compute an eigenbasis ``u_j`` of their span from the Gram matrix ``G = S D⁻¹ S'`` with eigenvalues ``e_j``. A
+   direction with a small ``e_j`` is a small difference of long moves: its curvature is the least certain.
+2. Estimate the Hessian in the span, in closed form: the symmetric B that minimises
+   ``sum_j ||B u_j √e_j - y_j||² + ρ ||B - κ I||²``, where ``y_j`` is projected to the ``u_j``. The two measurements of
+   an element are weighted by their certainty. Unmeasured directions get κ, the curvature outside the span. Eigenvalues
+   enter by their magnitude, so that a saddle is left downhill.
+3. Minimise ``g's + ½ s'Hs + ½ λκ ||s - b||²`` over the leap s, with H = B inside the span and H = κ outside. Outside,
+   g is the gradient that the ``y_i`` predict for the end of the leap's part inside. A large λ gives b, and a small one
    Newton's step.
 
-Nothing is found outside of the span but κ, which is measured: what the gradient at the end of a leap had that the span
-did not predict, as long as the step outside.
+Outside the span only κ is known. It is measured as the part of the gradient at the end of a leap that the span did not
+predict, divided by the length of the step outside.
 
 References:
     H. Fang and Y. Saad, "Two classes of multisecant methods for nonlinear acceleration", Numerical Linear Algebra with
-    Applications 16 (2009): secants solved for together, as in Anderson's acceleration. There B is not symmetric, the
-    step not damped, and outside of the span it is a fixed multiple of the residual.
+    Applications 16 (2009): all secants are solved for together, as in Anderson acceleration. There, B is not symmetric,
+    the step is not damped, and the step outside the span is a fixed multiple of the residual.
     K. Levenberg, "A method for the solution of certain non-linear problems in least squares", Quarterly of Applied
-    Mathematics 2 (1944): the damping; here towards the optimizer's step, not towards none.
-    Y. Dauphin et al., "Identifying and attacking the saddle point problem", NeurIPS 2014, arXiv:1406.2572: eigenvalues
-    by their size.
+    Mathematics 2 (1944): the damping. There it is towards a zero step; here it is towards the optimizer's step.
+    Y. Dauphin et al., "Identifying and attacking the saddle point problem", NeurIPS 2014, arXiv:1406.2572: the use of
+    the eigenvalues' magnitude.
 
 Axes: W secants.
 """
@@ -34,12 +34,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-RIDGE = 1e-5  # ρ, of the squared length of a secant; chosen by hand among 1e-6 to 1e-2, which differ little.
-_LEAST_EIGENVALUE = 1e-6  # Of the largest: what f32 knows of a Gram matrix.
+RIDGE = 1e-5  # ρ, relative to a secant's squared length; chosen by hand among 1e-6 to 1e-2, which differ little.
+_LEAST_EIGENVALUE = 1e-6  # Relative to the largest: the precision of a Gram matrix in f32.
 
 
 class Products(NamedTuple):
-    """Inner products, all that is needed of arrays as long as the parameters.
+    """The inner products of arrays of the parameters' size; the fit needs nothing else of them.
 
     Attributes:
         gram: ``[W, W]``, ``s_i' D⁻¹ s_j``.
@@ -55,14 +55,14 @@ class Products(NamedTuple):
 
 
 class Leap(NamedTuple):
-    """The step inside of the span, and what of gradient and step lies in it; coefficients of the secants.
+    """The leap, the gradient and the step within the span, as coefficients of the secants.
 
     Attributes:
-        inside: ``[W]``, of the ``s_i``: the leap's part in the span.
-        change: ``[W]``, of the ``y_i``: how the gradient changes by it.
-        gradient: ``[W]``, of the ``s_i``: D times the part in the span of the gradient so changed.
-        step: ``[W]``, of the ``s_i``: the part of b in the span.
-        dimension: ``[] int32``, of the span.
+        inside: ``[W]``, coefficients of the ``s_i``: the leap's part in the span.
+        change: ``[W]``, coefficients of the ``y_i``: the change of the gradient by that part.
+        gradient: ``[W]``, coefficients of the ``s_i``: the part in the span of D times the changed gradient.
+        step: ``[W]``, coefficients of the ``s_i``: the part of b in the span.
+        dimension: ``[] int32``, the dimension of the span.
     """
 
     inside: jax.Array
@@ -76,12 +76,12 @@ def solve(products: Products, curvature: jax.Array, damping: jax.Array) -> Leap:
     """Solves for the part of the leap in the span of the secants.
 
     Args:
-        products: of secants, gradient and step.
+        products: the inner products of secants, gradient and step.
         curvature: ``[]``, κ > 0.
         damping: ``[]``, λ >= 0, in units of κ; infinite for the optimizer's step itself.
 
     Returns:
-        coefficients; zeros for secants of no length, and for all of them if something is not finite.
+        The coefficients. They are zero for secants of zero length, and all zero if any value is not finite.
     """
     squared = jnp.diagonal(products.gram)
     is_used = (squared > 0) & jnp.isfinite(squared)
@@ -117,7 +117,7 @@ def solve(products: Products, curvature: jax.Array, damping: jax.Array) -> Leap:
 
 
 def _hessian(cross: jax.Array, eigenvalues: jax.Array, curvature: jax.Array) -> jax.Array:
-    """B: each element from its two measurements, by how well they are known, and from what is taken for granted.
+    """The Hessian B: each element is the mean of its two measurements and the prior, weighted by their certainty.
 
     Args:
         cross: ``[W, W]``, ``√e_i u_i' y_j``.
@@ -131,7 +131,7 @@ def _hessian(cross: jax.Array, eigenvalues: jax.Array, curvature: jax.Array) -> 
 
 
 def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues, ascending, and vectors; on a GPU by QR, which is faster for so few numbers."""
+    """The eigenvalues in ascending order, and the vectors; a GPU uses QR, which is faster for such small matrices."""
 
     def by_qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         vectors, values = jax.lax.linalg.eigh(x, implementation=jax.lax.linalg.EighImplementation.QR)
@@ -145,7 +145,7 @@ def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _product(x: jax.Array, inverse: jax.Array) -> jax.Array:
-    """``x * inverse``; 0 where that is, whatever x."""
+    """``x * inverse``; 0 where ``inverse`` is 0, whatever x is."""
     return jnp.where(inverse > 0, x * inverse, 0)
 
 

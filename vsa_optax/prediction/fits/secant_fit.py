@@ -5,22 +5,23 @@ record, with gradient ``g``,
 
     c = argmin ||d - sum_i c_i s_i||² + ε sum_i (c_i ||s_i||)²,        ĝ = g + sum_i c_i y_i,
 
-which with a small ridge ε is exact on a quadratic loss wherever ``d`` lies among the ``s_i``: there ``y_i = H s_i`` for
-its Hessian H, whatever steps the optimizer takes, oscillations included. What lies beside them adds nothing to the
-gradient, and no Hessian is formed: the normal equations need the products of the ``s_i`` with each other, W² numbers
-that grow by a row a record, and with ``d``.
+With a small ridge ε, this is exact on a quadratic loss for any ``d`` in the span of the ``s_i``: there ``y_i = H s_i``
+for the Hessian H, whatever steps the optimizer takes, oscillations included. The part of ``d`` outside the span does
+not change the prediction. No Hessian is formed: the normal equations need the inner products of the ``s_i`` with ``d``
+and with each other, W² numbers to which each record adds a row.
 
-Where the parameters drift one way, the ``s_i`` are all but parallel, and the solution weighs small differences of the
-``y_i`` by large numbers of both signs. How much to trust them is measured: each true gradient is compared with the
-predictions of all ridges, without forming them, from the products of the ``y_i`` with each other and with the newest
-change, and the ridge of the least average error predicts. The last of them is infinite: the newest gradient as it is.
+If the parameters drift in one direction, the ``s_i`` are almost parallel, and the solution multiplies small differences
+of the ``y_i`` by large numbers of both signs. Their error is measured: each true gradient is compared with the
+predictions of all ridges. This needs only the inner products of the ``y_i`` with each other and with the newest change.
+The ridge with the smallest average error makes the prediction. The last ridge is infinite: it predicts the newest
+gradient.
 
 Axes: W records, L leaves, R ridges.
 
 References:
     H. Fang and Y. Saad, "Two classes of multisecant methods for nonlinear acceleration", Numerical Linear Algebra with
     Applications 16 (2009): the multisecant condition ``H S = Y``. There it gives a quasi-Newton step; here it predicts
-    what the optimizer is fed.
+    the gradient that the optimizer receives.
 """
 
 from typing import NamedTuple
@@ -28,20 +29,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# The smallest lies above the rounding of products in f32, which know the square of an angle to about 1e-6; steps of ten
-# are chosen by hand, as are the next two (benchmarks/constants.log has them moved).
+# The smallest ridge is above the rounding of f32 products, which resolve the square of an angle to about 1e-6. Factors
+# of ten are chosen by hand, as are the next two constants (benchmarks/constants.log varies them).
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
-FORGET = 0.9  # Of the scores, a measurement: an average over about ten.
-_MOST_ERROR = 4.0  # Of one measurement in an average: a single step must not decide for long.
+FORGET = 0.9  # The decay of the scores per measurement: an average over about ten.
+_MOST_ERROR = 4.0  # The largest error of one measurement in an average: a single step must not decide for long.
 
 
 class Scores(NamedTuple):
-    """What the predictions were worth, out of sample, as forgetful averages of ``||g - ĝ||² / ||g||²``.
+    """Out-of-sample errors of the predictions, as exponential moving averages of ``||g - ĝ||² / ||g||²``.
 
     Attributes:
-        of_ridges: ``[R] float32``, over the whole tree.
-        of_leaves: ``[L] float32``, of the ridge that predicted.
-        weight: ``[] float32``, of the averages: 0 before the first measurement, towards 1 later.
+        of_ridges: ``[R] float32``, the error of each ridge over the whole tree.
+        of_leaves: ``[L] float32``, the error of each leaf with the ridge that predicted.
+        weight: ``[] float32``, the weight of the averages: 0 before the first measurement, and 1 in the limit.
     """
 
     of_ridges: jax.Array
@@ -50,14 +51,14 @@ class Scores(NamedTuple):
 
 
 def no_scores(num_leaves: int) -> Scores:
-    """Nothing measured."""
+    """The scores before any measurement."""
     return Scores(
         jnp.zeros([len(RIDGES)], jnp.float32), jnp.zeros([num_leaves], jnp.float32), jnp.zeros([], jnp.float32)
     )
 
 
 def coefficients(gram: jax.Array, products: jax.Array) -> jax.Array:
-    """``[R, W] float32``: c for each ridge; zeros where they would not be finite, and for changes of no length.
+    """``[R, W] float32``: c for each ridge; zeros if they would not be finite, and for changes of zero length.
 
     Args:
         gram: ``[W, W] float32``, ``<s_i, s_j>``.
@@ -76,12 +77,12 @@ def coefficients(gram: jax.Array, products: jax.Array) -> jax.Array:
 
 
 def best(scores: Scores) -> jax.Array:
-    """``[] int32``: the ridge of the least error, the smallest before any is measured."""
+    """``[] int32``: the index of the ridge with the smallest error; the smallest ridge before any measurement."""
     return jnp.argmin(scores.of_ridges)
 
 
 def errors(coefficients: jax.Array, gram: jax.Array, products: jax.Array, squared_norms: jax.Array) -> jax.Array:
-    """``[R, L]``: ``||y - sum_i c_i y_i||²``, what is missed of the newest change ``y``.
+    """``[R, L]``: ``||y - sum_i c_i y_i||²``, the squared error in the newest change ``y``.
 
     Args:
         coefficients: ``[R, W]``.
@@ -95,17 +96,17 @@ def errors(coefficients: jax.Array, gram: jax.Array, products: jax.Array, square
 
 
 def scored(scores: Scores, squared: jax.Array, squared_norms: jax.Array, forget: float) -> Scores:
-    """The averages with one more measurement.
+    """Adds one measurement to the averages.
 
     Args:
-        scores: those of before, by which the ridge was chosen.
-        squared: ``[R, L]``, errors.
-        squared_norms: ``[L]``, of what was predicted.
-        forget: of the averages, in (0, 1].
+        scores: the scores before the measurement, which chose the ridge.
+        squared: ``[R, L]``, the squared errors.
+        squared_norms: ``[L]``, the squared norms of the predicted gradient's leaves.
+        forget: the decay of the averages, in (0, 1].
     """
 
     def relative(error: jax.Array, whole: jax.Array) -> jax.Array:
-        # Where there is nothing to predict, predicting is worth what predicting zero is.
+        # For a zero target, the error counts as that of predicting zero.
         ratio = jnp.where(whole > 0, error / jnp.where(whole > 0, whole, 1), 1.0)
         return jnp.where(ratio < _MOST_ERROR, ratio, _MOST_ERROR)
 

@@ -1,1 +1,1 @@
-"""What predicts: a history, and what is made of it. Each state stands above the class that makes it."""
+"""The predictors and their histories. Each state is defined above the class that creates it."""

@@ -1,7 +1,7 @@
-"""What the phase machine asks of a history and of a predictor, and what passes between them.
+"""The interfaces of a history and of a predictor, and the data that the phase machine exchanges with them.
 
-What a step is to a history (its *scalars*) is computed before any leaf is touched, and outside the conditionals that
-use it: if a scalar were fused into a loop over a leaf, XLA would compute it anew for each element.
+The *scalars* of a step are computed before any leaf is read, and outside the conditionals that use them. If a scalar
+were fused into a loop over a leaf, XLA would compute it again for each element.
 
 Axes: L leaves, K features of a calibrated line, W records.
 """
@@ -16,13 +16,13 @@ import optax
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 
-# What only the history or the predictor that made it looks into: a NamedTuple of arrays, of a type of its own.
+# Each is a NamedTuple of arrays; only the history or the predictor that made it reads its fields.
 HistoryState: TypeAlias = Any
 OwnScalars: TypeAlias = Any
 OwnCalibration: TypeAlias = Any
 
 
-# By a history's state.
+# The settings of each history's state, by the name of its class.
 _MADE_BY = {
     "SecantHistoryState": "Secants",
     "WindowHistoryState": "Window",
@@ -33,16 +33,16 @@ _MADE_BY = {
 
 
 class PredictionQuality(NamedTuple):
-    """What predictions are worth, leaf by leaf in the order of ``jax.tree.leaves(params)``.
+    """The accuracy of predictions, leaf by leaf in the order of ``jax.tree.leaves(params)``.
 
     Attributes:
-        coefficients: ``[L, K] float32``, of a line: those of the records' mean (α), of what the line adds from there to
-            the predicted step (β), and, with a window, of the newest record; None of a secant.
-        ridge: ``[] float32``, of a secant: the regularization that served best so far, infinite where the newest
-            gradient did; None of a line.
-        r_squared: ``[L] float32``, ``1 - ||x - x̂||² / ||x||²`` out of sample, averaged over about twenty true steps (of
-            a secant ten, each at least -3); 0, as for predicting zero, if nothing is known.
-        mean_r_squared: ``[] float32``, their mean.
+        coefficients: ``[L, K] float32``, a line's coefficients: of the records' mean (α), of the line's change from
+            there to the predicted step (β), and, with a window, of the newest record. None with another predictor.
+        ridge: ``[] float32``, the secants' ridge that has predicted best so far; infinite if that is the newest
+            gradient. None with another predictor.
+        r_squared: ``[L] float32``, ``1 - ||x - x̂||² / ||x||²`` out of sample, averaged over about twenty true steps
+            (with secants over ten, each at least -3); 0, as for predicting zero, before any measurement.
+        mean_r_squared: ``[] float32``, the mean of ``r_squared`` over the leaves.
     """
 
     coefficients: jax.Array | None
@@ -52,14 +52,14 @@ class PredictionQuality(NamedTuple):
 
 
 class Calibration(Protocol):
-    """What past predictions were worth: a NamedTuple of arrays, each predictor's own."""
+    """The measured errors of past predictions: a NamedTuple of arrays, different for each predictor."""
 
     def quality(self) -> PredictionQuality:
-        """What it says of the predictions."""
+        """The accuracy of the predictions."""
 
 
 class Experience(NamedTuple):
-    """What a predictor has learned from its errors.
+    """The part of a predictor's state that it learns from its errors.
 
     Attributes:
         residual: tree of ``[*shape]``, the averaged error of past predictions, or a codec's payload of it; None if
@@ -72,12 +72,12 @@ class Experience(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One prediction beside what came.
+    """The comparison of a prediction with its true target.
 
     Attributes:
-        experience: with this comparison in it.
+        experience: the experience after this comparison.
         error: ``[] float32``, ``||g - ĝ|| / ||g||`` over the whole tree; meaningless unless it was measured.
-        is_measured: ``[] bool``, true if there was a prediction and its target was not zero.
+        is_measured: ``[] bool``, true if there was a prediction and its target was non-zero.
     """
 
     experience: Experience
@@ -86,15 +86,15 @@ class Comparison(NamedTuple):
 
 
 class Scalars(Protocol):
-    """What one step is to a history: a NamedTuple of small arrays, each predictor's own."""
+    """The scalars of one step: a NamedTuple of small arrays, different for each predictor."""
 
     @property
     def horizon(self) -> jax.Array:
-        """``[] float32``, steps from the newest record."""
+        """The horizon, ``[] float32``: the number of steps from the newest record."""
 
     @property
     def distance(self) -> jax.Array | None:
-        """``[] float32``, from the newest record's parameters; None for a predictor that does not read them."""
+        """The distance ``[] float32`` from the newest record's parameters; None if they are not read."""
 
 
 class History(Protocol):
@@ -107,7 +107,7 @@ class History(Protocol):
         """``ValueError`` that names the setting if ``state`` was made with other settings."""
 
     def example(self, state: HistoryState) -> tuple[Tree, int]:
-        """A tree of the parameters' structure, and how many axes its leaves have before theirs."""
+        """A tree with the parameters' structure, and the number of leading axes of its leaves."""
 
     def record(
         self,
@@ -118,21 +118,21 @@ class History(Protocol):
         scalars: OwnScalars,
         is_recorded: jax.Array,
     ) -> HistoryState:
-        """The history with one more record, taken at ``step`` and these parameters, if it is recorded."""
+        """The history with one more record, taken at ``step`` and ``params``, if ``is_recorded``."""
 
 
 class Predictor(Protocol):
-    """A history, and what is made of it.
+    """Predicts from a history.
 
     Attributes:
-        reads_params: whether it needs the parameters; None is passed for them if not.
+        reads_params: whether it needs the parameters; if not, they are passed as None.
         calibrates: whether it learns from its errors.
-        has_residual: whether the average of its errors is added.
+        has_residual: whether it adds the average of its errors to predictions.
     """
 
     @property
     def history(self) -> History:
-        """The memory."""
+        """The history."""
 
     @property
     def reads_params(self) -> bool: ...  # noqa: D102 # The class says it.
@@ -144,18 +144,18 @@ class Predictor(Protocol):
     def has_residual(self) -> bool: ...  # noqa: D102
 
     def init_experience(self, params: optax.Params) -> Experience:
-        """Nothing measured."""
+        """The experience before any comparison."""
 
     def scalars(self, history: HistoryState, step: jax.Array, params: optax.Params | None) -> Scalars:
-        """All that a step is to the history."""
+        """The scalars of a step."""
 
     def weights(self, calibration: OwnCalibration, scalars: OwnScalars) -> jax.Array | None:
-        """How much a calibrated prediction takes of each of its parts; None without calibration."""
+        """The coefficients of a calibrated prediction's parts; None without calibration."""
 
     def predict(
         self, history: HistoryState, residual: Tree, scalars: OwnScalars, weights: jax.Array | None
     ) -> optax.Updates:
-        """Tree of predictions, in at least f32."""
+        """A tree of predictions, in at least f32."""
 
     def compare(
         self,
@@ -165,32 +165,32 @@ class Predictor(Protocol):
         target: optax.Updates,
         predicted: Callable[[], optax.Updates],
     ) -> Comparison:
-        """Compares ``target``, which is to be recorded, with its prediction, which ``predicted`` forms if needed."""
+        """Compares ``target``, before it is recorded, with its prediction, which ``predicted`` computes if needed."""
 
 
 def check_settings(**settings: tuple[object, object]) -> None:
-    """``ValueError`` unless each setting that a state was made with, given first, is that of the transformation."""
+    """``ValueError`` unless each setting of a state, given first, equals that of the transformation."""
     for name, (given, wanted) in settings.items():
         if given != wanted:
             raise ValueError(f"state was made with other settings: {name} is {given}, here {wanted}")
 
 
 def check_history(state: HistoryState, kind: type | None) -> None:
-    """``ValueError`` unless a history's state is of that kind; with None for a kind there must be no history."""
+    """``ValueError`` unless a history's state is a ``kind``; if that is None, there must be no history."""
     given = None if state is None else _settings_of(type(state))
     check_settings(predictor=(given, None if kind is None else _settings_of(kind)))
 
 
 def _settings_of(kind: type) -> str:
-    """The settings that a history's state was made with, in the words of a user."""
+    """The user's name for the settings of a history's state."""
     return _MADE_BY.get(kind.__name__, kind.__name__)
 
 
 def num_measured_leaves(params: optax.Params) -> int:
-    """L, leaves that a calibration has numbers for.
+    """L, the number of leaves in a calibration's arrays.
 
-    It is at least 1, although there may be no leaf: some formats cannot save an array of no size. None in its place
-    would not do, since what maps a function over an optimizer's state compares it with the state of other parameters.
+    It is at least 1 even without leaves, since some formats cannot save a zero-size array. None would not work instead:
+    functions that map over an optimizer's state compare it with the state of other parameters.
     """
     return max(1, len(jax.tree.leaves(params)))
 
@@ -201,5 +201,5 @@ def not_measured(experience: Experience) -> Comparison:
 
 
 def zeros_as_stored(params: optax.Params, dtype: jnp.dtype | None) -> Tree:
-    """Zeros for ``params`` in the dtypes that records of them are kept in."""
+    """Zeros for ``params``, in the dtypes in which their records are stored."""
     return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=numerics.stored_dtype(leaf, dtype)), params)

@@ -1,4 +1,4 @@
-"""What predicts: the settings of a predictor, as objects that check themselves, and the predictor that they mean."""
+"""The settings of each predictor, as objects that check themselves, and the predictor made from them."""
 
 import dataclasses
 from typing import ClassVar, Literal, TypeAlias, get_args
@@ -22,23 +22,27 @@ Predicted: TypeAlias = Literal["update", "gradient"]
 class Secants:
     """Predicts the gradient at the present parameters from the last changes of parameters and gradients.
 
-    Least squares finds the mixture of past moves that leads to where the parameters are; the same mixture of the
-    gradient's changes is the prediction, with a ridge that is chosen by what it was worth so far. See
-    `prediction.fits.secant_fit`. Needs ``params`` at every ``update``. The optimizer runs at every step.
+    Least squares finds the combination of past moves that leads to the present parameters. The same combination of the
+    gradient's changes is added to the newest gradient. The ridge is the one that has predicted best so far
+    (`prediction.fits.secant_fit`). Every ``update`` needs ``params``. The optimizer runs at every step.
 
     Attributes:
-        window: W, how many changes are kept, ``>= 2``.
-        dtype: of the changes: float16, bfloat16, float32 or float64; None keeps each leaf's own. In float16 each change
-            of a leaf is stored relative to a power of two; it skips fewer steps, in short runs of small models a third
-            fewer (benchmarks/history_memory.log). A complex leaf is kept in complex64 or complex128, and the
-            newest parameters and gradient in their own dtype.
+        window: W, the number of changes kept, ``>= 2``.
+        dtype: the dtype of the changes: float16, bfloat16, float32 or float64. None uses float16 for leaves of float32,
+            bfloat16 or float16 with at least 65,536 coordinates, and each other leaf's own dtype. A complex leaf is
+            kept in complex64 or complex128; the newest parameters and gradient keep their own dtype. In float16, each
+            change of a leaf is stored relative to a power of two. With small leaves, float16 skips fewer steps: a third
+            fewer in short runs of small models. With large leaves, it skips about as many as float32
+            (benchmarks/history_memory.log, history_large_gpu.log).
 
     State cost:
-        for parameters of P bytes, and Q in the dtype of the changes, ``2 * W * Q + 2 * P`` bytes,
-        ``4 * (W**2 + 1)`` a leaf, and ``4 * W**2``; in float16 ``8 * W`` a leaf more.
+        ``2 * W * Q + 2 * P`` bytes for parameters of P bytes that need Q bytes in the dtypes of the changes, and
+        ``4 * (W**2 + 1)`` bytes per leaf and ``4 * W**2`` bytes. If any leaf is in float16, ``8 * W`` bytes more per
+        leaf. With the defaults, a float32 model with large leaves needs 18 copies of the parameters, and one with small
+        leaves 34.
 
     Raises:
-        ValueError: an attribute outside its range; at ``update``, no ``params``.
+        ValueError: if an attribute is outside its range; at ``update``, if ``params`` is missing.
 
     Example:
         >>> import optax, vsa_optax
@@ -57,28 +61,30 @@ class Secants:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Predicts by a line in time, fitted by weighted least squares to the last records.
+    """Predicts with a line in time, fitted by weighted least squares to the last records.
 
     Attributes:
-        length: W, how many records are kept, ``>= 2``.
+        length: W, the number of records kept, ``>= 2``.
         decay: the weight of a record relative to the next newer one, in ``(0, 1]``.
-        predicts: ``"update"`` records what the wrapped optimizer emits and leaves its state as it is in PREDICT;
+        predicts: ``"update"`` records the updates of the wrapped optimizer, which does not run in PREDICT;
             ``"gradient"`` records gradients, and the optimizer runs at every step.
-        calibrate: whether each leaf weighs the records' mean, the slope and the newest record by what they were worth
-            in predictions so far: see `prediction.fits.calibration`.
-        residual_decay: a number in ``[0, 1]`` adds the average error of past predictions, with this decay γ both of the
-            average and, a step, of what is added. None adds nothing, which ``calibrate=True`` needs.
-        dtype: of records and residual: float16, bfloat16, float32 or float64; None keeps each leaf's own. A complex
-            leaf is kept in complex64 or complex128. It has no effect with a codec.
-        codec: keeps records and residual, such as `vsa_optax.TritCodec`; None keeps them as they are. A prediction then
-            costs one decoding, whatever W, and the residual's.
+        calibrate: whether each leaf has its own coefficients for the records' mean, the slope and the newest record,
+            fitted by least squares to the errors of past predictions (`prediction.fits.calibration`).
+        residual_decay: a number γ in ``[0, 1]`` adds the average error of past predictions. The average decays by γ
+            with each new error, and the added term by γ with each step. None adds nothing; ``calibrate=True`` needs
+            None.
+        dtype: the dtype of records and residual: float16, bfloat16, float32 or float64. None keeps each leaf's own. A
+            complex leaf is kept in complex64 or complex128. It has no effect with a codec.
+        codec: a codec that compresses records and residual, such as `vsa_optax.TritCodec`; None keeps them
+            uncompressed. A prediction then costs three decodings, whatever W is; with ``calibrate=False`` one, and one
+            more for the residual.
 
     State cost:
-        for parameters of P bytes in the records' dtype, or as ``codec.nbytes`` counts them, ``W * P``, and P for the
-        residual; calibrated, ``4 * (W**2 + 14)`` a leaf, or 56 with a codec.
+        ``W * P`` bytes for parameters of P bytes in the records' dtype, or as ``codec.nbytes`` counts them; P more
+        with a residual; ``4 * (W**2 + 14)`` bytes per leaf with ``calibrate=True``, or 56 with a codec.
 
     Raises:
-        ValueError: an attribute outside its range.
+        ValueError: if an attribute is outside its range.
 
     Example:
         >>> import optax, vsa_optax
@@ -86,8 +92,9 @@ class Window:
         >>> opt = vsa_optax.phase_switched(optax.adamw(1.0), learning_rate=1e-3, predictor=line)
 
     References:
-        With ``calibrate=False, residual_decay=0.95`` it is the predictor of the Rust crate vsa-optim-rs 0.1.1, whose
-        window holds two records more, whose residual is measured without itself and starts to fade one step later.
+        With ``calibrate=False, residual_decay=0.95`` this is the predictor of the Rust crate vsa-optim-rs 0.1.1, with
+        two differences: the window of the crate holds two more records, and its residual is measured without the
+        residual itself and starts to decay one step later.
     """
 
     length: int = 8
@@ -108,22 +115,28 @@ class Window:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recursive:
-    """Predicts by a line in time, fitted to all records so far, whose weights fade.
+    """Predicts with a line in time, fitted to all records so far with weights that decay.
 
-    It does the same work and takes the same memory whatever the decay.
+    Work and memory do not depend on the decay.
 
     Attributes:
-        decay: as in `Window`, and so are the attributes that follow.
-        predicts: see `Window`.
-        calibrate: see `Window`; a leaf weighs the mean and the slope.
-        residual_decay: see `Window`.
-        dtype: see `Window`.
+        decay: the weight of a record relative to the next newer one, in ``(0, 1]``.
+        predicts: ``"update"`` records the updates of the wrapped optimizer, which does not run in PREDICT;
+            ``"gradient"`` records gradients, and the optimizer runs at every step.
+        calibrate: whether each leaf has its own coefficients for the mean and the slope, fitted by least squares to
+            the errors of past predictions (`prediction.fits.calibration`).
+        residual_decay: a number γ in ``[0, 1]`` adds the average error of past predictions. The average decays by γ
+            with each new error, and the added term by γ with each step. None adds nothing; ``calibrate=True`` needs
+            None.
+        dtype: the dtype of records and residual: float16, bfloat16, float32 or float64. None keeps each leaf's own. A
+            complex leaf is kept in complex64 or complex128.
 
     State cost:
-        for parameters of P bytes in the records' dtype, ``2 * P``, and P for the residual; calibrated, 32 a leaf.
+        ``2 * P`` bytes for parameters of P bytes in the records' dtype; P more with a residual; 32 bytes per leaf with
+        ``calibrate=True``.
 
     Raises:
-        ValueError: an attribute outside its range.
+        ValueError: if an attribute is outside its range.
 
     Example:
         >>> import optax, vsa_optax
@@ -142,30 +155,31 @@ class Recursive:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Momentum:
-    """Predicts the newest record, moved on by a share of its difference from the one before.
+    """Predicts the newest record plus a fraction of its difference from the record before it.
 
-    All steps of a leap have the same prediction. The true gradient (or update) that ends a leap leaves with
-    ``correction_weight`` times what its prediction missed added to it; the record of it is without that. Nothing is
-    learned: ``Window(2)`` is the same two records with calibrated coefficients.
+    All steps of a leap have the same prediction. The true gradient (or update) that ends a leap is emitted with
+    ``correction_weight`` times the prediction's error added to it, and recorded without that term. No coefficient is
+    learned: ``Window(2)`` keeps the same two records with calibrated coefficients.
 
     Attributes:
-        momentum: μ in ``x_last + μ (x_last - x_before)``, ``>= 0``; 0 repeats the newest record.
-        correction_weight: ω in ``x + ω (x - x̂)``, ``>= 0``; 0 corrects nothing.
-        predicts: as in `Window`.
+        momentum: μ in ``x_last + μ (x_last - x_before)``, ``>= 0``. 0 repeats the newest record.
+        correction_weight: ω in ``x + ω (x - x̂)``, ``>= 0``. 0 corrects nothing.
+        predicts: ``"update"`` records the updates of the wrapped optimizer, which does not run in PREDICT;
+            ``"gradient"`` records gradients, and the optimizer runs at every step.
 
     State cost:
-        for parameters of P bytes ``2 * P``, ``8`` a leaf, and 52.
+        ``2 * P`` bytes for parameters of P bytes, 8 bytes per leaf, and 52 bytes.
 
     Raises:
-        ValueError: an attribute outside its range.
+        ValueError: if an attribute is outside its range.
 
     Example:
         >>> import optax, vsa_optax
         >>> opt = vsa_optax.phase_switched(optax.adamw(1e-3), predictor=vsa_optax.Momentum(momentum=0.5))
 
     References:
-        The momentum predictor of the Rust crate vsa-optim-rs 0.1.1, which keeps more records than it reads. What else
-        differs is in docs/migration.md.
+        The momentum predictor of the Rust crate vsa-optim-rs 0.1.1, which keeps more records than it reads.
+        docs/migration.md lists the other differences.
     """
 
     momentum: float = 0.9
@@ -183,7 +197,7 @@ PredictorSettings: TypeAlias = Secants | Window | Recursive | Momentum
 
 
 def make_predictor(settings: PredictorSettings) -> Predictor:
-    """The predictor of these settings."""
+    """The predictor made from ``settings``."""
     if isinstance(settings, Momentum):
         return MomentumPredictor(settings.momentum, settings.correction_weight)
     dtype = None if settings.dtype is None else jnp.dtype(settings.dtype)
@@ -199,7 +213,7 @@ def make_predictor(settings: PredictorSettings) -> Predictor:
 
 
 def _check_line(line: Window | Recursive) -> None:
-    """What both lines take, checked, and as plain Python values."""
+    """Checks the attributes that both lines share, and turns them into plain Python values."""
     decay = checks.check_real("decay", line.decay, low=0.0, high=1.0, low_open=True)
     object.__setattr__(line, "decay", decay)
     checks.check_choice("predicts", line.predicts, get_args(Predicted))
@@ -216,6 +230,6 @@ def _check_line(line: Window | Recursive) -> None:
 
 
 def _dtype_name(value: jax.typing.DTypeLike | None) -> str | None:
-    """A dtype as its name, so that the settings' ``repr`` can be pasted."""
+    """The name of a dtype, so that the ``repr`` of the settings can be pasted."""
     dtype = checks.check_float_dtype("dtype", value)
     return None if dtype is None else dtype.name

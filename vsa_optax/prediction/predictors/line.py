@@ -1,10 +1,10 @@
-"""Prediction by a line in time: read at a later step, and the averaged error of earlier predictions on top.
+"""Predicts with a line in time, evaluated at a later step, plus the averaged error of earlier predictions.
 
 ĝ(t) = b + v (t - t_last) + γ^(t - t_last) r
 r    <- γ r + (1 - γ) (g - ĝ)                     at CORRECT steps
 
-A calibrated line has no residual; the records' mean, the line's slope and the newest record have coefficients of their
-own in each leaf: see `prediction.fits.calibration`.
+A calibrated line has no residual. Instead, the records' mean, the line's slope and the newest record have separate
+coefficients in each leaf, which `prediction.fits.calibration` fits.
 
 Axes: L leaves, K features, W records.
 """
@@ -27,15 +27,15 @@ from vsa_optax.prediction.predictors.base import Comparison, Experience, History
 
 
 class LineScalars(NamedTuple):
-    """What one step is to a line in time.
+    """The scalars of one step for a line in time.
 
     Attributes:
-        horizon: ``[] float32``, steps from the newest record.
-        coefficients: ``[terms] float32``, the prediction's weights.
-        features: ``[K, terms] float32``, those of a calibrated prediction's parts: the records' mean, the line's slope,
-            and, with a window, the newest record.
-        reach: ``[K] float32``, what the features are multiplied by: 1, the steps from the mean record, 1.
-        moments: ``weight, lag, spread`` as they will be after a record at this step; None for the window.
+        horizon: ``[] float32``, the number of steps from the newest record.
+        coefficients: ``[terms] float32``, the coefficients of the terms in the prediction.
+        features: ``[K, terms] float32``, the coefficients of the terms in each feature of a calibrated prediction: the
+            records' mean, the line's slope and, with a window, the newest record.
+        reach: ``[K] float32``, the factors of the features: 1, the steps from the mean record, 1.
+        moments: ``weight, lag, spread`` after a record at this step; None for the window.
         gains: ``mean_gain, keep, velocity_gain`` of such a record; None for the window.
     """
 
@@ -48,7 +48,7 @@ class LineScalars(NamedTuple):
 
     @property
     def distance(self) -> None:
-        """A line does not read the parameters."""
+        """The distance is None, since a line does not read the parameters."""
         return
 
 
@@ -56,22 +56,22 @@ class LineHistory(History, Protocol):
     """A history whose prediction is a line in time, the weighted sum of numbers and trees.
 
     Attributes:
-        num_features: K, the parts of a calibrated prediction.
+        num_features: K, the number of features of a calibrated prediction.
     """
 
     num_features: ClassVar[int]
 
     def scalars(self, state: HistoryState, step: jax.Array) -> LineScalars:
-        """What ``step`` is to the history."""
+        """The scalars of ``step``."""
 
     def terms(self, state: HistoryState, scalars: LineScalars) -> tuple[list[jax.Array], list[optax.Updates]]:
-        """Numbers and trees whose weighted sum is the prediction; it is zero while nothing is recorded."""
+        """The coefficients and trees whose weighted sum is the prediction; it is zero before the first record."""
 
     def init_gram(self, num_leaves: int) -> jax.Array | None:
-        """The records' products with each other, if they are kept: ``[L, W, W] float32``."""
+        """Zeros for the records' inner products, ``[L, W, W] float32``; None if they are not kept."""
 
     def combine(self, state: HistoryState, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
-        """The features' sum with weights ``[L, K]``, in at least f32."""
+        """The sum of the features with weights ``[L, K]``, in at least f32."""
 
     def products(
         self,
@@ -81,40 +81,40 @@ class LineHistory(History, Protocol):
         tree: optax.Updates,
         squared_norms: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Products of the features with each other ``[L, K, K]``, and with ``tree`` ``[L, K]``.
+        """Inner products of the features with each other, ``[L, K, K]``, and with ``tree``, ``[L, K]``.
 
-        The features are taken without their reach. Third comes the gram, if it is kept, as it will be once the tree is
-        recorded, whose ``squared_norms`` are given.
+        The features are not multiplied by their reach. The third result is the gram after the tree with these
+        ``squared_norms`` has been recorded, or None if it is not kept.
         """
 
 
 class CalibrationState(NamedTuple):
-    """What past predictions were worth.
+    """The measured errors of past predictions.
 
     Attributes:
-        sums: `prediction.fits.calibration.Sums`, a few scalars a leaf.
-        gram: ``[L, W, W] float32``, the products of the window's records; None for other histories.
+        sums: `prediction.fits.calibration.Sums`, a few scalars per leaf.
+        gram: ``[L, W, W] float32``, the inner products of the window's records; None for other histories.
     """
 
     sums: calibration.Sums
     gram: jax.Array | None
 
     def quality(self) -> PredictionQuality:
-        """The coefficients in use, and R² by leaf."""
+        """The coefficients in use, and R² of each leaf."""
         r_squared = calibration.r_squared(self.sums.error, self.sums.weight)
         return PredictionQuality(calibration.coefficients(self.sums), None, r_squared, jnp.mean(r_squared))
 
 
 @dataclasses.dataclass(frozen=True)
 class LinePredictor:
-    """Reads the line of a history, calibrated or with a residual.
+    """Predicts with the line of a history, calibrated or with a residual.
 
     Attributes:
-        history: the records.
-        dtype: of the residual; None keeps each leaf's own.
-        codec: keeps the residual as a payload, encoded anew at CORRECT steps; None keeps it as it is.
-        residual_decay: γ, with which the averaged error is added; None adds nothing.
-        calibrates: whether each leaf weighs the features.
+        history: the history of records.
+        dtype: the dtype of the residual; None keeps each leaf's own.
+        codec: the codec that keeps the residual as a payload, encoded again at CORRECT steps; None keeps it as arrays.
+        residual_decay: γ, the decay of the averaged error that is added; None adds nothing.
+        calibrates: whether each leaf has coefficients for the features.
     """
 
     history: LineHistory
@@ -126,11 +126,11 @@ class LinePredictor:
 
     @property
     def has_residual(self) -> bool:
-        """Whether the averaged error is added."""
+        """Whether the averaged error is added to predictions."""
         return self.residual_decay is not None
 
     def init_experience(self, params: optax.Params) -> Experience:
-        """Nothing measured; the residual is zero."""
+        """The experience before any comparison; the residual is zero."""
         residual, measured = None, None
         if self.has_residual:
             residual = (
@@ -143,7 +143,7 @@ class LinePredictor:
         return Experience(residual, measured)
 
     def scalars(self, history: HistoryState, step: jax.Array, params: optax.Params | None) -> LineScalars:
-        """What ``step`` is to the history, and the residual's coefficient as the last one."""
+        """The scalars of ``step``, with the residual's coefficient as the last one."""
         del params
         scalars = self.history.scalars(history, step)
         if self.residual_decay is None:
@@ -152,13 +152,13 @@ class LinePredictor:
         return scalars._replace(coefficients=jnp.append(scalars.coefficients, faded))
 
     def weights(self, state: CalibrationState | None, scalars: LineScalars) -> jax.Array | None:
-        """``[L, K]``: how much a calibrated prediction takes of each feature."""
+        """``[L, K]``: the coefficients of the features in a calibrated prediction."""
         return None if state is None else calibration.coefficients(state.sums) * scalars.reach[None]
 
     def predict(
         self, history: HistoryState, residual: Tree, scalars: LineScalars, weights: jax.Array | None
     ) -> optax.Updates:
-        """Zeros while nothing is recorded."""
+        """The predictions; zeros before the first record."""
         if weights is not None:
             return self.history.combine(history, scalars, weights)
         coefficients, terms = self.history.terms(history, scalars)
@@ -174,7 +174,7 @@ class LinePredictor:
         target: optax.Updates,
         predicted: Callable[[], optax.Updates],
     ) -> Comparison:
-        """A calibrated line is compared without forming its prediction."""
+        """Compares a target with its prediction; a calibrated line does not compute the prediction for this."""
         state: CalibrationState | None = experience.calibration
         if state is None:
             return self._compare_with(predicted(), experience.residual, target)
@@ -182,12 +182,12 @@ class LinePredictor:
             return base.not_measured(experience)
         squared_norms = trees.squared_norms(target)
         gram, products, grown = self.history.products(history, scalars, state.gram, target, squared_norms)
-        # The sums are those of the features as far as they reach.
+        # The sums are those of the features times their reach.
         reach = scalars.reach
         reached = gram * reach[None, :, None] * reach[None, None], products * reach[None]
         theta = calibration.coefficients(state.sums)
         sums, squared = calibration.measure(state.sums, theta, *reached, squared_norms, calibration.FORGET)
-        # Nothing is recorded before the first.
+        # Before the first record there was no prediction.
         has_records = jnp.any(scalars.features != 0)
         sums = trees.tree_where(has_records, sums, state.sums)
         total = jnp.sum(squared_norms)
@@ -210,7 +210,7 @@ class LinePredictor:
 
         averaged = trees.map_leaves(moved, self._decoded(residual), target, prediction)
         if self.codec:
-            # A rotation may overflow where the numbers do not: such a block is kept as zeros.
+            # A rotation may overflow although the numbers do not: such a block is stored as zeros.
             coded = self.codec.encode(averaged)
             averaged = trees.map_leaves(lambda _, x: numerics.saturating_cast(x, x.dtype), residual, coded)
         return Comparison(Experience(averaged), error, is_defined)

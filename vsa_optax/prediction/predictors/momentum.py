@@ -1,13 +1,13 @@
-"""Prediction by the last difference: the newest record, moved on by a share of how it differed from the one before.
+"""Predicts the newest record plus a fraction of its difference from the record before it.
 
     ĝ = g_last + μ (g_last - g_before)
 
-Every step of a leap has the same prediction. The true gradient that ends a leap is corrected by what was missed, and
-that leaves in its place; what is recorded is the true gradient itself:
+Every step of a leap has the same prediction. The true gradient that ends a leap is recorded as it is, and emitted with
+a correction by the prediction's error:
 
     g + ω (g - ĝ)
 
-The errors of the last true steps are kept for `QualityCycle`, which stops to predict while they are large.
+The errors of the last true steps are kept for `QualityCycle`, which does not predict while they are large.
 
 Axes: L leaves, E = 10 errors.
 """
@@ -46,12 +46,12 @@ class MomentumHistoryState(NamedTuple):
 
 
 class MomentumScalars(NamedTuple):
-    """What one step is to the history.
+    """The scalars of one step.
 
     Attributes:
-        horizon: ``[] float32``, steps from the newest record.
-        coefficients: ``[2] float32``, of the records in the prediction; zeros before the first record.
-        num_records: ``[] int32``, so far.
+        horizon: ``[] float32``, the number of steps from the newest record.
+        coefficients: ``[2] float32``, the coefficients of the records in the prediction; zeros before the first record.
+        num_records: ``[] int32``, the number of records so far.
     """
 
     horizon: jax.Array
@@ -60,18 +60,19 @@ class MomentumScalars(NamedTuple):
 
     @property
     def distance(self) -> None:
-        """Momentum does not read the parameters."""
+        """The distance is None, since momentum does not read the parameters."""
         return
 
 
 class MomentumCalibrationState(NamedTuple):
-    """What past predictions were worth; no coefficient is learned from it.
+    """Errors of past predictions; no coefficient is learned from them.
 
     Attributes:
-        error: ``[L] float32``, sum of ``||x - x̂||² / ||x||²`` whose terms fade.
-        weight: ``[L] float32``, sum of ones that fade alike.
-        recent: ``[E] float32``, errors ``||x - x̂|| / ||x||`` of the last true steps behind two records, in a ring.
-        num_recent: ``[] int32``, such errors so far; the next goes to slot ``num_recent % E``.
+        error: ``[L] float32``, the exponentially decaying sum of ``||x - x̂||² / ||x||²``.
+        weight: ``[L] float32``, the sum of ones with the same decay.
+        recent: ``[E] float32``, a ring of the errors ``||x - x̂|| / ||x||`` of the last true steps that followed two
+            records.
+        num_recent: ``[] int32``, the number of such errors so far; the next goes to slot ``num_recent % E``.
     """
 
     error: jax.Array
@@ -80,12 +81,12 @@ class MomentumCalibrationState(NamedTuple):
     num_recent: jax.Array
 
     def quality(self) -> PredictionQuality:
-        """R² by leaf."""
+        """R² of each leaf."""
         r_squared = calibration.r_squared(self.error, self.weight)
         return PredictionQuality(None, None, r_squared, jnp.mean(r_squared))
 
     def exceeds(self, most_error: float) -> jax.Array:
-        """``[] bool``: E errors are known, and their mean is larger."""
+        """``[] bool``: whether E errors are known and their mean exceeds ``most_error``."""
         return (self.num_recent >= _NUM_ERRORS) & (jnp.mean(self.recent) > most_error)
 
 
@@ -97,17 +98,17 @@ class MomentumHistory:
     """
 
     def init(self, params: optax.Params) -> MomentumHistoryState:
-        """The empty history; its leaves are laid out on the devices as the parameters are."""
+        """The empty history, with the parameters' sharding."""
         zeros = base.zeros_as_stored(params, None)
         records = with_axis_in_front(jax.tree.map(lambda x: jnp.broadcast_to(x[None], (2, *x.shape)), zeros))
         return MomentumHistoryState(records, jnp.zeros([], jnp.int32), jnp.zeros([], jnp.int32))
 
     def check_state(self, state: base.HistoryState) -> None:
-        """The kind of history."""
+        """``ValueError`` unless the state is a `MomentumHistoryState`."""
         base.check_history(state, MomentumHistoryState)
 
     def example(self, state: MomentumHistoryState) -> tuple[optax.Updates, int]:
-        """The records."""
+        """The tree of records, whose leaves have one leading axis."""
         return state.records, 1
 
     def record(
@@ -119,7 +120,7 @@ class MomentumHistory:
         scalars: MomentumScalars,
         is_recorded: jax.Array,
     ) -> MomentumHistoryState:
-        """Overwrites the older one."""
+        """Overwrites the older of the two records."""
         del params, scalars
         slot = state.num_records % 2
 
@@ -136,9 +137,9 @@ class MomentumHistory:
 
 @dataclasses.dataclass(frozen=True)
 class MomentumPredictor:
-    """Moves on from the newest record.
+    """Extrapolates from the newest record.
 
-    It is compared at every true step, has no residual, and learns nothing but what it is worth.
+    The prediction is compared at every true step. It has no residual, and only its errors are kept.
 
     Attributes:
         momentum: μ.
@@ -153,14 +154,14 @@ class MomentumPredictor:
     has_residual: ClassVar[bool] = False
 
     def init_experience(self, params: optax.Params) -> Experience:
-        """Nothing measured."""
+        """The experience before any comparison."""
         num_leaves = base.num_measured_leaves(params)
         error, weight = jnp.zeros([num_leaves], jnp.float32), jnp.zeros([num_leaves], jnp.float32)
         recent, num_recent = jnp.zeros([_NUM_ERRORS], jnp.float32), jnp.zeros([], jnp.int32)
         return Experience(calibration=MomentumCalibrationState(error, weight, recent, num_recent))
 
     def scalars(self, history: MomentumHistoryState, step: jax.Array, params: optax.Params | None) -> MomentumScalars:
-        """Of a single record the coefficient is 1."""
+        """The coefficients of the records; a single record has coefficient 1."""
         del params
         num, momentum = history.num_records, jnp.float32(self.momentum)
         newest = jnp.where(num > 1, 1 + momentum, num.astype(jnp.float32))
@@ -172,7 +173,7 @@ class MomentumPredictor:
         )
 
     def weights(self, state: MomentumCalibrationState, scalars: MomentumScalars) -> None:
-        """None: what it is worth changes no prediction."""
+        """None, since past errors do not change a prediction."""
         del state, scalars
 
     def predict(
@@ -193,7 +194,7 @@ class MomentumPredictor:
         target: optax.Updates,
         predicted: Callable[[], optax.Updates],
     ) -> Comparison:
-        """Measures the prediction, and keeps its error."""
+        """Measures the prediction and keeps its error."""
         del history
         if not jax.tree.leaves(target):
             return base.not_measured(experience)
@@ -218,7 +219,7 @@ class MomentumPredictor:
         return Comparison(Experience(experience.residual, learned), error, is_measured)
 
     def corrected(self, history: MomentumHistoryState, scalars: OwnScalars, target: optax.Updates) -> optax.Updates:
-        """What leaves in the place of a true ``target`` that ends a leap: corrected by what was missed of it."""
+        """The true ``target`` that ends a leap, corrected by the error of its prediction."""
         weight = jnp.where(scalars.num_records > 0, jnp.float32(self.correction_weight), 0)
         coefficients = [1 + weight, -weight * scalars.coefficients[0], -weight * scalars.coefficients[1]]
 

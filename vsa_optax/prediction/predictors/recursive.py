@@ -1,4 +1,4 @@
-"""An exact recursion over all gradients so far: two trees, whatever the memory's length."""
+"""An exact recursion over all gradients so far, which keeps two trees, however long its memory is."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -20,10 +20,10 @@ class RecursiveHistoryState(NamedTuple):
 
     Attributes:
         mean: tree of ``[*shape]``, the weighted mean of the records, which is the line's value at their mean step.
-        velocity: tree of ``[*shape]``, the line's change a step.
-        weight: ``[] float32``, sum of all weights.
+        velocity: tree of ``[*shape]``, the line's change per step.
+        weight: ``[] float32``, the sum of all weights.
         lag: ``[] float32``, the newest record's step minus the weighted mean step.
-        spread: ``[] float32``, weighted sum of squared deviations from the mean step.
+        spread: ``[] float32``, the weighted sum of squared deviations from the mean step.
         last_step: ``[] int32``, the newest record's step.
     """
 
@@ -37,10 +37,10 @@ class RecursiveHistoryState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RecursiveHistory:
-    """Weighted least squares over every record so far, the weights fading by ``decay`` a record.
+    """Weighted least squares over every record so far, with weights that decay by ``decay`` per record.
 
-    The normal equations' sums are kept in the form of their solution, mean and velocity, which a new record moves by
-    its distance from the mean times scalar gains: the same numbers, without sums that outgrow f32.
+    The sums of the normal equations are kept as their solution, mean and velocity. A new record moves both by its
+    distance from the mean times scalar gains. This gives the same numbers without sums that overflow f32.
 
     State cost: twice the parameters, plus 16 bytes.
     """
@@ -51,7 +51,7 @@ class RecursiveHistory:
 
     @property
     def _mean_first(self) -> bool:
-        # With both computed from the old mean, XLA copies it; a decay this small needs the digits more.
+        # If both are computed from the old mean, XLA copies it. With a smaller decay, precision matters more.
         return self.decay >= 0.5
 
     def init(self, params: optax.Params) -> RecursiveHistoryState:
@@ -66,15 +66,15 @@ class RecursiveHistory:
         )
 
     def check_state(self, state: base.HistoryState) -> None:
-        """The kind of history."""
+        """``ValueError`` unless the state is a `RecursiveHistoryState`."""
         base.check_history(state, RecursiveHistoryState)
 
     def example(self, state: RecursiveHistoryState) -> tuple[optax.Updates, int]:
-        """The mean."""
+        """The tree of means, whose leaves have no leading axis."""
         return state.mean, 0
 
     def scalars(self, state: RecursiveHistoryState, step: jax.Array) -> LineScalars:
-        """Coefficients of mean and velocity, and what a record at ``step`` would do."""
+        """The coefficients of mean and velocity, and the gains of a record at ``step``."""
         horizon = (step - state.last_step).astype(jnp.float32)
         moments, gains = line_fit.forget_and_add(
             state.weight, state.lag, state.spread, horizon, self.decay, mean_first=self._mean_first
@@ -125,15 +125,15 @@ class RecursiveHistory:
         )
 
     def terms(self, state: RecursiveHistoryState, scalars: LineScalars) -> tuple[list[jax.Array], list[optax.Updates]]:
-        """Mean and velocity."""
+        """The mean and the velocity with their coefficients."""
         return [scalars.coefficients[0], scalars.coefficients[1]], [state.mean, state.velocity]
 
     def init_gram(self, num_leaves: int) -> None:
-        """Not kept."""
+        """None, since the recursion keeps no inner products."""
         del num_leaves
 
     def combine(self, state: RecursiveHistoryState, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
-        """One pass over mean and velocity."""
+        """The weighted sum of the features, in one pass over mean and velocity."""
         del scalars
         return trees.combine_trees(weights, [state.mean, state.velocity])
 
@@ -145,6 +145,6 @@ class RecursiveHistory:
         tree: optax.Updates,
         squared_norms: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Those of mean and velocity, taken anew."""
+        """The inner products of mean and velocity, computed from the arrays."""
         del gram, squared_norms, scalars
         return *trees.products_of_trees([state.mean, state.velocity], tree), None

@@ -1,8 +1,9 @@
-"""Prediction by secants: from the last W changes of parameters and gradients, what the gradient is elsewhere, not when.
+"""Predicts by secants: the last W changes of parameters and gradients give the gradient at other parameters.
 
-A line in time extrapolates; this predictor looks up. It knows only what the parameters have met, but on a loss without
-noise it is right wherever the optimizer goes among the directions it came by, turns and oscillations included. See
-`prediction.fits.secant_fit` for the equations.
+A line extrapolates in time; this predictor models the gradient as a function of the parameters. It knows only the
+directions in which the parameters have moved. On a loss without noise it is accurate wherever the optimizer moves
+within these directions, including turns and oscillations.
+`prediction.fits.secant_fit` has the equations.
 """
 
 import dataclasses
@@ -21,21 +22,27 @@ from vsa_optax.prediction.fits import calibration, secant_fit
 from vsa_optax.prediction.predictors import base
 from vsa_optax.prediction.predictors.base import Comparison, Experience, PredictionQuality
 
-_HALF_RANGE = 15  # float16 ends at 2^16.
+_HALF_RANGE = 15  # The range of float16 ends at 2^16.
+# Without a dtype, the changes of leaves with at least this many coordinates are kept in float16. The rounding errors of
+# so many coordinates average out in the inner products that predict: their error is 2^-11 / sqrt(coordinates), about
+# 1e-6.
+_LARGE, _ROUNDED = 2**16, (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 class SecantHistoryState(NamedTuple):
-    """The newest record, and the changes that led to it, in a ring.
+    """The newest record, and a ring of the changes that led to it.
 
     Attributes:
         params: tree of ``[*shape]``, the parameters of the newest record.
-        gradient: tree of ``[*shape]``, its gradient.
-        diff_params: tree of ``[W, *shape]``, from record to record; slots not yet written are 0.
-        diff_gradients: tree of ``[W, *shape]``, likewise.
+        gradient: tree of ``[*shape]``, the gradient of the newest record.
+        diff_params: tree of ``[W, *shape]``, the changes of the parameters from record to record; slots not yet written
+            are 0.
+        diff_gradients: tree of ``[W, *shape]``, the changes of the gradient; slots not yet written are 0.
         gram: ``[W, W] float32``, inner products of ``diff_params`` before they were rounded.
-        scales: two of ``[L, W] float32``, powers of two that multiply what is stored of ``diff_params`` and of
-            ``diff_gradients``, so that float16 holds any size; None in another dtype.
-        num_records: ``[] int32``, records so far; the next change goes to slot ``num_records % W``.
+        scales: two arrays ``[L, W] float32``, powers of two that multiply the stored ``diff_params`` and
+            ``diff_gradients``, so that float16 holds any magnitude; 1 for a leaf in another dtype. None if no leaf is
+            in float16.
+        num_records: ``[] int32``, the number of records so far; the next change goes to slot ``num_records % W``.
         last_step: ``[] int32``, the newest record's step.
     """
 
@@ -50,13 +57,14 @@ class SecantHistoryState(NamedTuple):
 
 
 class SecantScalars(NamedTuple):
-    """What one step's parameters are to the history.
+    """The scalars of one step and its parameters.
 
     Attributes:
-        horizon: ``[] float32``, steps from the newest record.
-        coefficients: ``[R, W] float32``, of ``diff_gradients`` in the prediction, by each ridge.
-        products: ``[W] float32``, of ``diff_params`` with the displacement from the newest record's parameters.
-        squared_norm: ``[] float32``, of that displacement.
+        horizon: ``[] float32``, the number of steps from the newest record.
+        coefficients: ``[R, W] float32``, the coefficients of ``diff_gradients`` in the prediction of each ridge.
+        products: ``[W] float32``, the inner products of ``diff_params`` with the displacement from the newest record's
+            parameters.
+        squared_norm: ``[] float32``, the squared norm of that displacement.
     """
 
     horizon: jax.Array
@@ -66,54 +74,65 @@ class SecantScalars(NamedTuple):
 
     @property
     def distance(self) -> jax.Array:
-        """``[] float32``, the displacement's length."""
+        """The distance, ``[] float32``: the norm of the displacement."""
         return jnp.sqrt(self.squared_norm)
 
 
 @dataclasses.dataclass(frozen=True)
 class SecantHistory:
-    """The last ``length`` changes.
+    """Keeps the last ``length`` changes in ``dtype``; None means float16 for large leaves, and each other leaf's own.
 
     State cost: twice the parameters and ``2 * length`` times the parameters in ``dtype``, plus ``4 * (length**2 + 2)``
-    bytes, and in float16 ``8 * length`` a leaf.
+    bytes, and ``8 * length`` bytes per leaf if any leaf is kept in float16.
     """
 
     length: int
     dtype: jnp.dtype | None
 
-    @property
-    def is_scaled(self) -> bool:
-        """Whether changes are stored relative to a power of two."""
-        return self.dtype == jnp.float16
+    def _dtype_of(self, leaf: jax.Array) -> jax.typing.DTypeLike:
+        """The dtype in which the changes of a leaf are kept."""
+        if self.dtype is None and leaf.size >= _LARGE and leaf.dtype in _ROUNDED:
+            return jnp.float16
+        return numerics.stored_dtype(leaf, self.dtype) or leaf.dtype
+
+    def _is_scaled(self, params: optax.Params) -> bool:
+        """Whether the changes of any leaf are kept relative to a power of two."""
+        if self.dtype is not None:
+            return self.dtype == jnp.float16
+        leaves = jax.tree.leaves(params)
+        return any(leaf.size >= _LARGE and self._dtype_of(leaf) == jnp.float16 for leaf in leaves)
 
     def init(self, params: optax.Params) -> SecantHistoryState:
-        """The empty history; its leaves are laid out on the devices as the parameters are."""
+        """The empty history, with the parameters' sharding."""
 
         def ring(zeros: jax.Array) -> jax.Array:
             return jnp.broadcast_to(zeros[None], (self.length, *zeros.shape))
 
+        params = jax.tree.map(jnp.asarray, params)
+        changes = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=self._dtype_of(leaf)), params)
         of_leaves = jnp.ones([base.num_measured_leaves(params), self.length], jnp.float32)
         return SecantHistoryState(
-            # Differences are small beside what they are of, which needs all of its digits for them.
+            # Changes are small differences of large numbers, so the newest record keeps all of its digits.
             params=base.zeros_as_stored(params, None),
             gradient=base.zeros_as_stored(params, None),
-            diff_params=with_axis_in_front(jax.tree.map(ring, base.zeros_as_stored(params, self.dtype))),
-            diff_gradients=with_axis_in_front(jax.tree.map(ring, base.zeros_as_stored(params, self.dtype))),
+            diff_params=with_axis_in_front(jax.tree.map(ring, changes)),
+            diff_gradients=with_axis_in_front(jax.tree.map(ring, changes)),
             gram=jnp.zeros([self.length, self.length], jnp.float32),
-            scales=(of_leaves, jnp.ones_like(of_leaves)) if self.is_scaled else None,
+            scales=(of_leaves, jnp.ones_like(of_leaves)) if self._is_scaled(params) else None,
             num_records=jnp.zeros([], jnp.int32),
             last_step=jnp.zeros([], jnp.int32),
         )
 
     def check_state(self, state: base.HistoryState) -> None:
-        """The kind of history, W, and whether it is in float16."""
+        """``ValueError`` unless the state is a `SecantHistoryState` with the same W and the same use of float16."""
         base.check_history(state, SecantHistoryState)
-        names = {True: "float16", False: "another" if self.is_scaled else str(self.dtype)}
-        base.check_settings(dtype=(names[state.scales is not None], names[self.is_scaled]))
+        is_scaled = self._is_scaled(state.gradient)
+        names = {True: "float16", False: "another" if is_scaled else str(self.dtype)}
+        base.check_settings(dtype=(names[state.scales is not None], names[is_scaled]))
         base.check_settings(window=(state.gram.shape[0], self.length))
 
     def example(self, state: SecantHistoryState) -> tuple[optax.Updates, int]:
-        """The newest gradient."""
+        """The tree of the newest gradient, whose leaves have no leading axis."""
         return state.gradient, 0
 
     def record(
@@ -125,7 +144,7 @@ class SecantHistory:
         scalars: SecantScalars,
         is_recorded: jax.Array,
     ) -> SecantHistoryState:
-        """Overwrites the oldest change; the first record has none, and leaves zeros."""
+        """Overwrites the oldest change; the first record has no change, and writes zeros."""
         slot = state.num_records % self.length
         has_record = state.num_records > 0
 
@@ -133,13 +152,13 @@ class SecantHistory:
             return jnp.where(is_recorded, numerics.saturating_cast(new, old.dtype), old)
 
         def all_changed(records: Tree, new: Tree, old: Tree, scales: jax.Array | None) -> tuple[Tree, jax.Array | None]:
-            # By leaves: names of axes in the parameters' containers may be others.
+            # This maps over leaves, since the axis names in the parameters' containers may differ.
             leaves, treedef = jax.tree.flatten(records)
             written, used = [], []
             for record, n, o in zip(leaves, jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
                 change = jnp.where(has_record, _difference(n, o), 0)
                 if scales is not None:
-                    used.append(_scale(change))
+                    used.append(_scale(change) if record.dtype == jnp.float16 else jnp.ones([], jnp.float32))
                     change = change / used[-1].astype(change.dtype)
                 change = numerics.saturating_cast(change, record.dtype)
                 written.append(record.at[slot].set(jnp.where(is_recorded, change, record[slot])))
@@ -164,18 +183,18 @@ class SecantHistory:
 
 
 class SecantCalibrationState(NamedTuple):
-    """What past predictions were worth, and what the next are judged by.
+    """The measured errors of past predictions, and the inner products that measure the next.
 
     Attributes:
-        scores: `prediction.fits.secant_fit.Scores`.
-        gram: ``[L, W, W] float32``, inner products of the changes of the gradient.
+        scores: `prediction.fits.secant_fit.Scores`, the errors of all ridges.
+        gram: ``[L, W, W] float32``, the inner products of the changes of the gradient.
     """
 
     scores: secant_fit.Scores
     gram: jax.Array
 
     def quality(self) -> PredictionQuality:
-        """The ridge in use, and R² by leaf."""
+        """The ridge in use, and R² of each leaf."""
         ridge = jnp.asarray(secant_fit.RIDGES, jnp.float32)[secant_fit.best(self.scores)]
         r_squared = calibration.r_squared(self.scores.of_leaves, self.scores.weight)
         return PredictionQuality(None, ridge, r_squared, jnp.mean(r_squared))
@@ -183,9 +202,9 @@ class SecantCalibrationState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SecantPredictor:
-    """Adds to the newest gradient its weighted changes, with the ridge that has served best so far.
+    """Adds weighted changes to the newest gradient, with the ridge that has predicted best so far.
 
-    It is always calibrated, and has no residual.
+    It is always calibrated and has no residual.
     """
 
     history: SecantHistory
@@ -194,18 +213,18 @@ class SecantPredictor:
     has_residual: ClassVar[bool] = False
 
     def init_experience(self, params: optax.Params) -> Experience:
-        """Nothing measured."""
+        """The experience before any comparison."""
         num_leaves, length = base.num_measured_leaves(params), self.history.length
         gram = jnp.zeros([num_leaves, length, length], jnp.float32)
         return Experience(calibration=SecantCalibrationState(secant_fit.no_scores(num_leaves), gram))
 
     def scalars(self, history: SecantHistoryState, step: jax.Array, params: optax.Params | None) -> SecantScalars:
-        """One pass over ``diff_params``."""
+        """The scalars of a step, in one pass over ``diff_params``."""
         displacement = jax.tree.map(_difference, params, history.params)
         products, squared_norm = jnp.zeros([self.history.length], jnp.float32), jnp.zeros([], jnp.float32)
         for of_leaf, x in zip(_products(history, 0, displacement), jax.tree.leaves(displacement), strict=True):
             products, squared_norm = products + of_leaf, squared_norm + inner_products.inner(x, x)
-        # Before the first record there is nothing to be displaced from.
+        # Before the first record there is no displacement.
         has_record = history.num_records > 0
         is_known = has_record & jnp.isfinite(squared_norm) & jnp.all(jnp.isfinite(products))
         products, squared_norm = jnp.where(is_known, products, 0), jnp.where(is_known, squared_norm, 0)
@@ -217,13 +236,13 @@ class SecantPredictor:
         )
 
     def weights(self, calibration: SecantCalibrationState, scalars: SecantScalars) -> jax.Array:
-        """``[W]``: those of the changes, by the best ridge."""
+        """``[W]``: the coefficients of the changes with the best ridge."""
         return scalars.coefficients[secant_fit.best(calibration.scores)]
 
     def predict(
         self, history: SecantHistoryState, residual: None, scalars: SecantScalars, weights: jax.Array | None
     ) -> optax.Updates:
-        """One pass over the changes of the gradient."""
+        """The predictions, in one pass over the changes of the gradient."""
         del residual, scalars
         assert weights is not None
         leaves, treedef = jax.tree.flatten(history.gradient)
@@ -245,7 +264,7 @@ class SecantPredictor:
         target: optax.Updates,
         predicted: Callable[[], optax.Updates],
     ) -> Comparison:
-        """Compares with the predictions of all ridges, without forming one; one pass over the changes."""
+        """Compares a target with the predictions of all ridges in one pass over the changes; computes none of them."""
         del predicted
         if not jax.tree.leaves(target):
             return base.not_measured(experience)
@@ -254,7 +273,7 @@ class SecantPredictor:
         products = jnp.stack(_products(history, 1, change))
         missed, squared_norms = trees.squared_norms(change), trees.squared_norms(target)
         squared = secant_fit.errors(scalars.coefficients, state.gram, products, missed)
-        # Before the first record nothing was predicted, and what is recorded is no change.
+        # Before the first record nothing was predicted, and the record has no change.
         has_record = history.num_records > 0
         total = jnp.sum(squared_norms)
         is_measured = has_record & (total > 0) & jnp.isfinite(total) & jnp.all(jnp.isfinite(squared))
@@ -277,20 +296,20 @@ def _difference(new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def _products(history: SecantHistoryState, which: int, tree: Tree) -> list[jax.Array]:
-    """``[W] float32`` for each leaf: of changes of the parameters (0) or the gradient (1) with it, unrounded."""
+    """``[W] float32`` per leaf of ``tree``: its inner products with the changes of parameters (0) or gradient (1)."""
     records = jax.tree.leaves((history.diff_params, history.diff_gradients)[which])
     products = [inner_products.inner_of_each(r, x) for r, x in zip(records, jax.tree.leaves(tree), strict=True)]
     if history.scales is None:
         return [p.astype(jnp.float32) for p in products]
-    # A tree without leaves has scales for one all the same.
+    # A tree without leaves still has the scales of one leaf.
     return [p.astype(jnp.float32) * scale for p, scale in zip(products, history.scales[which], strict=False)]
 
 
 def _scale(change: jax.Array) -> jax.Array:
     """``[] float32``: the power of two by which a change is divided before it is stored in float16.
 
-    Its norm is below 2^15 then, so that no number overflows; those of a thousandth of the root mean square keep all of
-    their digits in leaves of up to 10^9.
+    The norm is then below 2^15, so no number overflows. In leaves of up to 10^9 coordinates, numbers down to a
+    thousandth of the root mean square keep all of their digits.
     """
     norm = jnp.sqrt(inner_products.inner(change, change))
     exponent = numerics.power_of_two(jnp.where(jnp.isfinite(norm), norm, jnp.finfo(jnp.float32).max))

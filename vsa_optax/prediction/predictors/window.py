@@ -1,7 +1,7 @@
-"""A window: the last W gradients, as they are or as a codec keeps them, and the line through them.
+"""A window of the last W gradients, uncompressed or kept by a codec, and the line through them.
 
-With a codec every record is encoded with the same key. So records that are alike err alike, and their errors cancel in
-the slope of the line; and the weighted sum that a prediction is can be taken of payloads, and decoded once.
+A codec encodes every record with the same key. So similar records have similar errors, which cancel in the slope of the
+line. A prediction is a weighted sum of records, so the payloads are summed and decoded only once.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from vsa_optax.prediction.predictors.line import LineScalars
 
 
 class WindowHistoryState(NamedTuple):
-    """The last W records, in a ring.
+    """A ring of the last W records.
 
     Attributes:
         records: tree of ``[W, *shape]``, in the leaf's dtype or the history's; slots not yet written are 0.
@@ -38,9 +38,9 @@ class WindowHistoryState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class WindowHistory:
-    """Weighted least squares over the last ``length`` records, exactly.
+    """Weighted least squares over the last ``length`` records, without approximation.
 
-    State cost: ``length`` times the parameters, plus 4 bytes a slot.
+    State cost: ``length`` times the parameters, plus 4 bytes per slot.
     """
 
     length: int
@@ -49,7 +49,7 @@ class WindowHistory:
     num_features: ClassVar[int] = 3  # The mean, the slope, and the newest record.
 
     def init(self, params: optax.Params) -> HistoryState:
-        """The empty window; its leaves are laid out on the devices as the parameters are."""
+        """The empty window, with the parameters' sharding."""
 
         def empty(leaf: jax.Array) -> jax.Array:
             zeros = jnp.zeros_like(leaf, dtype=numerics.stored_dtype(leaf, self.dtype))
@@ -59,20 +59,20 @@ class WindowHistory:
         return WindowHistoryState(records, *self._empty_ring())
 
     def _empty_ring(self) -> tuple[jax.Array, jax.Array]:
-        """Steps and number of records of the empty window."""
+        """The steps and the number of records of the empty window."""
         return jnp.zeros([self.length], jnp.int32), jnp.zeros([], jnp.int32)
 
     def check_state(self, state: HistoryState) -> None:
-        """The kind of history, and W."""
+        """``ValueError`` unless the state is a `WindowHistoryState` with the same W."""
         base.check_history(state, WindowHistoryState)
         base.check_settings(length=(state.steps.shape[0], self.length))
 
     def example(self, state: HistoryState) -> tuple[optax.Updates, int]:
-        """The records."""
+        """The tree of records, whose leaves have one leading axis."""
         return state.records, 1
 
     def scalars(self, state: HistoryState, step: jax.Array) -> LineScalars:
-        """One coefficient a slot."""
+        """The scalars of ``step``, with one coefficient per slot."""
         newest = (state.num_records - 1) % self.length
         rank = (newest - jnp.arange(self.length, dtype=jnp.int32)) % self.length
         weights = jnp.where(rank < state.num_records, jnp.float32(self.decay) ** rank.astype(jnp.float32), 0.0)
@@ -111,17 +111,17 @@ class WindowHistory:
         )
 
     def terms(self, state: HistoryState, scalars: LineScalars) -> tuple[list[jax.Array], list[optax.Updates]]:
-        """One term a slot."""
+        """The terms of the prediction, one per slot."""
         slots = range(self.length)
         records = [jax.tree.map(lambda r, i=i: r[i], state.records) for i in slots]
         return [scalars.coefficients[i] for i in slots], records
 
     def init_gram(self, num_leaves: int) -> jax.Array | None:
-        """Kept, so that a true step reads each record once."""
+        """Zeros for the records' inner products, which are kept so that a true step reads each record once."""
         return jnp.zeros([num_leaves, self.length, self.length], jnp.float32)
 
     def combine(self, state: HistoryState, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
-        """One pass over the records."""
+        """The weighted sum of the features, in one pass over the records."""
         leaves, treedef = jax.tree.flatten(state.records)
         of_records = jnp.matmul(weights, scalars.features, precision="highest")
         slots = range(self.length)
@@ -139,7 +139,7 @@ class WindowHistory:
         tree: optax.Updates,
         squared_norms: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """One pass over the records."""
+        """The inner products of the features, in one pass over the records."""
         assert gram is not None
         leaves = zip(jax.tree.leaves(state.records), jax.tree.leaves(tree), strict=True)
         with_tree = jnp.stack([inner_products.inner_of_records(r, x) for r, x in leaves])
@@ -152,7 +152,7 @@ class WindowHistory:
 
 
 class CodedWindowHistoryState(NamedTuple):
-    """The last W records as payloads of a codec, in a ring.
+    """A ring of the last W records as payloads of a codec.
 
     Attributes:
         records: a payload, each of its arrays ``[W, ...]``; slots not yet written are 0.
@@ -167,9 +167,9 @@ class CodedWindowHistoryState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CodedWindowHistory(WindowHistory):
-    """Weighted least squares over the last records, each as the codec decodes it.
+    """Weighted least squares over the last records, as the codec decodes them.
 
-    State cost: ``length`` payloads of the codec, plus 4 bytes a slot.
+    State cost: ``length`` payloads of the codec, plus 4 bytes per slot.
     """
 
     codec: codecs.Codec
@@ -179,12 +179,12 @@ class CodedWindowHistory(WindowHistory):
         return CodedWindowHistoryState(codecs.zero_payload(self.codec, params, self.length), *self._empty_ring())
 
     def check_state(self, state: HistoryState) -> None:
-        """The kind of history, and W; the codec itself compares its settings with those of the records."""
+        """``ValueError`` unless the state is a `CodedWindowHistoryState` with the same W; the codec checks the rest."""
         base.check_history(state, CodedWindowHistoryState)
         base.check_settings(length=(state.steps.shape[0], self.length))
 
     def example(self, state: CodedWindowHistoryState) -> tuple[optax.Updates, int]:
-        """Shapes and dtypes of the records."""
+        """The shapes and dtypes of the records, which have no leading axis."""
         return codecs.shapes_of(self.codec.specs(state.records)), 0
 
     def record(
@@ -204,16 +204,16 @@ class CodedWindowHistory(WindowHistory):
     def terms(
         self, state: CodedWindowHistoryState, scalars: LineScalars
     ) -> tuple[list[jax.Array], list[optax.Updates]]:
-        """One term, the decoded sum."""
+        """A single term, the decoded sum."""
         coefficients = scalars.coefficients[: self.length]
         return [jnp.ones([], jnp.float32)], [self.codec.decode_sum(state.records, coefficients)]
 
     def init_gram(self, num_leaves: int) -> None:
-        """Not kept."""
+        """None, since a coded window keeps no inner products."""
         del num_leaves
 
     def combine(self, state: CodedWindowHistoryState, scalars: LineScalars, weights: jax.Array) -> optax.Updates:
-        """Decodes each feature: leaves weigh them differently, and a codec may mix leaves."""
+        """The weighted sum of the features; each is decoded, since weights differ by leaf and codecs may mix leaves."""
         return trees.combine_trees(weights, self._features(state, scalars))
 
     def products(
@@ -224,7 +224,7 @@ class CodedWindowHistory(WindowHistory):
         tree: optax.Updates,
         squared_norms: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """Those of the decoded features."""
+        """The inner products of the decoded features."""
         del gram, squared_norms
         return *trees.products_of_trees(self._features(state, scalars), tree), None
 
