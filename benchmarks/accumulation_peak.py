@@ -1,9 +1,10 @@
 """A micro-step where activations are small: peak memory and times, to compile and to run, beside `optax.MultiSteps`.
 
-Run `python benchmarks/accumulation_peak.py memory compile speed > benchmarks/accumulation_peak_cpu.log`. Without a name
-all are run. `memory` needs no quiet machine: it reads XLA's own analysis of the compiled and donated step, with
-`value_and_grad` and AdamW. What a GPU's allocator says is another matter. Parameters are eight matrices, as leaves of
-their own or stacked in one leaf over which the model scans.
+Run `python benchmarks/accumulation_peak.py memory > benchmarks/accumulation_peak_cpu.log`, and the same with `speed`
+for `accumulation_speed_cpu.log`. Without a name all parts are run, `compile` among them. `memory` needs no quiet
+machine: it reads the analysis by XLA of the compiled and donated step, with `value_and_grad` and AdamW. It says nothing
+about the allocator of a GPU. Parameters are eight matrices, as leaves of their own or stacked in one leaf over which the
+model scans.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from codec_tasks import TRITS, in_trits, print_header, print_row, quartiles, run
 
 import vsa_optax
 
-LAYERS, EVERY_K, NEVER = 8, 8, 10**6
+LAYERS, EVERY_K = 8, 8
 MOST_BEYOND = {1: 1.0, 2: 1.0}
 MOST_TIME = {1: 0.9, 2: 1.0, 3: 1.1}
 MOST_COMPILE = 3.0

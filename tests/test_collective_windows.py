@@ -186,6 +186,6 @@ def test_a_state_that_is_one_for_all_devices_is_refused():
     with pytest.raises(ValueError, match=r"but the state has one sum for all.* laid out by state_specs"):
         traced(opt, is_checked=True, state=state)
     with pytest.raises(
-        ValueError, match=r"opt_state must be made inside jax\.shard_map, where each device gets acc_grads"
+        ValueError, match=r"opt_state must be made inside jax\.shard_map, where each device gets its own acc_grads"
     ):
         state_specs(state, "data")
