@@ -3,8 +3,8 @@
 Run `python benchmarks/accumulation_peak.py memory > benchmarks/accumulation_peak_cpu.log`, and the same with `speed`
 for `accumulation_speed_cpu.log`. Without a name all parts are run, `compile` among them. `memory` needs no quiet
 machine: it reads the analysis by XLA of the compiled and donated step, with `value_and_grad` and AdamW. It says nothing
-about the allocator of a GPU. Parameters are eight matrices, as leaves of their own or stacked in one leaf over which the
-model scans.
+about the allocator of a GPU. Parameters are eight matrices, as leaves of their own or stacked in one leaf over which
+the model scans.
 """
 
 import argparse
