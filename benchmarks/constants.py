@@ -87,12 +87,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--task", default="", help="only tasks whose names contain this")
+    parser.add_argument("--only", default="", help='only constants that contain one of these: "_WORTH;_SHORTEST_SLEEP"')
     options = parser.parse_args()
     began = time.perf_counter()
     tasks = [name for name in USED if options.task in name]
     codec_tasks.print_header("Constants chosen by hand: what moving one of them does")
     print(f"n = {options.seeds} seeds; loss: geometric mean; passes: mean of the true gradients")
-    rows = [(i, value) for i, entry in enumerate(VARIED) for value in (None, *entry[2])]
+    rows = [
+        (i, value)
+        for i, entry in enumerate(VARIED)
+        if any(part in entry[1] for part in options.only.split(";"))
+        for value in (None, *entry[2])
+    ]
     jobs = [(*row, name, seed) for row in rows for name in tasks for seed in range(options.seeds)]
     results = codec_tasks.in_processes(run, jobs)
     widths = [22, 34, *[24] * len(tasks)]

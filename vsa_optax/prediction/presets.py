@@ -2,7 +2,7 @@
 
 All three are `vsa_optax.phase_switched` around ``optax.adamw``. They differ in the guard's tolerance and in W, the
 number of changes that predictions use. State cost: 8 bytes per float32 parameter for AdamW, and ``4 * (2 * W + 2)``, or
-``4 * (W + 2)`` in leaves of at least 65,536 coordinates, whose changes are kept in float16.
+``4 * (W + 2)`` in leaves of at least 262,144 coordinates, whose changes are kept in float16.
 """
 
 from typing import NamedTuple
@@ -44,7 +44,7 @@ def conservative(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransfo
         Use it with `vsa_optax.value_and_grad_by_phase`, and pass ``params`` to ``update``.
 
     State cost:
-        80 bytes per float32 parameter: 8 for AdamW, and 18 copies of the parameters. In leaves of at least 65,536
+        80 bytes per float32 parameter: 8 for AdamW, and 18 copies of the parameters. In leaves of at least 262,144
         coordinates, 48 bytes per parameter.
 
     Raises:
@@ -70,7 +70,7 @@ def balanced(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformat
         ``params`` to ``update``.
 
     State cost:
-        144 bytes per float32 parameter: 8 for AdamW, and 34 copies of the parameters. In leaves of at least 65,536
+        144 bytes per float32 parameter: 8 for AdamW, and 34 copies of the parameters. In leaves of at least 262,144
         coordinates, 80 bytes per parameter.
 
     Raises:
@@ -99,7 +99,7 @@ def aggressive(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransform
         longest=40))``. Use it with `vsa_optax.value_and_grad_by_phase`, and pass ``params`` to ``update``.
 
     State cost:
-        208 bytes per float32 parameter: 8 for AdamW, and 50 copies of the parameters. In leaves of at least 65,536
+        208 bytes per float32 parameter: 8 for AdamW, and 50 copies of the parameters. In leaves of at least 262,144
         coordinates, 112 bytes per parameter.
 
     Raises:

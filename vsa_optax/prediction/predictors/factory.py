@@ -29,10 +29,10 @@ class Secants:
     Attributes:
         window: W, the number of changes kept, ``>= 2``.
         dtype: the dtype of the changes: float16, bfloat16, float32 or float64. None uses float16 for leaves of float32,
-            bfloat16 or float16 with at least 65,536 coordinates, and each other leaf's own dtype. A complex leaf is
+            bfloat16 or float16 with at least 262,144 coordinates, and each other leaf's own dtype. A complex leaf is
             kept in complex64 or complex128; the newest parameters and gradient keep their own dtype. In float16, each
             change of a leaf is stored relative to a power of two. With small leaves, float16 skips fewer steps: a third
-            fewer in short runs of small models. With large leaves, it skips about as many as float32
+            fewer in short runs of small models, and up to a quarter fewer with leaves of 65,536 coordinates
             (benchmarks/history_memory.log, history_large_gpu.log).
 
     State cost:
