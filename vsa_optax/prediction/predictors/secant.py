@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vsa_optax.core import trees
@@ -91,16 +92,17 @@ class SecantHistory:
 
     def _dtype_of(self, leaf: jax.Array) -> jax.typing.DTypeLike:
         """The dtype in which the changes of a leaf are kept."""
-        if self.dtype is None and leaf.size >= _LARGE and leaf.dtype in _ROUNDED:
+        dtype = jnp.result_type(leaf)
+        if self.dtype is None and np.size(leaf) >= _LARGE and dtype in _ROUNDED:
             return jnp.float16
-        return numerics.stored_dtype(leaf, self.dtype) or leaf.dtype
+        return numerics.stored_dtype(leaf, self.dtype) or dtype
 
     def _is_scaled(self, params: optax.Params) -> bool:
         """Whether the changes of any leaf are kept relative to a power of two."""
         if self.dtype is not None:
             return self.dtype == jnp.float16
         leaves = jax.tree.leaves(params)
-        return any(leaf.size >= _LARGE and self._dtype_of(leaf) == jnp.float16 for leaf in leaves)
+        return any(np.size(leaf) >= _LARGE and self._dtype_of(leaf) == jnp.float16 for leaf in leaves)
 
     def init(self, params: optax.Params) -> SecantHistoryState:
         """The empty history, with the parameters' sharding."""
@@ -108,7 +110,6 @@ class SecantHistory:
         def ring(zeros: jax.Array) -> jax.Array:
             return jnp.broadcast_to(zeros[None], (self.length, *zeros.shape))
 
-        params = jax.tree.map(jnp.asarray, params)
         changes = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype=self._dtype_of(leaf)), params)
         of_leaves = jnp.ones([base.num_measured_leaves(params), self.length], jnp.float32)
         return SecantHistoryState(
