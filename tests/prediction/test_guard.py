@@ -112,7 +112,7 @@ class Twin:
     def __init__(self, longest, tolerance):
         self.longest, self.tolerance = longest, tolerance**2
         self.length, self.constant = 0.0, 0.0
-        self.account, self.asleep, self.sleep = 0, 0, 16
+        self.account, self.asleep, self.sleep = -64, 0, 16
         self.way, self.pace, self.drift = 0.0, 0.0, 0.0
 
     def true_step(self, error, predictions, distance=1.0, horizon=None):
@@ -127,8 +127,9 @@ class Twin:
         if horizon == predictions + 1:  # Else some of the way was not measured.
             self.pace = self.way / horizon
         self.drift = distance / horizon
-        self.account = max(0, self.account + (2 if error > 0.5 else 1) - 4 * predictions)
-        if predictions and error < self.tolerance and self.account == 0:
+        lowest = min(self.account, 0)
+        self.account = max(lowest, self.account + (2 if error > 0.5 else 1) - 4 * predictions)
+        if predictions and error < self.tolerance and self.account <= 0:
             self.sleep = 16
         distance = predictions + 1
         self.constant = max(min(error, 100) / distance**4, 0.75 * self.constant)
@@ -298,7 +299,7 @@ def test_it_does_not_fall_asleep_where_a_leap_begins():
 
 def test_asleep_nothing_is_recorded_and_awake_it_starts_again():
     rng = np.random.default_rng(3)
-    gradients = np.concatenate([rng.normal(size=(60, 40)), np.ones((120, 40))]).astype(np.float32)
+    gradients = np.concatenate([rng.normal(size=(90, 40)), np.ones((120, 40))]).astype(np.float32)
     opt = vsa_optax.predict_gradients(phases=Guarded(warmup_steps=2))
 
     def step(state, inputs):
@@ -310,7 +311,7 @@ def test_asleep_nothing_is_recorded_and_awake_it_starts_again():
     _, (emitted, stats, last) = run(gradients, points)
     asleep = np.asarray(stats.guard.asleep)
     began = int(np.argmax(asleep > 0))
-    assert 31 <= began <= 40
+    assert 63 <= began <= 72
     assert asleep[began] == 16
     slept = slice(began + 1, began + 17)
     np.testing.assert_array_equal(last[slept], last[began])

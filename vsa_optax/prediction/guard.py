@@ -19,7 +19,8 @@ account of steps that it watched without benefit:
 
 When u reaches 64 and no leap follows, the guard sleeps: the next 16 true steps are neither recorded nor compared, then
 twice as many each time, up to 1024, until a leap ends with ``e < τ`` and u = 0. If gradients are noise, it watches 32
-steps at a time. If they are nearly predictable, but not well enough for leaps, the number is 64.
+steps at a time. If they are nearly predictable, but not well enough for leaps, the number is 64. The account starts at
+-64, since the first steps of a run are the hardest to predict, and below 0 a leap does not lower it.
 
 The plan counts steps, but an error grows with the distance that the parameters move. So each comparison also measures
 two lengths: w, the sum of the norms of the updates emitted since the newest record, and d, the distance of the
@@ -53,7 +54,7 @@ from vsa_optax.prediction.phases import Guarded
 
 # Growth and safety factor are as in the step-size control of ODE solvers: Hairer, Nørsett and Wanner, "Solving ordinary
 # differential equations I" (1993), section II.4, has 1.5 to 5 and 0.8 to 0.9. All others are chosen by hand.
-# benchmarks/constants.log varies each of them; those of sleeping change no loss and no pass there.
+# benchmarks/constants.log varies each of them; its rows of sleeping are of an earlier rule.
 _GROWTH, _SAFETY = 1.6, 0.9
 _FORGET = 0.75  # The decay of κ per true step.
 _MOST_ERROR = 100.0  # The largest error that counts, so that κ decays in time.
@@ -150,7 +151,7 @@ def init() -> GuardState:
         length=jnp.zeros([], jnp.float32),
         constant=jnp.zeros([], jnp.float32),
         leap=jnp.zeros([], jnp.int32),
-        hopeless=jnp.zeros([], jnp.int32),
+        hopeless=jnp.asarray(-_MOST_WATCHED, jnp.int32),
         asleep=jnp.zeros([], jnp.int32),
         sleep=jnp.asarray(_SHORTEST_SLEEP, jnp.int32),
         action=jnp.asarray(GuardAction.NONE, jnp.int32),
@@ -249,9 +250,10 @@ def _judged(settings: Guarded, state: GuardState, error: jax.Array, moved: Moved
     ends_leap = state.leap > 0
     has_slept = moved.horizon > distance
     length = jnp.where(ends_leap, length, jnp.where(constant < _START * tolerated, 1.0, 0.0))
-    hopeless = jnp.maximum(state.hopeless + jnp.where(error > _HOPELESS_ERROR, 2, 1) - _WORTH * state.leap, 0)
+    hopeless = state.hopeless + jnp.where(error > _HOPELESS_ERROR, 2, 1) - _WORTH * state.leap
+    hopeless = jnp.maximum(hopeless, jnp.minimum(state.hopeless, 0))
     falls_asleep = (hopeless >= _MOST_WATCHED) & (length == 0)
-    sleep = jnp.where(ends_leap & (error < tolerated) & (hopeless == 0), _SHORTEST_SLEEP, state.sleep)
+    sleep = jnp.where(ends_leap & (error < tolerated) & (hopeless <= 0), _SHORTEST_SLEEP, state.sleep)
     grew, shrank, gave_up, slept = (  # JAX 0.8.2 converts a member of an enum to int64.
         jnp.int32(action) for action in (GuardAction.GREW, GuardAction.SHRANK, GuardAction.GAVE_UP, GuardAction.SLEPT)
     )
