@@ -106,7 +106,7 @@ def _words(cell: Any) -> list[str]:
     return re.sub(r"[-+]?\d[\d,.]*(e[-+]?\d+)?|\b[A-Z]{4,}\b", "#", text).split()
 
 
-@pytest.mark.notebook
+@pytest.mark.apart
 @every_notebook
 def test_runs_from_top_to_bottom(path: Path, run: Callable[[Any], None]) -> None:
     notebook = nbformat.read(path, as_version=4)
@@ -120,7 +120,7 @@ def test_runs_from_top_to_bottom(path: Path, run: Callable[[Any], None]) -> None
             assert "Warning" not in output.get("text", "")
 
 
-@pytest.mark.notebook
+@pytest.mark.apart
 def test_finds_no_name_of_the_notebook_before(run: Callable[[Any], None]) -> None:
     first, second = (nbformat.v4.new_code_cell(source) for source in ("import ast", "ast"))
     run(nbformat.v4.new_notebook(cells=[first]))
