@@ -121,7 +121,7 @@ def draw(sizes, num):
     figure.savefig(HERE / "accumulation.png", dpi=110)
 
 
-def stepper(opt, params, gradients):
+def stepper(opt, params, gradients, every_k=NEVER):
     """``emitting -> seconds`` of the optimizer's part of a micro-step, everything donated."""
 
     def step(gradients, state, params):
@@ -132,8 +132,7 @@ def stepper(opt, params, gradients):
     carry = [jax.tree.map(jnp.copy, params), opt.init(params)]
 
     def timed(emitting):
-        if emitting:
-            carry[1] = carry[1]._replace(mini_step=jnp.int32(NEVER - 1))
+        carry[1] = carry[1]._replace(mini_step=jnp.int32(every_k - 1 if emitting else 1))
         given = jax.block_until_ready((jax.tree.map(jnp.copy, gradients), carry[1], carry[0]))
         began = time.perf_counter()
         carry[:] = jax.block_until_ready(compiled(*given))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from accumulation_costs import stepper
 from codec_tasks import TRITS, in_trits, print_header, print_row, quartiles, run_parts, verdict
 
 import vsa_optax
@@ -132,28 +133,6 @@ def compile_times(options):
         print(flush=True)
 
 
-def stepper(opt, params):
-    """``emits -> seconds`` of the optimizer's part of a micro-step, everything donated."""
-
-    def step(gradients, state, params):
-        updates, state = opt.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state
-
-    compiled = jax.jit(step, donate_argnums=(0, 1, 2))
-    gradients = [1e-3 * jax.random.normal(jax.random.key(i), p.shape) for i, p in enumerate(params)]
-    carry = [jax.tree.map(lambda p: jnp.zeros(p.shape), params), None]
-    carry[1] = opt.init(carry[0])
-
-    def timed(emits):
-        carry[1] = carry[1]._replace(mini_step=jnp.int32(EVERY_K - 1 if emits else 1))
-        given = jax.block_until_ready((jax.tree.map(jnp.copy, gradients), carry[1], carry[0]))
-        began = time.perf_counter()
-        carry[:] = jax.block_until_ready(compiled(*given))
-        return time.perf_counter() - began
-
-    return timed
-
-
 def speed(options):
     params, _ = shapes(1024, is_stacked=False)
     print_header(
@@ -162,7 +141,10 @@ def speed(options):
         f"n = {options.rounds} rounds in which all take turns; median [quartiles]; ratios within a round",
     )
     warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-    steppers = {name: stepper(opt, params) for name, opt in accumulators(optax.adamw(1e-3), EVERY_K).items()}
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape), params)
+    gradients = [1e-3 * jax.random.normal(jax.random.key(i), p.shape) for i, p in enumerate(params)]
+    ways = accumulators(optax.adamw(1e-3), EVERY_K)
+    steppers = {name: stepper(opt, zeros, gradients, EVERY_K) for name, opt in ways.items()}
     taken = {(emits, name): [] for emits in (False, True) for name in steppers}
     for turn in range(options.rounds + 3):
         for (emits, name), seconds in taken.items():

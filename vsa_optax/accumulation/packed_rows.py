@@ -101,7 +101,7 @@ Operands = TypeVarTuple("Operands")
 
 
 class Stage(Protocol):
-    """Runs a function on operands, and sees to it that what reads the result does not do the work again."""
+    """Runs a function on operands once: code that reads the result does not repeat the work."""
 
     def __call__(self, fun: Callable[[*Operands], Result], /, *operands: *Operands) -> Result: ...  # noqa: D102
 
@@ -111,9 +111,9 @@ PieceFunction: TypeAlias = Callable[[Piece, Stage], tuple[jax.Array | None, Code
 
 
 def rows_of(size: int, block_size: int) -> tuple[Rows, Rows]:
-    """The rows of whole blocks, and what is behind: one row of the narrowest blocks of at least 32 that suffice.
+    """The rows of whole blocks, and one row for the remainder, of the narrowest blocks of at least 32 that suffice.
 
-    Behind 2^17 coordinates and 25 rows it is a row of whole blocks, too.
+    In vectors of at least 2^17 coordinates and 25 rows, the row for the remainder has whole blocks, too.
     """
     num, rest = divmod(size, BLOCKS * block_size)
     if blocks.fills_rows(size, block_size):
@@ -149,9 +149,9 @@ def add(
     Args:
         total: the sum.
         x: ``[n] f32``.
-        words: ``[...] uint32``, of which `num_words` are the rotation, the same for all that is added.
+        words: ``[...] uint32``, of which `num_words` are the rotation. All vectors added to a sum have the same.
         rounding_key: for stochastic rounding to the levels of `uniform`; with None, the nearest one of `lloyd_max`.
-        first_word: ``[] int32``, where the rotation's begin.
+        first_word: ``[] int32``, the index of the first word of the rotation.
         block_size: a power of two.
     """
     trits = total.codes.shape[0]

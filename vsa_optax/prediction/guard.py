@@ -54,7 +54,7 @@ from vsa_optax.prediction.phases import Guarded
 
 # Growth and safety factor are as in the step-size control of ODE solvers: Hairer, Nørsett and Wanner, "Solving ordinary
 # differential equations I" (1993), section II.4, has 1.5 to 5 and 0.8 to 0.9. All others are chosen by hand.
-# benchmarks/constants.log varies each of them; its rows of sleeping are of an earlier rule.
+# benchmarks/constants.log varies those above _HOPELESS_ERROR; its rows of sleeping are of an earlier rule.
 _GROWTH, _SAFETY = 1.6, 0.9
 _FORGET = 0.75  # The decay of κ per true step.
 _MOST_ERROR = 100.0  # The largest error that counts, so that κ decays in time.

@@ -3,8 +3,8 @@
 In a single program the device decides the phase: a GPU stops at each conditional and each loop iteration until the
 host has fetched the condition. Here, no program has control flow. Each program also returns a forecast, which tells
 the host how many of the coming steps are of a certain kind (`prediction.forecast`). The host waits for a device only
-where the forecast ends. This happens after a true step that the guard compared with its prediction, and in a leap that
-may end early because the parameters moved too far.
+where the forecast ends: at a compared step after which a leap or a sleep may begin, and in a leap that may end early
+because the parameters moved too far.
 """
 
 import functools
