@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 
+import gpt2
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,23 +29,6 @@ VARIANTS = {
     "one trit": lambda adamw: vsa_optax.ternary_multi_steps(adamw, EVERY_K, trits=1),
     "two trits": lambda adamw: vsa_optax.ternary_multi_steps(adamw, EVERY_K, trits=2),
 }
-
-
-def gpt2(width=768, words=50257, layers=12, positions=1024):
-    """Zeros in the shapes of GPT-2's parameters."""
-    ones, zeros = jnp.ones, jnp.zeros
-    tree = {
-        "tokens": zeros((words, width)),
-        "positions": zeros((positions, width)),
-        "last": [ones(width), zeros(width)],
-    }
-    for i in range(layers):
-        matrices = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
-        tree[f"layer {i}"] = [
-            [ones(width), zeros(width), ones(width), zeros(width)],
-            [(zeros(shape), zeros(shape[1])) for shape in matrices],
-        ]
-    return tree
 
 
 class Variant:
@@ -89,9 +73,9 @@ def profiled(variant, steps=4):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--alone", choices=VARIANTS, help="profile this one")
-    parser.add_argument("--small", action="store_true", help="two narrow layers, to try the script")
+    parser.add_argument("--small", action="store_true", help="one narrow layer, to try the script")
     options = parser.parse_args()
-    params = gpt2(128, 512, 2) if options.small else gpt2()
+    params = gpt2.init(jax.random.key(0), gpt2.TINY if options.small else gpt2.SMALL)
     if options.alone:
         variant = Variant(options.alone, params)
         times = sorted(variant.block(STEPS) for _ in range(ROUNDS))[:-1]
