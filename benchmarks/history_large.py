@@ -47,7 +47,7 @@ def trainer(task, history, steps):
 
         def step(carry, _):
             params, state, watched = carry
-            is_watched = (state.machine.phase != Phase.PREDICT) & (state.machine.guard.asleep == 0)
+            is_watched = (state.machine.phase != Phase.PREDICT) & (state.machine.unpacked().guard.asleep == 0)
             value, grads = vsa_optax.value_and_grad_by_phase(loss)(params, state=state)
             updates, state = opt.update(grads, state, params, value=value)
             return (optax.apply_updates(params, updates), state, watched + is_watched), None

@@ -191,7 +191,7 @@ class Variant:
             step = self.program.call
         if self.hold:  # Repeated for each block, since on a fixed batch the guard may fall asleep.
             state = self.carry[1]
-            machine = jax.tree.map(jnp.array, self.hold(state.machine))
+            machine = jax.tree.map(jnp.array, self.hold(state.machine.unpacked()).packed())
             self.carry = jax.block_until_ready((self.carry[0], state._replace(machine=machine)))
         start = time.perf_counter()
         for _ in range(steps):
@@ -215,7 +215,7 @@ def cases():
         for name in optimizers()
         if name != "default"
         for held in HELD
-        for way in ("one program", "alone")
+        for way in WAYS
     ]
     return rows
 
@@ -301,10 +301,12 @@ def main():
     parser.add_argument("--cases", default="", help='only what contains one of these: "byte;PINN, 4 x 256"')
     parser.add_argument("--variants", default="", help='only what contains one of these, and plain: "asleep;alone"')
     parser.add_argument("--optimizers", default="", help='only these, and plain: "default;flattened"')
+    parser.add_argument("--precision", default="default", help="of matrix products; a GPU's default is TF32")
     parser.add_argument("--command-buffers", default="", help='for all: "FUSION,CUBLAS,CUDNN,CONDITIONAL"')
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--kernels", type=int, default=0, help="how many of the longest kernels to list")
     options = parser.parse_args()
+    jax.config.update("jax_default_matmul_precision", options.precision)
     cache = tempfile.TemporaryDirectory()
     jax.config.update("jax_compilation_cache_dir", cache.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -313,7 +315,10 @@ def main():
     print(f"machine: {platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}")
     print(f"versions: python {platform.python_version()}, {versions}")
     buffers = options.command_buffers or "JAX's own choice"
-    print(f"n = {options.rounds} rounds of {options.steps} steps in flight; seed 0; command buffers: {buffers}")
+    print(
+        f"n = {options.rounds} rounds of {options.steps} steps in flight; seed 0; command buffers: {buffers}; "
+        f"products: {options.precision}"
+    )
     for name in CASES:
         if not options.cases or any(part in name for part in options.cases.split(";")):
             report(name, options)

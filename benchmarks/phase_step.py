@@ -109,8 +109,8 @@ def put_in(state, phase):
     if phase is None:
         return state
     done = {Phase.CORRECT: 5}.get(phase, 0)
-    machine = state.machine._replace(phase=jnp.int32(phase), steps_in_phase=jnp.int32(done))
-    return jax.block_until_ready(state._replace(machine=machine))
+    machine = state.machine.unpacked()._replace(phase=jnp.int32(phase), steps_in_phase=jnp.int32(done))
+    return jax.block_until_ready(state._replace(machine=machine.packed()))
 
 
 def interleave(steps, rounds, warmup=5):

@@ -34,11 +34,13 @@ def variants(schedule, betas):
     """Name to (optimizer, how the step is compiled); plain Adam is the first."""
     adam = optax.adam(schedule, *betas)
     switched = vsa_optax.phase_switched(adam)
+    careful = vsa_optax.phase_switched(adam, phases=vsa_optax.Guarded(tolerance=0.05))
     return {
         "plain Adam": (optax.with_extra_args_support(adam), jax.jit),
         "phase_switched, one program": (switched, jax.jit),
         "phase_switched, jit_by_phase": (switched, vsa_optax.jit_by_phase),
         "phase_switched, flattened, jit_by_phase": (optax.flatten(switched), vsa_optax.jit_by_phase),
+        "the same with tolerance 0.05": (optax.flatten(careful), vsa_optax.jit_by_phase),
     }
 
 

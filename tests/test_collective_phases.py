@@ -134,7 +134,7 @@ def test_one_devices_loss_does_not_split_the_phases(is_checked):
     data = batches(60)
     data[:, 2, 40] = np.linspace(1, 40, 60)  # This device's loss rises, the others' fall.
     _, state, phases = run(is_checked, data, is_coded=False, predictor=Window(), phases=AdaptiveCycle(**LENGTHS))
-    machine = state.machine
+    machine = state.machine.unpacked()
     assert phases != reference.walk_phases(60, **LENGTHS)
     means = np.mean(data[:, :, 40], axis=1)
     assert machine.adaptive.num_losses == 60
@@ -173,11 +173,11 @@ def test_the_loss_is_averaged_where_it_differs(is_checked):
     params, data = jnp.zeros(40), batches(8)
     data[:, 1, 40] = 7.0
     for t, batch in enumerate(data):
-        phase, before = int(state.machine.phase), state.machine.value
+        phase, before = int(state.machine.phase), state.machine.unpacked().value
         wanted = np.mean(batch[:, 40] * np.mean((np.asarray(params) - batch[:, :40]) ** 2, axis=1))
         params, state, _ = step(params, state, batch)
         expected = before if phase == Phase.PREDICT else wanted
-        assert float(state.machine.value) == pytest.approx(float(expected), rel=1e-5), t
+        assert float(state.machine.unpacked().value) == pytest.approx(float(expected), rel=1e-5), t
     assert phase_stats(state).predict_steps > 0
 
 
@@ -211,7 +211,7 @@ def test_the_gradients_are_those_of_each_device(is_checked):
         seen.add(needs)
         for i in range(NUM):
             wanted = jax.value_and_grad(loss)(params, batch[i : i + 1])
-            np.testing.assert_allclose(value[i], wanted[0] if needs else state.machine.value, rtol=1e-6)
+            np.testing.assert_allclose(value[i], wanted[0] if needs else state.machine.unpacked().value, rtol=1e-6)
             np.testing.assert_allclose(grads[i], wanted[1] if needs else np.zeros(40), rtol=1e-5, atol=1e-7)
         _, state, _ = step(params, state, batch)
     assert seen == {True, False}
@@ -252,8 +252,8 @@ def test_averaged_gradients_and_machines_of_their_own_are_welcome():
     broken = grads.copy()
     broken[1, 3] = np.nan
     updates, states = mapped(alone, P("data"), P("data"), is_checked=False)(broken, states)
-    assert states.machine.nonfinite_count.tolist() == [0, 1, 0, 0]
-    assert states.machine.steps_in_phase.tolist() == [1, 0, 1, 1]
+    assert states.machine.unpacked().nonfinite_count.tolist() == [0, 1, 0, 0]
+    assert states.machine.unpacked().steps_in_phase.tolist() == [1, 0, 1, 1]
     np.testing.assert_allclose(updates[0], -0.1 * grads[0], rtol=1e-6)
 
 

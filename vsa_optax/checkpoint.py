@@ -64,7 +64,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vsa_optax import checkpoint_files, checkpoint_leaves, checkpoint_manifest
+from vsa_optax import checkpoint_files, checkpoint_leaves, checkpoint_manifest, checkpoint_upgrade
 from vsa_optax.core import checks
 
 FORMAT_VERSION = checkpoint_manifest.FORMAT_VERSION
@@ -229,21 +229,31 @@ def restore(
         folder, "other settings", checkpoint_manifest.config_differences(manifest["config"], settings)
     )
     stored = {entry["path"]: entry for entry in manifest["leaves"]}
-    entries = checkpoint_leaves.with_added_scalars(stored, wanted)
+    entries = checkpoint_upgrade.upgraded(stored, wanted)
     checkpoint_manifest.refuse(folder, "other leaves", checkpoint_leaves.differences(entries, wanted))
     checkpoint_manifest.refuse(folder, "damaged", checkpoint_files.differences(folder, manifest["files"]))
 
     keys = [entries[leaf.path]["key"] for leaf in wanted]
-    args = {key: leaf.restore_args(ocp) for key, leaf in zip(keys, wanted, strict=True) if key is not None}
+    args: dict[str, Any] = {}
+    for key, leaf in zip(keys, wanted, strict=True):
+        if isinstance(key, list):  # An earlier release stored the elements of this array one by one.
+            args |= {one: ocp.RestoreArgs(restore_type=np.ndarray) for one in key if one is not None}
+        elif key is not None:
+            args[key] = leaf.restore_args(ocp)
     data: dict[str, Any] = {}
     if args:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             item = dict.fromkeys(args, 0)
             restore_args = ocp.args.PyTreeRestore(item=item, restore_args=args)
             data = checkpointer.restore(folder / _ARRAYS, args=restore_args)
+
+    def stored_data(key: str | list[str | None] | None, leaf: checkpoint_leaves.Leaf) -> Any:
+        if isinstance(key, list):
+            return np.asarray([0 if one is None else data[one] for one in key], leaf.value.dtype)
+        return None if key is None else data[key]
+
     restored = [
-        leaf.from_stored(None if key is None else data[key], entries[leaf.path])
-        for key, leaf in zip(keys, wanted, strict=True)
+        leaf.from_stored(stored_data(key, leaf), entries[leaf.path]) for key, leaf in zip(keys, wanted, strict=True)
     ]
     return step, jax.tree.unflatten(treedef, restored)
 

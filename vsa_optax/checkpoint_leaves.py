@@ -12,15 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 _DTYPES = (np.bool_, np.number, jax.dtypes.prng_key)
-# Leaves that a release added to states, by the ends of their paths in a NamedTuple and in a dict, with their kinds. An
-# older checkpoint lacks them; scalars are then restored as 0.
-_ADDED = {
-    (".ignored_gradients", "['ignored_gradients']"): "int32[]",
-    (".guard.way", "['guard']['way']"): "float32[]",
-    (".guard.pace", "['guard']['pace']"): "float32[]",
-    (".guard.drift", "['guard']['drift']"): "float32[]",
-    (".history.scales", "['history']['scales']"): "None",
-}
 
 
 class Leaf(NamedTuple):
@@ -70,7 +61,7 @@ class Leaf(NamedTuple):
         """The restored leaf of the template; ``data`` is None if Orbax holds no array for it."""
         if self.value is None:
             return None
-        if data is None:  # Its size is zero, or a later release added it, with value 0.
+        if data is None:  # Its size is zero.
             bare = jax.ShapeDtypeStruct(self.value.shape, self.value.dtype)
             like = jax.eval_shape(jax.random.key_data, bare) if self.is_key else bare
             data = np.zeros(like.shape, like.dtype)
@@ -112,28 +103,17 @@ def flatten(tree: Any, *, values: bool = True) -> tuple[list[Leaf], Any]:
     return leaves, treedef
 
 
-def with_added_scalars(entries: dict[str, dict[str, Any]], wanted: list[Leaf]) -> dict[str, dict[str, Any]]:
-    """``entries``, with zeros for the wanted scalars that did not exist when the checkpoint was made."""
-    added = {}
-    for leaf in wanted:
-        entry = leaf._replace(key=None).entry()
-        is_added = any(leaf.path.endswith(ends) and _kind(entry) == kind for ends, kind in _ADDED.items())
-        if is_added and leaf.path not in entries:
-            added[leaf.path] = entry | {"weak_type": False}
-    return entries | added
-
-
 def differences(entries: dict[str, dict[str, Any]], wanted: list[Leaf]) -> list[str]:
     """Describes each leaf that is missing, left over or of another kind."""
     found = []
     for leaf in wanted:
-        have = _kind(entries[leaf.path]) if leaf.path in entries else "missing"
-        if have != (want := _kind(leaf.entry())):
+        have = kind_of(entries[leaf.path]) if leaf.path in entries else "missing"
+        if have != (want := kind_of(leaf.entry())):
             found.append(f"leaf {leaf.path} is {have} in the checkpoint, {want} in the template")
     paths = {leaf.path for leaf in wanted}
     for path, entry in entries.items():
         if path not in paths:
-            found.append(f"leaf {path} is {_kind(entry)} in the checkpoint, missing in the template")
+            found.append(f"leaf {path} is {kind_of(entry)} in the checkpoint, missing in the template")
     return found
 
 
@@ -144,5 +124,6 @@ def _weakly_typed(array: jax.Array) -> jax.Array:
     return array
 
 
-def _kind(entry: dict[str, Any]) -> str:
+def kind_of(entry: dict[str, Any]) -> str:
+    """The dtype and shape of the entry's leaf, in words."""
     return "None" if entry["shape"] is None else f"{entry['dtype']}{entry['shape']}"

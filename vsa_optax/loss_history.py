@@ -17,7 +17,8 @@ from vsa_optax.core.mesh import mean_over, varying_axes
 from vsa_optax.core.types import Tree
 from vsa_optax.prediction import machine as machines
 from vsa_optax.prediction import stats
-from vsa_optax.prediction.machine import Phase, PhaseMachineState
+from vsa_optax.prediction.machine import Phase
+from vsa_optax.prediction.machine_state import Machine
 from vsa_optax.prediction.unmeasured import LossReader
 
 
@@ -217,12 +218,12 @@ def track_loss(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _machine_in(state: Tree) -> PhaseMachineState | None:
+def _machine_in(state: Tree) -> Machine | None:
     """The phase machine in an optimizer's state, if there is one."""
     return stats.find_machine(state) if stats.contains_machine(state) else None
 
 
-def _is_repeated(machine: PhaseMachineState, loss: jax.Array) -> jax.Array:
+def _is_repeated(machine: Machine, loss: jax.Array) -> jax.Array:
     """``[] bool``: whether the step is a PREDICT step whose loss repeats the last one.
 
     If tracing does not show that no forward pass ran, a loss with the same bits counts as repeated.
@@ -234,7 +235,7 @@ def _is_repeated(machine: PhaseMachineState, loss: jax.Array) -> jax.Array:
     return is_predict & ((loss == last) | (jnp.isnan(loss) & jnp.isnan(last)))
 
 
-def _error_of_step(before: PhaseMachineState, after: PhaseMachineState | None) -> jax.Array:
+def _error_of_step(before: Machine, after: Machine | None) -> jax.Array:
     """``[] float32``: the prediction error that the step measured; -1 if it measured none."""
     assert after is not None
     assert before.errors is not None

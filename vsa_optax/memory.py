@@ -15,7 +15,7 @@ from vsa_optax.compression.pmean import CompressedPmeanState
 from vsa_optax.core.types import Tree
 from vsa_optax.loss_history import TrackLossState
 from vsa_optax.prediction.leap import MultisecantState
-from vsa_optax.prediction.machine import PhaseMachineState
+from vsa_optax.prediction.machine_state import PhaseMachineState
 from vsa_optax.prediction.update import PhaseSwitchedState
 
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))

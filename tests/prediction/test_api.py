@@ -77,7 +77,8 @@ def test_without_phases_no_history_is_allocated(make):
     for predictor in (Secants(), Window(predicts="gradient", calibrate=False, residual_decay=0.5)):
         state = make(predictor=predictor, phases=None).init(PARAMS)
         assert (state.history, state.residual) == (None, None)
-        assert (state.machine.guard, state.machine.calibration, state.machine.errors) == (None, None, None)
+        machine = state.machine.unpacked()
+        assert (machine.guard, machine.calibration, machine.errors) == (None, None, None)
 
 
 def run(opt, steps):

@@ -44,10 +44,10 @@ def machines_of(predictor, phases, noise=0.0, broken=()):
     params, found = jnp.zeros(8), []
     state = opt.init(params)
     for count in range(STEPS):
-        found.append(state.machine)
+        found.append(state.machine.unpacked())
         more = jnp.full(8, jnp.nan) if count in broken else noise * draw(count, 8)
         params, state = step(params, state, more)
-    return jax.device_get([*found, state.machine])
+    return jax.device_get([*found, state.machine.unpacked()])
 
 
 def kind_of(machine):

@@ -216,7 +216,7 @@ def into_a_leap(update, state):
         done = done + 1 if state.machine.phase == Phase.PREDICT else 0
         _, state = update(jnp.ones(5), state, params)
         params += 1
-    assert state.machine.guard.length > 6
+    assert state.machine.unpacked().guard.length > 6
     assert state.machine.phase == Phase.PREDICT
     return state, params
 
@@ -226,7 +226,7 @@ def test_secants_see_one_step_later_what_others_make_of_what_leaves():
     opt = vsa_optax.predict_gradients(predictor=Secants(4), phases=Guarded(warmup_steps=2))
     update = jax.jit(opt.update)
     state, params = into_a_leap(update, opt.init(jnp.zeros(5)))
-    assert state.machine.guard.drift == pytest.approx(np.sqrt(5), rel=1e-5)
+    assert state.machine.unpacked().guard.drift == pytest.approx(np.sqrt(5), rel=1e-5)
     _, state = update(jnp.ones(5), state, params + 40)
     assert state.machine.phase == Phase.FULL
 
@@ -236,7 +236,7 @@ def test_an_update_that_grows_ends_a_leap_before_the_parameters_move():
     opt = vsa_optax.phase_switched(sgd, predictor=Secants(4), phases=Guarded(warmup_steps=2))
     update = jax.jit(opt.update)
     state, params = into_a_leap(update, opt.init(jnp.zeros(5)))
-    assert state.machine.guard.pace == pytest.approx(np.sqrt(5), rel=1e-5)
+    assert state.machine.unpacked().guard.pace == pytest.approx(np.sqrt(5), rel=1e-5)
     state.inner_state.hyperparams["learning_rate"] *= 40
     _, state = update(jnp.ones(5), state, params)
     assert state.machine.phase == Phase.FULL
@@ -250,7 +250,7 @@ def test_rest_is_no_evidence(predictor):
     def step(carry, _):
         params, state = carry
         updates, state = opt.update(jnp.ones(5), state, params)
-        return (optax.apply_updates(params, updates), state), state.machine.predict_steps
+        return (optax.apply_updates(params, updates), state), state.machine.unpacked().predict_steps
 
     run = jax.jit(lambda params: jax.lax.scan(step, (params, opt.init(params)), None, length=60))
     _, predicted = run(jnp.zeros(5))
@@ -413,12 +413,12 @@ def test_bounds_are_kept_and_one_program_serves_all_phases(predictor):
 def test_switched_off_it_leaves_no_trace():
     state = guarded(predictor=Window(calibrate=False), phases=Cycle()).init(jnp.ones(3))
     assert state.machine.calibration is None
-    assert state.machine.guard is None
+    assert state.machine.unpacked().guard is None
     stats = vsa_optax.phase_stats(state)
     assert stats.quality is None
     assert stats.guard is None
     off = guarded(phases=None).init(jnp.ones(3))
-    assert (off.machine.guard, off.machine.calibration, off.history) == (None, None, None)
+    assert (off.machine.unpacked().guard, off.machine.calibration, off.history) == (None, None, None)
 
 
 def test_who_tolerates_more_predicts_more():

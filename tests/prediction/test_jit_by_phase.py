@@ -197,13 +197,16 @@ def test_asleep_it_does_not_wait(monkeypatch):
     monkeypatch.setattr(module, "_is_ready", lambda x: False)
     params = jax.tree.map(jnp.array, PARAMS)
     state = opt.init(params)
-    guard = state.machine.guard._replace(asleep=jnp.int32(50))
-    state = state._replace(machine=state.machine._replace(phase=jnp.int32(vsa_optax.Phase.FULL), guard=guard))
+    machine = state.machine.unpacked()
+    machine = machine._replace(
+        phase=jnp.int32(vsa_optax.Phase.FULL), guard=machine.guard._replace(asleep=jnp.int32(50))
+    )
+    state = state._replace(machine=machine.packed())
     for _ in range(51):
         params, state, _ = by_phase(params, state, jnp.float32(1))
     assert by_phase.num_waits == 0
     assert by_phase.programs[StepKind.PLAIN]._cache_size() == by_phase.programs[StepKind.WATCHED]._cache_size() == 1
-    assert state.machine.guard.asleep == 0
+    assert state.machine.unpacked().guard.asleep == 0
 
 
 def test_a_second_update_in_one_step_is_decided_on_the_device():
@@ -296,10 +299,10 @@ def test_a_state_that_is_changed_or_does_not_come_back_is_read_anew():
 
     def restarted(params, state, factor):
         params, after, value = step_of(opt)(params, state, factor)
-        machine = after.machine
+        machine = after.machine.unpacked()
         is_predict = machine.phase == vsa_optax.Phase.PREDICT
         phase = jnp.where(is_predict & (machine.steps_in_phase == 3), vsa_optax.Phase.FULL, machine.phase)
-        return params, after._replace(machine=machine._replace(phase=phase)), value
+        return params, after._replace(machine=machine._replace(phase=phase).packed()), value
 
     expected, found = (run(jit(restarted), opt, 60) for jit in (jax.jit, vsa_optax.jit_by_phase))
     assert found[0] == expected[0] != run_of_single("cycle", 60)[0]

@@ -80,7 +80,7 @@ def test_lengths_follow_the_loss(losses, lengths):
     state, found = jax.jit(lambda losses: jax.lax.scan(step, opt.init(jnp.zeros(2)), losses))(np.float32(losses))
     settings = dict(full_steps=10, predict_steps=40, correct_every=10, loss_threshold=0.1)
     assert "".join(LETTERS[i] for i in np.asarray(found)) == reference.walk_legacy(losses, **settings)
-    full, predict = state.machine.adaptive[:2]
+    full, predict = state.machine.unpacked().adaptive[:2]
     assert (full, predict) == lengths
 
 

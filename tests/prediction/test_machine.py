@@ -31,7 +31,7 @@ def scan_of(opt):
         gradient, loss = inputs
         phase = state.machine.phase
         _, state = opt.update(gradient, state, value=loss)
-        lengths = state.machine.adaptive and state.machine.adaptive[:2]
+        lengths = state.machine.unpacked().adaptive and state.machine.unpacked().adaptive[:2]
         return state, (phase, lengths)
 
     return jax.jit(lambda gradients, losses: jax.lax.scan(step, opt.init(jnp.zeros(2)), (gradients, losses)))
@@ -189,9 +189,9 @@ def test_adaptive_handles_losses_below_zero():
 def test_nonfinite_values_are_not_remembered():
     opt = blind.predict_gradients(when=AdaptiveCycle)
     _, state = walk_scan(opt, [2.0, np.nan, np.inf])
-    assert state.machine.value == 2.0
-    assert state.machine.adaptive.num_losses == 1
-    assert np.isfinite(state.machine.adaptive.losses).all()
+    assert state.machine.unpacked().value == 2.0
+    assert state.machine.unpacked().adaptive.num_losses == 1
+    assert np.isfinite(state.machine.unpacked().adaptive.losses).all()
 
 
 def test_adaptive_needs_the_loss():

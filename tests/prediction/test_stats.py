@@ -19,7 +19,8 @@ def state_in(phase):
     state = blind.predict_gradients().init(jnp.ones(2))
     counts = dict(warmup_steps=3, full_steps=2, predict_steps=4, correct_steps=1)
     counts = {name: jnp.int32(count) for name, count in counts.items()}
-    return state._replace(machine=state.machine._replace(phase=jnp.int32(phase), **counts))
+    machine = state.machine.unpacked()._replace(phase=jnp.int32(phase), **counts)
+    return state._replace(machine=machine.packed())
 
 
 @pytest.mark.parametrize("phase", Phase)

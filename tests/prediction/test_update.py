@@ -31,7 +31,7 @@ def test_bad_gradients_leave_no_trace(line, predicts):
                 assert not flat_of(emitted).any()
                 for name in ("history", "residual", "inner_state"):
                     jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
-                assert after.machine.nonfinite_count == state.machine.nonfinite_count + 1
+                assert after.machine.unpacked().nonfinite_count == state.machine.unpacked().nonfinite_count + 1
                 assert vsa_optax.phase_stats(after).total_steps == step + 1
         _, state = update(tree_of(gradient), state, PARAMS)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
@@ -42,7 +42,7 @@ def test_an_optimizers_own_nan_is_not_emitted_or_recorded():
     opt = blind.phase_switched(broken, **SHORT)
     emitted, state = jax.jit(opt.update)(tree_of(np.ones(sum(SIZES))), opt.init(PARAMS))
     assert not flat_of(emitted).any()
-    assert state.machine.nonfinite_count == 1
+    assert state.machine.unpacked().nonfinite_count == 1
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
@@ -50,7 +50,7 @@ def test_without_predictions_a_bad_gradient_is_counted_and_opts_own_affair():
     opt = blind.phase_switched(optax.apply_if_finite(optax.adam(0.1), 2), predict_steps=0)
     emitted, state = jax.jit(opt.update)(tree_of(np.full(sum(SIZES), np.nan)), opt.init(PARAMS), PARAMS)
     assert not flat_of(emitted).any()
-    assert state.machine.nonfinite_count == 1
+    assert state.machine.unpacked().nonfinite_count == 1
 
 
 START = {"w": jnp.linspace(-1, 1, 50).reshape(5, 10), "b": jnp.linspace(0, 2, 7)}
@@ -136,7 +136,7 @@ def test_without_predictions_the_bits_are_plain_optax(name, predicts, by_scan):
     jax.tree.map(np.testing.assert_array_equal, ours, trained_plainly(name, by_scan))
     assert state.history is None
     assert state.residual is None
-    assert state.machine.errors is None
+    assert state.machine.unpacked().errors is None
 
 
 WARMUP = optax.warmup_cosine_decay_schedule(0.0, 0.05, 5, 40)

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 
 from vsa_optax.prediction.guard import leap_length, watched_for_certain
 from vsa_optax.prediction.kinds import StepKind
-from vsa_optax.prediction.machine import Phase, PhaseMachineState, ever_predicts, shortest_full
+from vsa_optax.prediction.machine import Phase, ever_predicts, shortest_full
+from vsa_optax.prediction.machine_state import Machine
 from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded, QualityCycle
 
 FOREVER = 2**30  # A number of steps that no run reaches.
 
 
-def forecast(phases: Guarded | Cycle, state: PhaseMachineState) -> jax.Array:
+def forecast(phases: Guarded | Cycle, state: Machine) -> jax.Array:
     """``[2, 2] int32``: a kind and the number of steps of it that are certain to come; then those certain to follow.
 
     The second number of steps may be 0. A non-finite gradient does not count in WARMUP and only makes it longer. No
@@ -24,7 +25,7 @@ def forecast(phases: Guarded | Cycle, state: PhaseMachineState) -> jax.Array:
     return _of_cycle(phases, state)
 
 
-def _of_guard(phases: Guarded, state: PhaseMachineState) -> jax.Array:
+def _of_guard(phases: Guarded, state: Machine) -> jax.Array:
     """The forecast with a guard: a leap or a sleep may follow a watched step; in a leap, the distance moved decides."""
     assert state.guard is not None
     asleep, done = state.guard.asleep, state.steps_in_phase
@@ -40,7 +41,7 @@ def _of_guard(phases: Guarded, state: PhaseMachineState) -> jax.Array:
     return jnp.where(state.phase == Phase.PREDICT, predicted, true)
 
 
-def _of_cycle(phases: Cycle, state: PhaseMachineState) -> jax.Array:
+def _of_cycle(phases: Cycle, state: Machine) -> jax.Array:
     """The forecast of a cycle: all is certain except the lengths of `AdaptiveCycle`, which change when FULL begins."""
     true = StepKind.RECORDED if state.calibration is None else StepKind.WATCHED
     full: int | jax.Array = phases.full_steps if state.adaptive is None else state.adaptive.full_length

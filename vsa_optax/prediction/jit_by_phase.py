@@ -17,8 +17,9 @@ import numpy as np
 from vsa_optax.core.types import Tree
 from vsa_optax.prediction.forecast import FOREVER
 from vsa_optax.prediction.kinds import Assumption, StepKind, assumed
-from vsa_optax.prediction.machine import Phase, PhaseMachineState
-from vsa_optax.prediction.stats import contains_machine, find_machine
+from vsa_optax.prediction.machine import Phase
+from vsa_optax.prediction.machine_state import Machine, PhaseMachineState
+from vsa_optax.prediction.stats import contains_machine, find_machine, find_machine_state
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -54,7 +55,7 @@ class JitByPhase(Generic[Parameters, Result]):
         result, forecast = self.programs[kind](*args, **kwargs)
         if forecast is not None:
             if sum(num for _, num in self._coming) < _NUM_FORECASTS:
-                forecast.copy_to_host_async()  # Otherwise the forecast is not needed.
+                forecast = _in_host_memory(forecast)  # Otherwise the forecast is not needed.
             self._forecasts.append((forecast, 0))
             self._last = _Last(result)
         return result
@@ -83,13 +84,13 @@ class _Last:
     def __init__(self, result: Tree) -> None:
         parts = result if type(result) is tuple else (result,)
         self._part = next((part for part in parts if _leads_to_machine(part)), None)
-        self._phase = find_machine(result).phase if self._part is None else None
+        self._phase = find_machine_state(result).phase if self._part is None else None
 
     def is_in(self, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> bool:
         if self._part is not None and any(arg is self._part for arg in (*args, *kwargs.values())):
             return True
-        phase = find_machine(self._part).phase if self._phase is None else self._phase
-        return find_machine((args, kwargs)).phase is phase
+        phase = find_machine_state(self._part).phase if self._phase is None else self._phase
+        return find_machine_state((args, kwargs)).phase is phase
 
 
 def _leads_to_machine(tree: Tree) -> bool:
@@ -148,14 +149,14 @@ def _traced_for(kind: StepKind, fun: Callable[..., Result]) -> Callable[..., tup
         is_its = (
             assumption.after is not None
             and contains_machine(result)
-            and find_machine(result).phase is assumption.after.phase
+            and find_machine_state(result).phase is assumption.after.phase
         )
         return result, assumption.forecast if is_its else None
 
     return traced
 
 
-def _coming(machine: PhaseMachineState) -> list[tuple[StepKind, int]]:
+def _coming(machine: Machine) -> list[tuple[StepKind, int]]:
     """The kind of the coming step, read from the machine's own scalars; the host waits for them."""
     if machine.errors is None:
         return [(StepKind.PLAIN, FOREVER)]
@@ -166,6 +167,12 @@ def _coming(machine: PhaseMachineState) -> list[tuple[StepKind, int]]:
         return [*([(StepKind.PLAIN, asleep)] if asleep else []), (StepKind.WATCHED, 1)]
     is_watched = machine.calibration is not None or int(machine.phase) == Phase.CORRECT
     return [(StepKind.WATCHED if is_watched else StepKind.RECORDED, 1)]
+
+
+@jax.jit
+def _in_host_memory(runs: jax.Array) -> jax.Array:
+    """The forecast where reading it takes no transfer, which on a GPU would take longer than a small predicted step."""
+    return jax.device_put(runs, jax.memory.Space.Host)
 
 
 def _is_ready(x: jax.Array) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import jax
 
-from vsa_optax.prediction.machine import PhaseMachineState
+from vsa_optax.prediction.machine_state import Machine
 
 
 class StepKind(enum.IntEnum):
@@ -45,9 +45,9 @@ class Assumption:
     """
 
     kind: StepKind
-    machine: PhaseMachineState
+    machine: Machine
     forecast: jax.Array | None = None
-    after: PhaseMachineState | None = None
+    after: Machine | None = None
 
 
 _assumption: contextvars.ContextVar[Assumption | None] = contextvars.ContextVar("assumption", default=None)
@@ -63,7 +63,7 @@ def assumed(assumption: Assumption) -> Iterator[None]:
         _assumption.reset(token)
 
 
-def assumption_for(machine: PhaseMachineState) -> Assumption | None:
+def assumption_for(machine: Machine) -> Assumption | None:
     """The assumption for this machine's step; None if there is none."""
     assumption = _assumption.get()
     if assumption is None or assumption.machine.phase is not machine.phase:
@@ -71,7 +71,7 @@ def assumption_for(machine: PhaseMachineState) -> Assumption | None:
     return assumption
 
 
-def kind_of(machine: PhaseMachineState) -> StepKind | None:
+def kind_of(machine: Machine) -> StepKind | None:
     """The kind of this machine's coming step; None if it is unknown."""
     assumption = assumption_for(machine)
     return None if assumption is None else assumption.kind

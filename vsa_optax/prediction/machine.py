@@ -15,7 +15,6 @@ The machine reads replicated scalars only, so devices that run the same program 
 
 import enum
 import weakref
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,8 @@ import optax
 
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction import guard as guards
-from vsa_optax.prediction.guard import GuardState, Moved, Plan
+from vsa_optax.prediction.guard import Moved, Plan
+from vsa_optax.prediction.machine_state import AdaptiveLengthsState, Machine, PredictionErrorState
 from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded, LegacyCycle, QualityCycle
 from vsa_optax.prediction.predictors.base import Calibration, Comparison
 from vsa_optax.prediction.predictors.momentum import MomentumCalibrationState
@@ -47,79 +47,6 @@ class Phase(enum.IntEnum):
     CORRECT = 3
 
 
-class AdaptiveLengthsState(NamedTuple):
-    """Phase lengths that follow the loss.
-
-    Attributes:
-        full_length: ``[] int32``, the number of steps in the present FULL phase.
-        predict_length: ``[] int32``, the number of steps in the coming PREDICT phase.
-        losses: ``[100] float32``, a ring of the most recent losses.
-        num_losses: ``[] int32``, the number of losses so far; the next goes to slot ``num_losses % 100``.
-    """
-
-    full_length: jax.Array
-    predict_length: jax.Array
-    losses: jax.Array
-    num_losses: jax.Array
-
-
-class PredictionErrorState(NamedTuple):
-    """Relative errors ``||x - x̂|| / ||x||`` of predicted gradients or updates, at CORRECT steps.
-
-    With the guard or calibration, they are measured at all true steps that follow a prediction.
-
-    Attributes:
-        num_measured: ``[] int32``, the number of errors measured.
-        mean: ``[] float32``, their mean.
-        last: ``[] float32``, the latest error.
-    """
-
-    num_measured: jax.Array
-    mean: jax.Array
-    last: jax.Array
-
-
-class PhaseMachineState(NamedTuple):
-    """The machine's scalars; every query finds the machine by this type.
-
-    Attributes:
-        phase: ``[] int32``, the `Phase` of the coming step.
-        steps_in_phase: ``[] int32``, the number of steps done in this phase (PREDICT and CORRECT together); in WARMUP,
-            the number of recorded gradients.
-        warmup_steps: ``[] int32``, the number of steps taken in WARMUP so far.
-        full_steps: ``[] int32``, the number of steps taken in FULL.
-        predict_steps: ``[] int32``, the number of steps taken in PREDICT.
-        correct_steps: ``[] int32``, the number of CORRECT steps taken.
-        cycles: ``[] int32``, the number of PREDICT phases completed.
-        nonfinite_count: ``[] int32``, the number of steps skipped because of a NaN or an infinity.
-        errors: `PredictionErrorState`, or None if no step is ever predicted.
-        value: ``[] float32``, the last finite ``value=`` that a true step received; meaningless before ``has_value``.
-        has_value: ``[] bool``, whether one was received.
-        adaptive: `AdaptiveLengthsState` with `AdaptiveCycle`, else None.
-        calibration: `CalibrationState`, `SecantCalibrationState` or `MomentumCalibrationState`; None with a line that
-            is not calibrated.
-        guard: `GuardState` with `Guarded`, else None.
-        ignored_gradients: ``[] int32``, the number of PREDICT steps that received a non-zero gradient. This field comes
-            last: `vsa_optax.checkpoint` restores it as 0 from a checkpoint that was made before it existed.
-    """
-
-    phase: jax.Array
-    steps_in_phase: jax.Array
-    warmup_steps: jax.Array
-    full_steps: jax.Array
-    predict_steps: jax.Array
-    correct_steps: jax.Array
-    cycles: jax.Array
-    nonfinite_count: jax.Array
-    errors: PredictionErrorState | None
-    value: jax.Array
-    has_value: jax.Array
-    adaptive: AdaptiveLengthsState | None
-    calibration: Calibration | None
-    guard: GuardState | None
-    ignored_gradients: jax.Array
-
-
 def ever_predicts(phases: Guarded | Cycle) -> bool:
     """Whether these settings ever predict a step."""
     return isinstance(phases, Guarded) or phases.predict_steps > 0
@@ -130,7 +57,7 @@ def shortest_full(phases: AdaptiveCycle) -> int:
     return min(phases.shortest_full if isinstance(phases, LegacyCycle) else _SHORTEST_FULL, phases.full_steps)
 
 
-def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> PhaseMachineState:
+def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> Machine:
     """The machine before its first step, with the initial calibration."""
 
     def zero() -> jax.Array:
@@ -141,10 +68,10 @@ def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> Pha
         adaptive = AdaptiveLengthsState(
             full_length=jnp.asarray(phases.full_steps, jnp.int32),
             predict_length=jnp.asarray(phases.predict_steps, jnp.int32),
-            losses=jnp.zeros([_RECENT_LOSSES], jnp.float32),
             num_losses=zero(),
+            losses=jnp.zeros([_RECENT_LOSSES], jnp.float32),
         )
-    return PhaseMachineState(
+    return Machine(
         phase=jnp.where(phases.warmup_steps > 0, jnp.int32(Phase.WARMUP), jnp.int32(Phase.FULL)),
         steps_in_phase=zero(),
         warmup_steps=zero(),
@@ -163,18 +90,18 @@ def init(phases: Guarded | Cycle, calibration: Calibration | None = None) -> Pha
     )
 
 
-def total_steps(state: PhaseMachineState) -> jax.Array:
+def total_steps(state: Machine) -> jax.Array:
     """``[] int32``, the number of steps taken so far, which is also the 0-based number of the coming step."""
     return state.warmup_steps + state.full_steps + state.predict_steps + state.correct_steps
 
 
-def ends_leap(state: PhaseMachineState) -> jax.Array:
+def ends_leap(state: Machine) -> jax.Array:
     """``[] bool``: whether the coming step is the true step after a leap, or after the correction that ended it."""
     is_first = (state.phase == Phase.FULL) & (state.steps_in_phase == 0) & (state.cycles > 0)
     return is_first | (state.phase == Phase.CORRECT)
 
 
-def last_value(state: PhaseMachineState) -> jax.Array:
+def last_value(state: Machine) -> jax.Array:
     """``[] float32``, the last finite loss that an update received; NaN before the first.
 
     If JAX is set to stop at each NaN, infinity is used instead.
@@ -183,7 +110,7 @@ def last_value(state: PhaseMachineState) -> jax.Array:
     return jnp.where(state.has_value, state.value, unknown)
 
 
-def note_repeated_loss(state: PhaseMachineState) -> None:
+def note_repeated_loss(state: Machine) -> None:
     """Remembers, for the duration of a trace, that no forward pass runs in this machine's PREDICT steps.
 
     `value_and_grad_by_phase` and ``update`` see the same machine, and its arrays are the same Python objects if both
@@ -192,21 +119,21 @@ def note_repeated_loss(state: PhaseMachineState) -> None:
     _repeating[id(state.phase)] = state.phase
 
 
-def repeats_loss(state: PhaseMachineState) -> bool:
+def repeats_loss(state: Machine) -> bool:
     """Whether this machine's PREDICT steps are known to repeat the loss."""
     return _repeating.get(id(state.phase)) is state.phase
 
 
 def advance(
     phases: Guarded | Cycle,
-    state: PhaseMachineState,
+    state: Machine,
     *,
     is_finite: jax.Array,
     is_ignored: jax.Array | bool = False,
     value: jax.Array | None,
     moved: Moved | None = None,
     comparison: Comparison | None = None,
-) -> PhaseMachineState:
+) -> Machine:
     """Counts the step that was just done, learns from its comparison, and decides the next phase.
 
     Args:
@@ -293,8 +220,8 @@ def _following(
 
 
 def _learn(
-    phases: Guarded | Cycle, state: PhaseMachineState, moved: Moved, comparison: Comparison
-) -> tuple[PhaseMachineState, Plan | None]:
+    phases: Guarded | Cycle, state: Machine, moved: Moved, comparison: Comparison
+) -> tuple[Machine, Plan | None]:
     """The machine with the step's error in its mean and in the guard, and the guard's plan."""
     assert state.errors is not None
     error, plan = comparison.error, None

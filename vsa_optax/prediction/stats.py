@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from vsa_optax.core.types import Tree
 from vsa_optax.prediction.guard import GuardState
-from vsa_optax.prediction.machine import Phase, PhaseMachineState, total_steps
+from vsa_optax.prediction.machine import Phase, total_steps
+from vsa_optax.prediction.machine_state import Machine, PhaseMachineState
 from vsa_optax.prediction.predictors.base import PredictionQuality
 
 Wrapped = TypeVar("Wrapped")
@@ -81,7 +82,7 @@ def contains_machine(state: Tree) -> bool:
     return bool(_machines(state))
 
 
-def find_machine(state: Tree) -> PhaseMachineState:
+def find_machine_state(state: Tree) -> PhaseMachineState:
     """The one phase machine in ``state``; its arrays are unwrapped from the Variables of a Flax nnx optimizer.
 
     Raises:
@@ -97,6 +98,11 @@ def find_machine(state: Tree) -> PhaseMachineState:
     return unwrapped(found[0])
 
 
+def find_machine(state: Tree) -> Machine:
+    """The scalars of the one phase machine in ``state``; the same errors."""
+    return find_machine_state(state).unpacked()
+
+
 def needs_backward(opt_state: Tree) -> jax.Array:
     """Whether the coming step needs a true gradient, as ``[] bool``; traced under jit.
 
@@ -109,7 +115,7 @@ def needs_backward(opt_state: Tree) -> jax.Array:
         >>> bool(vsa_optax.needs_backward(opt.init({"w": jnp.ones(3)})))
         True
     """
-    return find_machine(opt_state).phase != Phase.PREDICT
+    return find_machine_state(opt_state).phase != Phase.PREDICT
 
 
 def phase_stats(opt_state: Tree) -> PhaseStats:

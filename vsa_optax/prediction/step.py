@@ -16,7 +16,8 @@ from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction.guard import Moved
 from vsa_optax.prediction.kinds import StepKind
-from vsa_optax.prediction.machine import Phase, PhaseMachineState, ends_leap
+from vsa_optax.prediction.machine import Phase, ends_leap
+from vsa_optax.prediction.machine_state import Machine
 from vsa_optax.prediction.predictors.base import Comparison, Experience, HistoryState, Predictor, Scalars
 from vsa_optax.prediction.predictors.momentum import MomentumPredictor
 
@@ -95,7 +96,7 @@ class PhaseStep:
         inner_state: optax.OptState,
         params: optax.Params | None,
         extra_args: dict[str, object],
-        machine: PhaseMachineState,
+        machine: Machine,
         history: HistoryState,
         experience: Experience,
         count: jax.Array,
@@ -152,7 +153,7 @@ class PhaseStep:
         inner_state: optax.OptState,
         params: optax.Params | None,
         extra_args: dict[str, object],
-        machine: PhaseMachineState,
+        machine: Machine,
         history: HistoryState,
         experience: Experience,
         count: jax.Array,

@@ -19,7 +19,8 @@ from vsa_optax.prediction import machine as machines
 from vsa_optax.prediction.forecast import forecast
 from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.learning_rate import check_one_rate
-from vsa_optax.prediction.machine import Phase, PhaseMachineState
+from vsa_optax.prediction.machine import Phase
+from vsa_optax.prediction.machine_state import Machine, PhaseMachineState
 from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded
 from vsa_optax.prediction.predictors.base import (
     Experience,
@@ -40,7 +41,7 @@ class PhaseSwitchedState(NamedTuple):
     """State of `predict_gradients` and `phase_switched`.
 
     Attributes:
-        machine: `PhaseMachineState`, the machine's scalars.
+        machine: `PhaseMachineState`, the machine's scalars in a few arrays.
         history: `SecantHistoryState`, `WindowHistoryState`, `CodedWindowHistoryState`, `RecursiveHistoryState` or
             `MomentumHistoryState`; None if no step is ever predicted.
         residual: tree of ``[*shape]`` in the history's dtype, the averaged prediction error, or a codec's payload of
@@ -87,10 +88,10 @@ def switched(
         rests = predicts_updates and ever_predicts
         check_one_rate(inner_state, learning_rate, rests=rests)
         if not ever_predicts:
-            return PhaseSwitchedState(machines.init(phases), None, None, inner_state)
+            return PhaseSwitchedState(machines.init(phases).packed(), None, None, inner_state)
         experience = predictor.init_experience(params)
         return PhaseSwitchedState(
-            machine=machines.init(phases, experience.calibration),
+            machine=machines.init(phases, experience.calibration).packed(),
             history=predictor.history.init(params),
             residual=experience.residual,
             inner_state=inner_state,
@@ -108,22 +109,24 @@ def switched(
         elif is_adaptive:
             name = type(phases).__name__
             raise ValueError(f"{name} needs the loss at every step: update(..., value=loss), got value=None")
-        _check_state(state, phases, predictor)
+        machine = _checked_machine(state, phases, predictor)
         _check_trees(updates, params, state, predictor)
-        if machines.repeats_loss(state.machine):
+        history, residual = state.history, state.residual
+        if machines.repeats_loss(machine):
             if value is None:
                 unmeasured.warn_without_value()
             if not predicts_updates:
                 unmeasured.check_no_reader(state.inner_state)
 
-        machine, history, residual = state.machine, state.history, state.residual
-        assumption = kinds.assumption_for(stats.unwrapped(machine))
+        assumption = kinds.assumption_for(machine)
         kind = None if assumption is None else assumption.kind
         axes = _axes_to_agree_over(updates, state)
         if value is not None:
             # A transformation that follows the loss, in an optimizer that runs in PREDICT, needs measured losses there.
             follows = not predicts_updates and unmeasured.contains_reader(state.inner_state)
-            value = extra_args["value"] = _agreed_value(value, state, in_all_phases=is_adaptive or follows)
+            axes_of_value = _axes_to_agree_over(value, state)
+            value = _agreed_value(value, machine, axes_of_value, in_all_phases=is_adaptive or follows)
+            extra_args["value"] = value
         count = machines.total_steps(machine)
         recorded_state = state.inner_state if predicts_updates else optax.EmptyState()
         given = updates, recorded_state, params, extra_args
@@ -168,7 +171,7 @@ def switched(
             residual = result.comparison.experience.residual
         if assumption is not None:
             assumption.forecast, assumption.after = forecast(phases, machine), machine
-        return new_updates, PhaseSwitchedState(machine, result.history, residual, inner_state)
+        return new_updates, PhaseSwitchedState(machine.packed(), result.history, residual, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -180,15 +183,14 @@ def _axes_to_agree_over(tree: Tree, state: PhaseSwitchedState) -> frozenset[str]
     return (varying_axes(tree) | may_vary) - varying_axes(state.machine.phase)
 
 
-def _agreed_value(value: jax.Array, state: PhaseSwitchedState, *, in_all_phases: bool) -> jax.Array:
-    """The loss, averaged over devices if it differs between them.
+def _agreed_value(value: jax.Array, machine: Machine, axes: frozenset[str], *, in_all_phases: bool) -> jax.Array:
+    """The loss, averaged over the ``axes`` along which it differs between devices.
 
     Devices do not communicate in PREDICT; there it is the last known loss, unless the value counts ``in_all_phases``.
     """
-    axes = _axes_to_agree_over(value, state)
     if not axes:
         return value
-    machine, value = state.machine, value.astype(numerics.promoted(value.dtype, jnp.float32))
+    value = value.astype(numerics.promoted(value.dtype, jnp.float32))
     if in_all_phases:
         return mean_over(value, axes)
     last = machines.last_value(machine).astype(value.dtype)
@@ -255,24 +257,25 @@ def _check_trees(
         checks.check_same_tree(tree, params, what="params", leading_axes=leading)
 
 
-def _check_state(state: optax.OptState, phases: Guarded | Cycle, predictor: Predictor) -> None:
-    """``ValueError`` if the state was made by a transformation with other settings."""
+def _checked_machine(state: optax.OptState, phases: Guarded | Cycle, predictor: Predictor) -> Machine:
+    """The machine's scalars; ``ValueError`` if the state was made by a transformation with other settings."""
     if not isinstance(state, PhaseSwitchedState):
         raise ValueError(f"state must be what init returned, a PhaseSwitchedState, got {type(state).__name__}")
-    machine, ever_predicts = state.machine, machines.ever_predicts(phases)
+    machine, ever_predicts = stats.unwrapped(state.machine).unpacked(), machines.ever_predicts(phases)
     wanted = next(kind.__name__ for kind in (Guarded, AdaptiveCycle, Cycle) if isinstance(phases, kind))
     check_settings(phases=(_phases_of(machine), wanted if ever_predicts else None))
     if not ever_predicts:
         check_history(state.history, None)
-        return
+        return machine
     predictor.history.check_state(state.history)
     check_settings(calibrate=(machine.calibration is not None, predictor.calibrates))
     if predictor.history.example(state.history)[0] is not None:  # The tree itself may be None.
         had = None if state.residual is None else "a number"
         check_settings(residual_decay=(had, "a number" if predictor.has_residual else None))
+    return machine
 
 
-def _phases_of(machine: PhaseMachineState) -> str | None:
+def _phases_of(machine: Machine) -> str | None:
     """The class of the settings that the machine was made with; None if it never predicts."""
     if machine.errors is None:
         return None

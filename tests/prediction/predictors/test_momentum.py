@@ -97,7 +97,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_trace():
             fed += not is_broken
         assert np.isfinite(flat_of(jax.tree.map(lambda x: x[0], state.history.records))).all()
         states.append(state)
-    assert states[1].machine.nonfinite_count > 0
+    assert states[1].machine.unpacked().nonfinite_count > 0
     assert states[0].history.num_records > 4
 
 
@@ -116,7 +116,7 @@ def test_a_skipped_gradient_behind_a_leap_is_no_leap():
     state, update = opt.init(jnp.zeros(3)), jax.jit(opt.update)
     for _ in range(9):
         _, state = update(jnp.ones(3), state)
-    assert (state.machine.phase, state.machine.cycles) == (Phase.FULL, 1)
+    assert (state.machine.phase, state.machine.unpacked().cycles) == (Phase.FULL, 1)
     for gradient, expected in [(2.0, 2.5), (np.nan, 0.0), (5.0, 5.0)]:
         emitted, state = update(jnp.full(3, gradient), state)
         np.testing.assert_allclose(emitted, expected, rtol=1e-6)

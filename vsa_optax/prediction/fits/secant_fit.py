@@ -29,6 +29,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vsa_optax.kernels import small_systems
+
 # The smallest ridge is above the rounding of f32 products, which resolve the square of an angle to about 1e-6. Factors
 # of ten are chosen by hand, as are the next two constants (benchmarks/constants.log varies them).
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, float("inf"))
@@ -70,8 +72,8 @@ def coefficients(gram: jax.Array, products: jax.Array) -> jax.Array:
     unit = jnp.eye(lengths.size, dtype=jnp.float32)
     cosines = jnp.where(is_used[:, None] & is_used[None], gram * inverse[:, None] * inverse[None], 0) * (1 - unit)
     ridges = jnp.asarray(RIDGES[:-1], jnp.float32)[:, None, None]
-    right = jnp.broadcast_to(jnp.where(is_used, products * inverse, 0)[None, :, None], (ridges.size, lengths.size, 1))
-    solved = jnp.linalg.solve(cosines[None] + (1 + ridges) * unit[None], right)[..., 0] * inverse[None]
+    right = jnp.broadcast_to(jnp.where(is_used, products * inverse, 0), (ridges.size, lengths.size))
+    solved = small_systems.solve(cosines[None] + (1 + ridges) * unit[None], right) * inverse[None]
     finite = jnp.where(jnp.all(jnp.isfinite(solved), -1, keepdims=True), solved, 0)
     return jnp.concatenate([finite, jnp.zeros([1, lengths.size], jnp.float32)])
 
