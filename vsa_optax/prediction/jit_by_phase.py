@@ -18,7 +18,7 @@ from vsa_optax.core.types import Tree
 from vsa_optax.prediction.forecast import FOREVER
 from vsa_optax.prediction.kinds import Assumption, StepKind, assumed
 from vsa_optax.prediction.machine import Phase
-from vsa_optax.prediction.machine_state import Machine, PhaseMachineState
+from vsa_optax.prediction.machine_state import PhaseMachineState
 from vsa_optax.prediction.stats import contains_machine, find_machine, find_machine_state
 
 Parameters = ParamSpec("Parameters")
@@ -49,7 +49,7 @@ class JitByPhase(Generic[Parameters, Result]):
         """Runs one step."""
         if self._last is None or not self._last.is_in(args, kwargs):
             # This is the first step, another run, or a state that was changed outside.
-            self._forecasts, self._coming = [], _coming(find_machine((args, kwargs)))
+            self._forecasts, self._coming = [], _coming(find_machine_state((args, kwargs)))
         kind = self._next_kind()
         self._last = None  # If the step fails, the forecasts are dropped.
         result, forecast = self.programs[kind](*args, **kwargs)
@@ -156,8 +156,9 @@ def _traced_for(kind: StepKind, fun: Callable[..., Result]) -> Callable[..., tup
     return traced
 
 
-def _coming(machine: Machine) -> list[tuple[StepKind, int]]:
+def _coming(state: PhaseMachineState) -> list[tuple[StepKind, int]]:
     """The kind of the coming step, read from the machine's own scalars; the host waits for them."""
+    machine = jax.device_get(state._replace(calibration=None)).unpacked()
     if machine.errors is None:
         return [(StepKind.PLAIN, FOREVER)]
     if int(machine.phase) == Phase.PREDICT:
@@ -165,7 +166,7 @@ def _coming(machine: Machine) -> list[tuple[StepKind, int]]:
     if machine.guard is not None:
         asleep = int(machine.guard.asleep)
         return [*([(StepKind.PLAIN, asleep)] if asleep else []), (StepKind.WATCHED, 1)]
-    is_watched = machine.calibration is not None or int(machine.phase) == Phase.CORRECT
+    is_watched = state.calibration is not None or int(machine.phase) == Phase.CORRECT
     return [(StepKind.WATCHED if is_watched else StepKind.RECORDED, 1)]
 
 

@@ -4,7 +4,6 @@ A program takes time for every array that enters and leaves it. On a GPU's host 
 step of a small model takes 0.3 ms. So between steps the machine's two dozen scalars are kept in two arrays.
 """
 
-import functools
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -136,7 +135,8 @@ class PhaseMachineState(NamedTuple):
 
     def unpacked(self) -> Machine:
         """The scalars by name; on each device, if the arrays have leading axes."""
-        of_counts, of_numbers = _apart(self.counts), _apart(self.numbers)
+        apart = _apart if isinstance(self.counts, jax.Array) else _elements
+        of_counts, of_numbers = apart(self.counts), apart(self.numbers)
         counts, numbers = iter(of_counts), iter(of_numbers)
         own = {name: next(counts) for name in COUNTS[""]} | {name: next(numbers) for name in NUMBERS[""]}
         own["has_value"] = own["has_value"].astype(bool)
@@ -153,7 +153,8 @@ class PhaseMachineState(NamedTuple):
         )
 
 
-@functools.partial(jax.jit, inline=True)
-def _apart(packed: jax.Array) -> list[jax.Array]:
-    """The scalars of a packed array; outside a trace one call instead of one for each."""
+def _elements(packed: jax.Array) -> list[jax.Array]:
     return [packed[..., i] for i in range(packed.shape[-1])]
+
+
+_apart = jax.jit(_elements, inline=True)  # Outside a trace it is one call instead of one for each scalar.
