@@ -13,6 +13,7 @@ random keys: the errors of n devices average out. Hypervectors add, so they are 
 Axes: n rows, one per device; w coordinates; m bytes.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from jax import lax
 
 from vsa_optax.codecs.codec import Codec
 from vsa_optax.codecs.hypervector import HypervectorCodec
+from vsa_optax.compression import row_coding
 from vsa_optax.core import versions
 from vsa_optax.core.mesh import axis_size, varying_axes
 from vsa_optax.core.trees import all_finite
@@ -87,7 +89,7 @@ def _mean_of_payloads(
 ) -> Exchanged:
     """The mean for payloads that must be decoded before they are averaged."""
     num, own = axis_size(axes), lax.axis_index(axes)
-    encode_all, decode_all = jax.vmap(codec.encode, in_axes=(0, None)), jax.vmap(codec.decode)
+    decode_all = jax.vmap(codec.decode)
     width = row_width(codec, vector.size, num)
     rows = _cut(vector, num, width)
     # A device's own row need be neither coded nor sent. In the device's order of rows, its own comes last.
@@ -95,25 +97,26 @@ def _mean_of_payloads(
         (own + 1 + jnp.arange(num - 1, dtype=jnp.int32)) % num,
         (jnp.arange(num, dtype=jnp.int32) - own - 1) % num,
     )
-    mine, others = _take(rows, own), _rows(rows, others_of)
     first_step = 2 * (num * step + own)
 
-    payload = encode_all(others, first_step)
+    payload = jax.vmap(functools.partial(row_coding.encode_row, codec, rows), in_axes=(0, None))(others_of, first_step)
     arrays, treedef = jax.tree.flatten(payload)
-    flags = jnp.broadcast_to(all_finite(vector).astype(jnp.uint8), (num - 1, 1))
+    is_finite = row_coding.finite_by_scales(codec, payload)  # If its own row is not, the average is not either.
+    is_finite = all_finite(vector) if is_finite is None else is_finite
+    flags = jnp.broadcast_to(is_finite.astype(jnp.uint8), (num - 1, 1))
     wire = _to_bytes([*arrays, flags])
     if num == 2:  # Gathering moves the same bytes, and an all-to-all of NCCL moves fewer bytes per second.
         wire = lax.all_gather(wire[0], axes)
     else:
         wire = lax.all_to_all(_rows(jnp.pad(wire, ((0, 1), (0, 0))), place_of), axes, 0, 0, tiled=True)
     *arrays, flags = _from_bytes(_rows(wire, others_of), [*arrays, flags])
-    decoded = decode_all(jax.tree.unflatten(treedef, arrays))
-    average = mine / num + jnp.sum(decoded / num, axis=0)
+    average = row_coding.average_with_row(codec, jax.tree.unflatten(treedef, arrays), rows, own)
 
     coded = codec.encode(average, first_step + 1)
-    # Each device checks its own decoded average and sends the flag along, so that all devices know all flags before
+    # Each device checks its own coded average and sends the flag along, so that all devices know all flags before
     # they decode. If any flag is false, the arrays become zeros first, so the decoded mean need not be checked again.
-    is_finite = jnp.all(flags > 0) & all_finite(codec.decode(coded))
+    is_finite = row_coding.finite_by_scales(codec, coded)
+    is_finite = jnp.all(flags > 0) & (all_finite(codec.decode(coded)) if is_finite is None else is_finite)
     arrays, treedef = jax.tree.flatten(jax.tree.map(lambda x: x[None], coded))
     flags = is_finite.astype(jnp.uint8).reshape(1, 1)
     wire = _all_gather(_to_bytes([*arrays, flags])[0], axes)
@@ -126,8 +129,8 @@ def _mean_of_payloads(
     if keeps_unsent:
         # The error of the coded average stays with the device that averages. It is multiplied by n, since the next
         # average divides it by n.
-        of_average = num * (average - _take(_cut(mean, num, width), own))
-        lost = jnp.concatenate([others - decode_all(payload), of_average[None]])
+        of_average = num * (average - row_coding.take(_cut(mean, num, width), own))
+        lost = jnp.concatenate([_rows(rows, others_of) - decode_all(payload), of_average[None]])
         unsent = _rows(lost, place_of).reshape(-1)[: vector.size]
     return Exchanged(mean, unsent, is_finite)
 
@@ -168,10 +171,6 @@ def _cut(vector: jax.Array, num: int, width: int) -> jax.Array:
 def _all_gather(own: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """``[n, m]``: the bytes ``[m]`` of all devices, marked as replicated if ``shard_map`` checks replication."""
     return versions.all_gather_invarying(own, axes) if varying_axes(own) else lax.all_gather(own, axes)
-
-
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(x, index, keepdims=False)
 
 
 def _rows(x: jax.Array, indices: jax.Array) -> jax.Array:

@@ -11,11 +11,13 @@ Axes: n coordinates, t trits, m bytes, b blocks, k vectors.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from vsa_optax.kernels import blocks, lloyd_max, packing, platforms, rotation, signs
 from vsa_optax.kernels.blocks import BlockRun
@@ -24,12 +26,15 @@ _BLOCK_ON_GPU = 1024
 
 
 @functools.partial(jax.jit, static_argnames=("trits", "block_size", "unbiased"))
-def encode(x: jax.Array, key: jax.Array, *, trits: int, block_size: int, unbiased: bool) -> tuple[jax.Array, jax.Array]:
+def encode(
+    x: jax.Array, key: jax.Array, which: jax.Array | None = None, *, trits: int, block_size: int, unbiased: bool
+) -> tuple[jax.Array, jax.Array]:
     """Rotates, quantises and packs.
 
     Args:
-        x: ``[n] f32``, n at least 1.
+        x: ``[n] f32``, n at least 1; or ``[k, n] f32`` with ``which``.
         key: the key of the rotation.
+        which: ``[] int32``, the row of ``[k, n]`` to encode, which the GPU kernel reads without a copy.
         trits: the number of trits per coordinate, 1, 2 or 3.
         block_size: the number of coordinates in a block, a power of two.
         unbiased: whether to use two rounds, the unbiased scale and its stochastic rounding, instead of the least error.
@@ -37,26 +42,27 @@ def encode(x: jax.Array, key: jax.Array, *, trits: int, block_size: int, unbiase
     Returns:
         ``(codes, scales)``: ``[t, m] uint8``, the digits of the level numbers, lowest first; ``[b] bfloat16``.
     """
-    runs, row = blocks.split_into_blocks(x.size, block_size), _row(x.size, block_size)
+    size = x.shape[-1]
+    runs, row = blocks.split_into_blocks(size, block_size), _row(size, block_size)
     words = random_words(key, runs, rounds=2 if unbiased else 1)
 
-    def anywhere(x: jax.Array, words: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    def anywhere(x: jax.Array, which: jax.Array | None, words: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
         def encode_block(block: jax.Array, words: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
             return lloyd_max.quantize(rotation.rotate(block, words), trits, unbiased=unbiased)
 
-        operands = list(zip(blocks.cut(x, runs), words, strict=True))
+        operands = list(zip(blocks.cut(_vector(x, which), runs), words, strict=True))
         numbers, scales = blocks.map_runs(encode_block, operands, runs)
         return _pack(numbers, trits, row), scales if unbiased else scales.astype(jnp.bfloat16)
 
-    def on_gpu(x: jax.Array, words: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
+    def on_gpu(x: jax.Array, which: jax.Array | None, words: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
         from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
 
-        return trit_kernels.encode(x, _rounds(words), trits=trits, unbiased=unbiased)
+        return trit_kernels.encode(x, _rounds(words), trits=trits, unbiased=unbiased, which=which)
 
-    if suits_gpu(x.size, block_size):
-        codes, scales = platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, x, words)
+    if suits_gpu(size, block_size) and x.size < platforms.MOST:
+        codes, scales = platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, x, which, words)
     else:
-        codes, scales = anywhere(x, words)
+        codes, scales = anywhere(x, which, words)
     if unbiased:
         random_bits = signs.random_bits(jax.random.fold_in(key, 2 * len(runs)), scales.shape)
         return codes, lloyd_max.round_stochastically(scales, random_bits)
@@ -88,24 +94,11 @@ def decode_sum(
     Returns:
         ``[n] f32``.
     """
-    runs, row = blocks.split_into_blocks(size, block_size), _row(size, block_size)
-    words = random_words(key, runs, rounds=2 if unbiased else 1)
+    words = random_words(key, blocks.split_into_blocks(size, block_size), rounds=2 if unbiased else 1)
     weights = coefficients[:, None] * scales.astype(jnp.float32)
 
     def anywhere(codes: jax.Array, weights: jax.Array, words: list[list[jax.Array]]) -> jax.Array:
-        levels = jnp.asarray(lloyd_max.levels(codes.shape[1]))
-        numbers = _unpack(codes.swapaxes(0, 1), blocks.padded_size(runs), row)
-
-        def decode_block(numbers: jax.Array, weights: jax.Array, words: list[jax.Array]) -> jax.Array:
-            shares, largest = _shares_of(weights)
-            total = shares[0] * levels[numbers[0]]
-            for i in range(1, weights.size):
-                total = total + shares[i] * levels[numbers[i]]
-            return largest * rotation.rotate_back(total, words)
-
-        of_runs = zip(blocks.cut(numbers, runs), blocks.cut_scales(weights, runs), words, strict=True)
-        operands = [(in_run.swapaxes(0, 1), of_blocks.T, of_words) for in_run, of_blocks, of_words in of_runs]
-        return blocks.map_runs(decode_block, operands, runs)[:size]
+        return _decode_sum(codes, weights, words, size, block_size)
 
     def on_gpu(codes: jax.Array, weights: jax.Array, words: list[list[jax.Array]]) -> jax.Array:
         from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
@@ -118,9 +111,88 @@ def decode_sum(
     return anywhere(codes, weights, words)
 
 
+def _decode_sum(
+    codes: jax.Array, weights: jax.Array, words: list[list[jax.Array]], size: int, block_size: int
+) -> jax.Array:
+    """`decode_sum` without a GPU kernel; ``weights`` are ``[k, b] f32``."""
+    runs, row = blocks.split_into_blocks(size, block_size), _row(size, block_size)
+    levels = jnp.asarray(lloyd_max.levels(codes.shape[1]))
+    numbers = _unpack(codes.swapaxes(0, 1), blocks.padded_size(runs), row)
+
+    def decode_block(numbers: jax.Array, weights: jax.Array, words: list[jax.Array]) -> jax.Array:
+        shares, largest = _shares_of(weights)
+        total = shares[0] * levels[numbers[0]]
+        for i in range(1, weights.size):
+            total = total + shares[i] * levels[numbers[i]]
+        return largest * rotation.rotate_back(total, words)
+
+    of_runs = zip(blocks.cut(numbers, runs), blocks.cut_scales(weights, runs), words, strict=True)
+    operands = [(in_run.swapaxes(0, 1), of_blocks.T, of_words) for in_run, of_blocks, of_words in of_runs]
+    return blocks.map_runs(decode_block, operands, runs)[:size]
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "unbiased"))
+def average_of_two(
+    codes: jax.Array,
+    scales: jax.Array,
+    x: jax.Array,
+    which: jax.Array,
+    key: jax.Array,
+    *,
+    block_size: int,
+    unbiased: bool,
+) -> jax.Array:
+    """``[n] f32``: the mean of a coded vector and of a row, in one pass over memory on a GPU.
+
+    Args:
+        codes: ``[t, m] uint8``.
+        scales: ``[b] bfloat16``.
+        x: ``[k, n] f32``.
+        which: ``[] int32``, the row of ``x``.
+        key: the key of the rotation.
+        block_size: the number of coordinates in a block.
+        unbiased: whether the vector was encoded with ``unbiased=True``.
+    """
+    size = x.shape[-1]
+    words = random_words(key, blocks.split_into_blocks(size, block_size), rounds=2 if unbiased else 1)
+
+    def anywhere(
+        codes: jax.Array, scales: jax.Array, x: jax.Array, which: jax.Array, words: list[list[jax.Array]]
+    ) -> jax.Array:
+        decoded = _decode_sum(codes[None], scales[None].astype(jnp.float32), words, size, block_size)
+        return _vector(x, which) / 2 + decoded / 2
+
+    def on_gpu(
+        codes: jax.Array, scales: jax.Array, x: jax.Array, which: jax.Array, words: list[list[jax.Array]]
+    ) -> jax.Array:
+        from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
+
+        divisor = jnp.float32(2)
+        return trit_kernels.finish(codes, scales, x, _rounds(words), divisor, nearest=True, which=which)
+
+    operands = codes, scales, x, which, words
+    if suits_gpu(size, block_size) and x.size < platforms.MOST:
+        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, *operands)
+    return anywhere(*operands)
+
+
+def largest_scale(trits: int, block_size: int) -> float:
+    """A scale up to which blocks decode to finite numbers.
+
+    No coordinate exceeds the norm of a block in which all levels are the highest one. Half of what would fit into f32
+    leaves room for rounding.
+    """
+    highest = float(lloyd_max.levels(trits)[-1])
+    return float(np.finfo(np.float32).max) / (2 * highest * math.sqrt(block_size))
+
+
 def suits_gpu(size: int, block_size: int) -> bool:
     """Whether vectors of this size fill whole rows of the blocks that the GPU kernels support."""
     return block_size == _BLOCK_ON_GPU and blocks.fills_rows(size, block_size) and size < platforms.MOST // 2
+
+
+def _vector(x: jax.Array, which: jax.Array | None) -> jax.Array:
+    return x if which is None else lax.dynamic_index_in_dim(x, which, keepdims=False)
 
 
 def _shares_of(weights: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -99,16 +99,16 @@ def over_blocks(fun: Callable[[int | jax.Array, Carry], Carry], carry: Carry, *,
     return carry
 
 
-def within(x: Ref, block: jax.Array) -> tuple[Ref, jax.Array | None]:
+def within(x: Ref, block: jax.Array, *vector: jax.Array) -> tuple[Ref, jax.Array | None]:
     """A block of a vector, and which of its places are before the vector's end; None if all are."""
-    start = block * WIDTH
-    inside = None if x.size % ROW == 0 else start + lax.iota(jnp.int32, WIDTH) < x.size
-    return x.at[pl.ds(start, WIDTH)], inside
+    start, size = block * WIDTH, x.shape[-1]
+    inside = None if size % ROW == 0 else start + lax.iota(jnp.int32, WIDTH) < size
+    return x.at[(*vector, pl.ds(start, WIDTH))], inside
 
 
-def coordinates(x: Ref, block: jax.Array) -> jax.Array:
-    """``[32, 32] f32``, zeros behind the end."""
-    part, inside = within(x, block)
+def coordinates(x: Ref, block: jax.Array, *vector: jax.Array) -> jax.Array:
+    """``[32, 32] f32`` of a vector, or of one of ``[k, n]``; zeros behind the end."""
+    part, inside = within(x, block, *vector)
     loaded = triton.load(part, mask=inside, other=None if inside is None else 0.0)
     return loaded.astype(jnp.float32).reshape(SIDE, SIDE)
 

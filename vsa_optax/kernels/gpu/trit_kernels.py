@@ -39,25 +39,27 @@ def encode(
     *,
     trits: int,
     unbiased: bool,
+    which: jax.Array | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Rotates, quantises and packs.
 
     Args:
-        x: ``[n]``.
+        x: ``[n]``, or ``[k, n]`` with ``which``.
         words: ``[rounds, 32 b] uint32``, random, of which each bit is a sign.
         trits: 1, 2 or 3.
         unbiased: which scale.
+        which: ``[] int32``, the vector of ``[k, n]`` to encode, which is read where it lies.
         tuning: how it is compiled, if otherwise than was measured to be best.
         interpret: to run without a GPU, for tests.
 
     Returns:
         ``[t, 1024 r] uint8`` and ``[b]``, in float32 if unbiased, to be rounded, and else in bfloat16.
     """
-    tuning, count = tuning or ENCODE[trits], num_rows(x.size)
+    tuning, count = tuning or ENCODE[trits], num_rows(x.shape[-1])
     kernel = functools.partial(_encode_kernel, trits=trits, unbiased=unbiased, is_unrolled=tuning.is_unrolled)
-    operands = [x, words, tiles.hadamard(), levels.table(trits)]
+    operands = [x, _one(0 if which is None else which), words, tiles.hadamard(), levels.table(trits)]
     outputs = [((trits, count * WIDTH), jnp.uint8), ((BLOCKS * count,), jnp.float32 if unbiased else jnp.bfloat16)]
     codes, scales = rows.call("trit_encode", kernel, operands, outputs, count, tuning, interpret)
     return codes, scales
@@ -66,6 +68,7 @@ def encode(
 def _encode_kernel(
     row: jax.Array,
     x: Ref,
+    which: Ref,
     words: Ref,
     matrices: Ref,
     table: Ref,
@@ -79,7 +82,7 @@ def _encode_kernel(
     def encode_block(i: int | jax.Array, carry: Sums) -> Sums:
         sums, power = carry
         block = row * BLOCKS + i
-        y = rows.rotated(rows.coordinates(x, block), words, matrices, block)
+        y = rows.rotated(rows.coordinates(x, block, *_vector(x, which)), words, matrices, block)
         digits, scale = levels.nearest_levels(y, trits, table, unbiased=unbiased)
         scales[block] = scale.astype(scales.dtype)
         return sums + digits * power, 3 * power
@@ -244,6 +247,7 @@ def finish(
     *,
     nearest: bool,
     first_word: int | jax.Array = 0,
+    which: jax.Array | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -252,20 +256,22 @@ def finish(
     Args:
         codes: ``[t, 1024 r] uint8``.
         scales: ``[b] bfloat16``.
-        x: ``[n]``.
-        words: as in `add`.
+        x: ``[n]``, or ``[k, n]`` with ``which``.
+        words: as in `encode`, the vector's among others.
         divisor: ``[] f32``.
         nearest: as it was rounded.
         first_word: as in `add`.
+        which: as in `encode`.
         tuning: how it is compiled, if otherwise than was measured to be best.
         interpret: to run without a GPU, for tests.
     """
     tuning = tuning or FINISH[len(codes)]
     kernel = functools.partial(_finish_kernel, trits=codes.shape[0], nearest=nearest, is_unrolled=tuning.is_unrolled)
     share = (1 / divisor).reshape(1)
-    operands = [codes, scales, x, words, _one(first_word), share, tiles.hadamard(), levels.table(codes.shape[0])]
-    outputs = [(x.shape, jnp.float32)]
-    (finished,) = rows.call("trit_finish", kernel, operands, outputs, num_rows(x.size), tuning, interpret)
+    operands = [codes, scales, x, _one(0 if which is None else which), words, _one(first_word), share]
+    operands = [*operands, tiles.hadamard(), levels.table(codes.shape[0])]
+    outputs, count = [(x.shape[-1:], jnp.float32)], num_rows(x.shape[-1])
+    (finished,) = rows.call("trit_finish", kernel, operands, outputs, count, tuning, interpret)
     return finished
 
 
@@ -274,6 +280,7 @@ def _finish_kernel(
     codes: Ref,
     scales: Ref,
     x: Ref,
+    which: Ref,
     words: Ref,
     first_word: Ref,
     share: Ref,
@@ -292,11 +299,16 @@ def _finish_kernel(
         numbers, rest = levels.first_numbers(rest)
         values = levels.values_of(numbers, table, trits, nearest=nearest)
         back = rows.rotated_back(values, words, matrices, block, first_word[0])
-        whole = back * (scales[block].astype(jnp.float32) * unit) + rows.coordinates(x, block)
+        whole = back * (scales[block].astype(jnp.float32) * unit) + rows.coordinates(x, block, *_vector(x, which))
         rows.put_coordinates(finished, block, whole * share[0])
         return rest
 
     rows.over_blocks(finish_block, rows.codes(codes, row), is_unrolled=is_unrolled)
+
+
+def _vector(x: Ref, which: Ref) -> tuple[jax.Array, ...]:
+    """The first index of one of several vectors; a single vector needs none."""
+    return () if len(x.shape) == 1 else (which[0],)
 
 
 def _one(number: int | jax.Array) -> jax.Array:
