@@ -78,6 +78,7 @@ COLLECTIVE_WINDOWS = "test_collective_windows.py -k emissions"
 COLLECTIVE_REFUSALS = "test_collective_windows.py -k refused"
 COLLECTIVE_TWIN = "compression/test_pmean.py -k twin"
 COLLECTIVE_BUNDLES = "compression/test_pmean.py -k summed"
+ROWS = "compression/test_row_coding.py"
 COLLECTIVE_NAN = "compression/test_pmean.py -k nan"
 COLLECTIVE_PHASES = "test_collective_phases.py -k any_phase or averaged_where"
 
@@ -325,6 +326,7 @@ MUTANTS = [
     Mutant("trit_kernels._add_kernel", "grown += rows.rotated", "grown -= rows.rotated", GPU_TRITS + " -k grows"),
     Mutant("trit_kernels._add_kernel", "first_word[0]", "0", GPU_TRITS + " -k xla_reads"),
     Mutant("trit_kernels._finish_kernel", "first_word[0]", "0", GPU_TRITS + " -k xla_reads"),
+    Mutant("trit_kernels._vector", "which[0]", "0", GPU_TRITS + " -k among_others"),
     Mutant("trit_kernels._finish_kernel", "+ rows.coordinates(x", "- rows.coordinates(x", GPU_TRITS + " -k grows"),
     Mutant("rows.rotated_back", "reversed(range(words.shape[0]))", "range(words.shape[0])", GPU_TRITS),
     Mutant("random_words._threefry", "keys[(i + 1) % 3]", "keys[i % 3]", "kernels/gpu/test_random_words.py"),
@@ -586,7 +588,13 @@ MUTANTS = [
     Mutant(
         "exchange._mean_of_payloads", "codec.encode(average, first_step + 1)", "codec.encode(average)", COLLECTIVE_TWIN
     ),
-    Mutant("exchange._mean_of_payloads", "decoded / num", "decoded", COLLECTIVE_TWIN),
+    Mutant("row_coding.average_with_row", "decoded / num", "decoded", COLLECTIVE_TWIN),
+    Mutant("row_coding.average_with_row", "other.step", "other.step + 1", ROWS),
+    Mutant("row_coding.encode_row", "rows, index), step", "rows, index), 0", ROWS),
+    Mutant("row_coding.finite_by_scales", "<= largest", "< jnp.inf", ROWS),
+    Mutant("row_coding._codes_in_place", "type(codec) is TritCodec", "isinstance(codec, TritCodec)", ROWS),
+    Mutant("trit_blocks.largest_scale", "math.sqrt(block_size)", "1", "kernels/test_trit_blocks.py -k largest"),
+    Mutant("trit_blocks.average_of_two", "+ decoded / 2", "+ decoded", "kernels/test_trit_blocks.py -k averaged"),
     Mutant(
         "exchange._mean_of_payloads",
         "_rows(jnp.pad(wire, ((0, 1), (0, 0))), place_of)",
@@ -595,7 +603,7 @@ MUTANTS = [
     ),
     Mutant("exchange._mean_of_payloads", "_rows(lost, place_of)", "lost", COLLECTIVE_TWIN),
     Mutant("exchange._mean_of_payloads", "num * (average - _take", "(average - _take", COLLECTIVE_TWIN),
-    Mutant("exchange._mean_of_payloads", "jnp.all(flags > 0) & all_finite", "all_finite", COLLECTIVE_NAN),
+    Mutant("exchange._mean_of_payloads", "jnp.all(flags > 0) & (all_finite", "(all_finite", COLLECTIVE_NAN),
     Mutant("exchange._mean_of_payloads", "jnp.where(is_finite, array, jnp.zeros_like(array))", "array", COLLECTIVE_NAN),
     Mutant("exchange._exchanged", "jnp.where(is_finite, mean, jnp.zeros_like(mean))", "mean", COLLECTIVE_NAN),
     Mutant("pmean.compressed_pmean", "num_buckets > 1", "num_buckets > 9", COLLECTIVE_NAN),

@@ -1,9 +1,13 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from samples import draw
 
-from vsa_optax.kernels import blocks, lloyd_max, signs, trit_blocks
+from vsa_optax.kernels import blocks, lloyd_max, rotation, signs, trit_blocks
+
+KEY = signs.stream(0, 1, 2)
 
 
 def test_each_block_and_round_has_words_of_its_own():
@@ -38,3 +42,34 @@ def test_a_large_vector_lies_in_whole_rows():
         codes[None], scales[None], np.ones(1, np.float32), key, size=size, block_size=block_size, unbiased=False
     )
     assert np.sum((decoded - x) ** 2) < 0.029 * np.sum(x**2)
+
+
+def test_a_row_is_coded_and_averaged_with_a_coded_vector():
+    rows, settings = draw(1, 3, 300), {"block_size": 64, "unbiased": True}
+    found = trit_blocks.encode(rows, KEY, np.int32(1), trits=2, **settings)
+    coded = trit_blocks.encode(rows[1], KEY, trits=2, **settings)
+    jax.tree.map(np.testing.assert_array_equal, found, coded)
+    codes, scales = coded
+    decoded = trit_blocks.decode_sum(codes[None], scales[None], np.ones(1, np.float32), KEY, size=300, **settings)
+    average = trit_blocks.average_of_two(codes, scales, rows, np.int32(2), KEY, **settings)
+    np.testing.assert_allclose(average, (rows[2] + decoded) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize(("trits", "block_size"), [(1, 32), (2, 1024), (3, 4096)])
+def test_no_block_with_the_largest_scale_decodes_to_infinity(trits, block_size):
+    """Not even one that decodes to a single coordinate; with eight times that scale, it does."""
+    signs_of_row = rotation.hadamard_matrix(block_size)[5]
+    (words,) = trit_blocks.random_words(KEY, blocks.split_into_blocks(block_size, block_size), rounds=1)[0]
+    numbers = np.where(signs_of_row > 0, 3**trits - 1, 0).astype(np.uint8)
+    codes = trit_blocks.pack_numbers(numbers, trits)
+    limit = trit_blocks.largest_scale(trits, block_size)
+
+    def largest(scale):
+        scales, one = jnp.full((1, 1), scale, jnp.bfloat16), np.ones(1, np.float32)
+        settings = {"size": block_size, "block_size": block_size, "unbiased": False}
+        return float(np.max(np.abs(trit_blocks.decode_sum(codes[None], scales, one, KEY, **settings))))
+
+    assert words.shape == (1, block_size // 32)
+    assert 1e38 < largest(limit) < np.inf
+    assert largest(8 * limit) == np.inf
+    assert limit > 1e35  # The magnitude up to which the codec promises to work.

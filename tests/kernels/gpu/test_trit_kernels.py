@@ -211,10 +211,25 @@ def test_rows_one_after_the_other_are_the_same():
     np.testing.assert_array_equal(found_scales, scales)
 
 
+def test_a_vector_among_others_is_read_where_it_lies():
+    """It is coded, and averaged with a coded one, as if it were alone; also one for each program of a batch."""
+    vectors, which = np.stack([vector(seed) for seed in range(3)]), np.array([2, 0], np.int32)
+    encode, finish = compiled("encode", trits=2, unbiased=False), compiled("finish", nearest=True)
+    coded = jax.vmap(lambda i: encode(vectors, words(), which=i))(which)
+    for i, codes, scales in zip(which, *coded, strict=True):
+        alone = encode(vectors[i], words())
+        np.testing.assert_array_equal(codes, alone[0])
+        np.testing.assert_array_equal(scales, alone[1])
+        average = finish(codes, scales, vectors, words(), np.float32(2), which=np.int32(1))
+        expected = finish(codes, scales, vectors[1], words(), np.float32(2))
+        assert average.shape == (SIZE,)
+        np.testing.assert_array_equal(average, expected)
+
+
 def test_each_kernel_lowers_for_cuda():
     """On any machine: Triton's programs are written when they are lowered."""
     x, codes, scales = jnp.ones(SIZE), jnp.zeros((2, 2 * 1024), jnp.uint8), jnp.zeros(BLOCKS, jnp.bfloat16)
-    one, key = jnp.ones((1, BLOCKS)), jnp.zeros(2, jnp.uint32)
+    one, key, rows = jnp.ones((1, BLOCKS)), jnp.zeros(2, jnp.uint32), jnp.ones((3, SIZE))
     calls = [
         lambda: trit_kernels.encode(x, words(2), trits=3, unbiased=True),
         lambda: trit_kernels.decode_sum(codes[None], one, one[0], words(), size=SIZE),
@@ -222,6 +237,8 @@ def test_each_kernel_lowers_for_cuda():
         lambda: trit_kernels.add(x, words(), None, codes, scales),
         lambda: trit_kernels.add(x, words(), key, codes, scales),
         lambda: trit_kernels.finish(codes, scales, x, words(), jnp.float32(2), nearest=True),
+        lambda: jax.vmap(lambda i: trit_kernels.encode(rows, words(), trits=1, unbiased=False, which=i))(jnp.arange(2)),
+        lambda: trit_kernels.finish(codes, scales, rows, words(), jnp.float32(2), nearest=True, which=jnp.int32(1)),
     ]
     for call in calls:
         assert "triton" in jax.jit(call).trace().lower(lowering_platforms=("cuda",)).as_text()
