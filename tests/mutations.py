@@ -79,6 +79,7 @@ COLLECTIVE_REFUSALS = "test_collective_windows.py -k refused"
 COLLECTIVE_TWIN = "compression/test_pmean.py -k twin"
 COLLECTIVE_BUNDLES = "compression/test_pmean.py -k summed"
 ROWS = "compression/test_row_coding.py"
+CODEC_OF_ONES_OWN = "compression/test_pmean.py -k hides"
 COLLECTIVE_NAN = "compression/test_pmean.py -k nan"
 COLLECTIVE_PHASES = "test_collective_phases.py -k any_phase or averaged_where"
 
@@ -574,7 +575,6 @@ MUTANTS = [
         "*[jnp.zeros([], jnp.int32)] * 2,",
         "compression/test_gradients.py -k donation",
     ),
-    Mutant("exchange._from_bytes", "start += size * width", "start += size", COLLECTIVE_TWIN),
     Mutant("exchange.row_width", "return block if", "return 2 * block if", "compression/test_pmean.py -k padded"),
     Mutant(
         "buckets.Buckets.of_size", "-sizes[i] if is_small[i]", "sizes[i] if is_small[i]", "compression/test_buckets.py"
@@ -584,27 +584,35 @@ MUTANTS = [
     Mutant("buckets.Buckets.unpack", "begin += stop - start", "begin += stop", "compression/test_buckets.py"),
     Mutant("averaging.averaged", "num_buckets * step + next(numbers)", "step", COLLECTIVE_TWIN),
     Mutant("averaging.averaged", "is_finite &= found[-1].is_finite", "is_finite = found[-1].is_finite", COLLECTIVE_NAN),
-    Mutant("exchange._mean_of_payloads", "2 * (num * step + own)", "2 * num * step", COLLECTIVE_TWIN),
     Mutant(
-        "exchange._mean_of_payloads", "codec.encode(average, first_step + 1)", "codec.encode(average)", COLLECTIVE_TWIN
+        "exchange._mean_of_payloads",
+        "num * step + jnp.arange(num, dtype=jnp.int32)",
+        "num * step + jnp.zeros(num, jnp.int32)",
+        COLLECTIVE_TWIN,
     ),
-    Mutant("row_coding.average_with_row", "decoded / num", "decoded", COLLECTIVE_TWIN),
-    Mutant("row_coding.average_with_row", "other.step", "other.step + 1", ROWS),
-    Mutant("row_coding.encode_row", "rows, index), step", "rows, index), 0", ROWS),
-    Mutant("row_coding.finite_by_scales", "<= largest", "< jnp.inf", ROWS),
-    Mutant("row_coding._codes_in_place", "type(codec) is TritCodec", "isinstance(codec, TritCodec)", ROWS),
+    Mutant("exchange._mean_of_payloads", "own_step + 1", "own_step", COLLECTIVE_TWIN),
+    Mutant("row_coding.TritRows.average", "decoded / num", "decoded", ROWS),
+    Mutant("row_coding.TritRows.average", "take(steps, other)", "take(steps, own)", ROWS),
+    Mutant("row_coding.TritRows.encode", "codes, scales, (0, num_codes)", "codes, scales, (0, 0)", ROWS),
+    Mutant("row_coding.TritRows.decode", "<= largest", "< jnp.inf", ROWS),
+    Mutant("row_coding.TritRows.decode", "jnp.where(is_finite, scales, jnp.zeros_like(scales))", "scales", ROWS),
+    Mutant("row_coding.PayloadRows.average", "decoded / len(rows)", "decoded", ROWS),
+    Mutant("row_coding.PayloadRows.average", "jnp.where(is_finite, average, jnp.nan)", "average", CODEC_OF_ONES_OWN),
+    Mutant("row_coding.PayloadRows.encode", "all_finite(row) & ", "", CODEC_OF_ONES_OWN),
+    Mutant("row_coding.PayloadRows.encode", "if is_last", "if False", ROWS),
+    Mutant("row_coding.PayloadRows.decode", "jnp.where(is_finite, x, jnp.zeros_like(x))", "x", ROWS),
+    Mutant("row_coding.coding_of", "type(codec) is TritCodec", "isinstance(codec, TritCodec)", ROWS),
+    Mutant("row_coding.from_bytes", "start += size * width", "start += size", ROWS),
     Mutant("trit_blocks.largest_scale", "math.sqrt(block_size)", "1", "kernels/test_trit_blocks.py -k largest"),
     Mutant("trit_blocks.average_of_two", "+ decoded / 2", "+ decoded", "kernels/test_trit_blocks.py -k averaged"),
     Mutant(
         "exchange._mean_of_payloads",
-        "_rows(jnp.pad(wire, ((0, 1), (0, 0))), place_of)",
-        "jnp.pad(wire, ((0, 1), (0, 0)))",
+        "row_coding.rows_at(jnp.pad(sent, ((0, 1), (0, 0))), place_of)",
+        "jnp.pad(sent, ((0, 1), (0, 0)))",
         COLLECTIVE_TWIN,
     ),
-    Mutant("exchange._mean_of_payloads", "_rows(lost, place_of)", "lost", COLLECTIVE_TWIN),
-    Mutant("exchange._mean_of_payloads", "num * (average - _take", "(average - _take", COLLECTIVE_TWIN),
-    Mutant("exchange._mean_of_payloads", "jnp.all(flags > 0) & (all_finite", "(all_finite", COLLECTIVE_NAN),
-    Mutant("exchange._mean_of_payloads", "jnp.where(is_finite, array, jnp.zeros_like(array))", "array", COLLECTIVE_NAN),
+    Mutant("exchange._mean_of_payloads", "row_coding.rows_at(lost, place_of)", "lost", COLLECTIVE_TWIN),
+    Mutant("exchange._mean_of_payloads", "num * (average - row_coding", "(average - row_coding", COLLECTIVE_TWIN),
     Mutant("exchange._exchanged", "jnp.where(is_finite, mean, jnp.zeros_like(mean))", "mean", COLLECTIVE_NAN),
     Mutant("pmean.compressed_pmean", "num_buckets > 1", "num_buckets > 9", COLLECTIVE_NAN),
     Mutant("exchange._mean_of_bundles", "payload.bundle / axis_size(axes)", "payload.bundle", COLLECTIVE_BUNDLES),

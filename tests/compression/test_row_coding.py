@@ -1,4 +1,6 @@
-"""What a codec does with a row of a vector is what it does with a copy of the row."""
+"""Rows become bytes and averages again, by trits in place and by payloads of any codec, alike."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,11 @@ from samples import draw
 
 from vsa_optax import HypervectorCodec, TritCodec
 from vsa_optax.compression import row_coding
+from vsa_optax.compression.row_coding import PayloadRows, TritRows
 
 TRITS = TritCodec(2, block_size=32)
-STEP, INDEX = jnp.int32(5), jnp.int32(1)
+STEPS = jnp.arange(3, 6, dtype=jnp.int32)
+WIDTH = 500
 
 
 class Doubled(TritCodec):
@@ -21,49 +25,74 @@ class Doubled(TritCodec):
 
 
 CODECS = {
-    "trits": TRITS,
-    "unbiased": TritCodec(1, block_size=32, unbiased=True),
-    "uncoded": TritCodec(2, block_size=1024),
-    "subclass": Doubled(2, block_size=32),
-    "ternary": HypervectorCodec(0.5, use_ternary=True),
+    "trits": (TRITS, TritRows),
+    "unbiased": (TritCodec(1, block_size=32, unbiased=True), TritRows),
+    "uncoded": (TritCodec(2, block_size=1024), PayloadRows),
+    "subclass": (Doubled(2, block_size=32), PayloadRows),
+    "ternary": (HypervectorCodec(0.5, use_ternary=True), PayloadRows),
 }
+either = pytest.mark.parametrize("kind", [TritRows, PayloadRows])
 
 
-@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+@functools.cache
+def of_kind(kind):
+    """Functions of arrays, compiled: the bytes of rows, an average, and what bytes decode to."""
+    coding = kind(TRITS, WIDTH)
+    return coding.encode, jax.jit(coding.average), jax.jit(coding.decode)
+
+
+def wire_of(kind, rows, *, is_last=True):
+    """What each device sends of its row, with its own step."""
+    encode = jax.jit(functools.partial(of_kind(kind)[0], is_last=is_last))
+    return jnp.concatenate(
+        [encode(rows, jnp.array([i]), step) for i, step in zip(range(len(rows)), STEPS, strict=False)]
+    )
+
+
+@pytest.mark.parametrize(("codec", "kind"), CODECS.values(), ids=CODECS)
 @pytest.mark.parametrize("num", [2, 3])
-def test_rows_are_those_of_the_codec(codec, num):
-    rows = jnp.asarray(draw(0, num, 500))
-    payload = row_coding.encode_row(codec, rows, INDEX, STEP)
-    expected = codec.encode(rows[INDEX], STEP)
-    assert jax.tree.structure(payload) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, payload, expected)
-    payloads = jax.tree.map(lambda *x: jnp.stack(x), *[codec.encode(rows[0] + i, STEP + i) for i in range(num - 1)])
-    average = row_coding.average_with_row(codec, payloads, rows, INDEX)
-    whole = rows[INDEX] + sum(codec.decode(codec.encode(rows[0] + i, STEP + i)) for i in range(num - 1))
+def test_rows_decode_to_what_the_codec_decodes(codec, kind, num):
+    coding, rows, own = row_coding.coding_of(codec, WIDTH), jnp.asarray(draw(0, num, WIDTH)), jnp.int32(1)
+    assert type(coding) is kind
+    wire = jnp.concatenate([coding.encode(rows, jnp.array([i]), STEPS[i]) for i in range(num)])
+    assert wire.dtype == jnp.uint8
+    several = coding.encode(rows, jnp.array([num - 1, 0]), STEPS[0])
+    np.testing.assert_array_equal(several[1], wire[0])
+    expected = [codec.decode(codec.encode(row, step)) for row, step in zip(rows, STEPS, strict=False)]
+    decoded, is_finite = coding.decode(wire, STEPS[:num])
+    assert is_finite
+    np.testing.assert_allclose(decoded, jnp.stack(expected), atol=1e-6)
+    average = coding.average(wire, STEPS[:num], rows, own)
+    whole = rows[own] + sum(x for i, x in enumerate(expected) if i != own)
     np.testing.assert_allclose(average, whole / num, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["trits", "unbiased", "uncoded"])
-def test_scales_show_what_is_not_finite(name):
-    codec, rows = CODECS[name], draw(0, 2, 500)
-    encode = jax.vmap(lambda row: codec.encode(row, STEP))
+@either
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_seen_by_all_who_decode_it(kind, bad):
+    _, average, decode = of_kind(kind)
+    rows = draw(0, 3, WIDTH)
     for magnitude in (0.0, 1.0, 1e35):
-        assert row_coding.finite_by_scales(codec, encode(np.float32(magnitude) * rows))
-    for bad in (np.nan, np.inf, -np.inf):
-        broken = rows.copy()
-        broken[1, 499] = bad
-        assert not row_coding.finite_by_scales(codec, encode(broken))
+        decoded, is_finite = decode(wire_of(kind, np.float32(magnitude) * rows), STEPS)
+        assert is_finite
+        assert np.isfinite(decoded).all()
+    rows[2, 499] = bad
+    wire = wire_of(kind, rows)
+    decoded, is_finite = decode(wire, STEPS)
+    assert not is_finite
+    assert not np.any(decoded)
+    assert not np.isfinite(average(wire, STEPS, rows[::-1].copy(), jnp.int32(1))).all()  # As the other's.
+    assert not np.isfinite(average(wire, STEPS, rows, jnp.int32(2))).all()  # As its own.
 
 
-def test_finite_scales_that_decode_to_infinity_are_seen():
-    payload = TRITS.encode(draw(0, 500), STEP)
-    scales = payload.leaves.scales
-    payload = payload._replace(leaves=payload.leaves._replace(scales=scales.at[3].set(2e38)))
+@either
+def test_finite_scales_that_decode_to_infinity_are_seen(kind):
+    """Of blocks with one coordinate close to the largest number, which is decoded with an error."""
+    rows = np.float32(3e37) * draw(0, 1, WIDTH)
+    rows[0, np.arange(0, 480, 32)] = 3.3e38
+    payload = TRITS.encode(rows[0], STEPS[0])
     assert np.isfinite(np.float32(payload.leaves.scales)).all()
     assert not np.isfinite(TRITS.decode(payload)).all()
-    assert not row_coding.finite_by_scales(TRITS, payload)
-
-
-@pytest.mark.parametrize("name", ["subclass", "ternary"])
-def test_other_payloads_do_not_show_it(name):
-    assert row_coding.finite_by_scales(CODECS[name], CODECS[name].encode(draw(0, 500))) is None
+    decoded, is_finite = of_kind(kind)[2](wire_of(kind, rows), STEPS[:1])
+    assert not is_finite
+    assert not np.any(decoded)

@@ -1,4 +1,3 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ def test_a_large_vector_lies_in_whole_rows():
     assert blocks.split_into_blocks(size, block_size) == (blocks.BlockRun(27 * 5, block_size),)
     x, key = draw(0, size), signs.stream(0, 1, 2)
     codes, scales = trit_blocks.encode(x, key, trits=2, block_size=block_size, unbiased=False)
+    assert trit_blocks.coded_sizes(size, 2, block_size) == (codes.size, scales.size)
     assert codes.shape == (2, 27 * 1024)
     assert scales.shape == (27 * 5,)
     row, block = 7, 3
@@ -45,13 +45,17 @@ def test_a_large_vector_lies_in_whole_rows():
 
 
 def test_a_row_is_coded_and_averaged_with_a_coded_vector():
-    rows, settings = draw(1, 3, 300), {"block_size": 64, "unbiased": True}
-    found = trit_blocks.encode(rows, KEY, np.int32(1), trits=2, **settings)
-    coded = trit_blocks.encode(rows[1], KEY, trits=2, **settings)
-    jax.tree.map(np.testing.assert_array_equal, found, coded)
-    codes, scales = coded
-    decoded = trit_blocks.decode_sum(codes[None], scales[None], np.ones(1, np.float32), KEY, size=300, **settings)
-    average = trit_blocks.average_of_two(codes, scales, rows, np.int32(2), KEY, **settings)
+    rows, settings, room = draw(1, 3, 300), {"block_size": 64, "unbiased": True}, 16
+    found, found_scales = trit_blocks.encode(rows, KEY, np.int32(1), trits=2, room=room, **settings)
+    codes, scales = trit_blocks.encode(rows[1], KEY, trits=2, **settings)
+    assert trit_blocks.coded_sizes(300, 2, 64) == (codes.size, scales.size)
+    np.testing.assert_array_equal(found[:-room], codes.reshape(-1))
+    np.testing.assert_array_equal(found_scales, scales)
+    one, where = np.ones(1, np.float32), (np.int32(1), np.int32(2))
+    decoded = trit_blocks.decode_sum(codes[None], scales[None], one, KEY, size=300, **settings)
+    flat = trit_blocks.decode_sum(found[None], scales[None], one, KEY, size=300, trits=2, **settings)
+    np.testing.assert_array_equal(flat, decoded)
+    average = trit_blocks.average_of_two(jnp.stack([~found, found]), scales, rows, where, KEY, trits=2, **settings)
     np.testing.assert_allclose(average, (rows[2] + decoded) / 2, atol=1e-6)
 
 

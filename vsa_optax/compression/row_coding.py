@@ -1,68 +1,60 @@
-"""What an exchange needs of a codec for the rows of a vector, in few passes over memory.
+"""How the rows of a vector become bytes, and their averages again.
 
-`TritCodec` reads a row in place, averages it with another one while that is decoded, and shows by its scales whether a
-payload is finite. Every other codec, including a subclass of `TritCodec`, encodes copies of rows and decodes them.
+`TritRows` is for `TritCodec`, in few passes over memory: on a GPU its kernels read rows and bytes in place, and scales
+show whether a row is finite. `PayloadRows` is for every other codec, including a subclass of `TritCodec`.
 
-Axes: n rows; w coordinates; k payloads.
+Axes: n devices, each of which averages one row; w coordinates; m bytes.
 """
 
-import dataclasses
-from typing import TypeGuard
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vsa_optax.codecs.codec import Codec, LeafSpec, Payload, Settings
-from vsa_optax.codecs.trit import CodedLeaf, RawLeaf, TritCodec, TritPayload
+from vsa_optax.codecs.codec import Codec
+from vsa_optax.codecs.trit import TritCodec
 from vsa_optax.core.trees import all_finite
 from vsa_optax.kernels import signs, trit_blocks
 
-
-def encode_row(codec: Codec, rows: jax.Array, index: jax.Array, step: jax.Array) -> Payload:
-    """``codec.encode(rows[index], step)`` for rows ``[n, w] f32``."""
-    if not _codes_in_place(codec, rows):
-        return codec.encode(take(rows, index), step)
-    coded = trit_blocks.encode(
-        rows,
-        _key(codec, step),
-        index,
-        trits=codec.trits,
-        block_size=codec.block_size,
-        unbiased=codec.unbiased,
-    )
-    spec = LeafSpec(rows.shape[1:], "float32")
-    return TritPayload(step, CodedLeaf(*coded), spec, Settings(tuple(dataclasses.asdict(codec).items())))
+_ALIGNMENT = 16  # Bytes that a GPU loads at once.
 
 
-def average_with_row(codec: Codec, payloads: Payload, rows: jax.Array, index: jax.Array) -> jax.Array:
-    """``[w] f32``: the mean of ``rows[index]`` and of n - 1 payloads, stacked on a leading axis."""
-    num = len(rows)
-    if num == 2 and _codes_in_place(codec, rows):
-        other = jax.tree.map(lambda x: x[0], payloads)
-        return trit_blocks.average_of_two(
-            *other.leaves,
-            rows,
-            index,
-            _key(codec, other.step),
-            block_size=codec.block_size,
-            unbiased=codec.unbiased,
-        )
-    decoded = jax.vmap(codec.decode)(payloads)
-    return take(rows, index) / num + jnp.sum(decoded / num, axis=0)
+class RowCoding(Protocol):
+    """A code for rows of a vector."""
+
+    def encode(self, rows: jax.Array, indices: jax.Array, step: jax.Array, *, is_last: bool = False) -> jax.Array:
+        """``[k, m] uint8``: the bytes of ``rows[indices]``; ``is_last`` for an average, which all devices decode."""
+
+    def average(self, wire: jax.Array, steps: jax.Array, rows: jax.Array, own: jax.Array) -> jax.Array:
+        """``[w] f32``: the mean of ``rows[own]`` and of the other devices' bytes.
+
+        It is not finite if a value that enters it was not finite when it was encoded.
+
+        Args:
+            wire: ``[n, m] uint8``, the bytes from each device; row ``own`` is not read.
+            steps: ``[n] int32``, with which they were encoded.
+            rows: ``[n, w] f32``.
+            own: ``[] int32``.
+        """
+
+    def decode(self, wire: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """``[k, w] f32`` of ``[k, m] uint8``, and ``[] bool``: whether all are finite; if one is not, all are zeros."""
 
 
-def finite_by_scales(codec: Codec, payload: Payload) -> jax.Array | None:
-    """``[] bool``: whether a payload, or a stack of payloads, was encoded from finite values and decodes to such.
+def coding_of(codec: Codec, width: int) -> RowCoding:
+    """The code for rows of so many coordinates."""
+    if type(codec) is TritCodec and width >= codec.block_size:
+        return TritRows(codec, width)
+    return PayloadRows(codec, width)
 
-    None for a codec whose payloads do not show it.
-    """
-    if type(codec) is not TritCodec:
-        return None
-    if isinstance(payload.leaves, RawLeaf):
-        return all_finite(payload.leaves)
-    largest = trit_blocks.largest_scale(codec.trits, codec.block_size)
-    return jnp.all(jnp.abs(payload.leaves.scales.astype(jnp.float32)) <= largest)  # False for a NaN.
+
+def others_than(own: jax.Array, num: int) -> jax.Array:
+    """``[num - 1] int32``: the other devices in a device's own order, which begins with its successor."""
+    return (own + 1 + jnp.arange(num - 1, dtype=jnp.int32)) % num
 
 
 def take(rows: jax.Array, index: jax.Array) -> jax.Array:
@@ -70,10 +62,145 @@ def take(rows: jax.Array, index: jax.Array) -> jax.Array:
     return lax.dynamic_index_in_dim(rows, index, keepdims=False)
 
 
-def _codes_in_place(codec: Codec, rows: jax.Array) -> TypeGuard[TritCodec]:
-    return type(codec) is TritCodec and rows.shape[1] >= codec.block_size
+def rows_at(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """``x[indices]``."""
+    return x.at[indices].get(mode="promise_in_bounds")
 
 
-def _key(codec: TritCodec, step: jax.Array) -> jax.Array:
-    """The key of the only leaf of a payload."""
-    return signs.stream(codec.seed, step, 0)
+class TritRows(NamedTuple):
+    """Rows as trits: the codes, and behind them the scales.
+
+    Attributes:
+        codec: the codec.
+        width: the number of coordinates, at least a block.
+    """
+
+    codec: TritCodec
+    width: int
+
+    def encode(self, rows: jax.Array, indices: jax.Array, step: jax.Array, *, is_last: bool = False) -> jax.Array:
+        """See `RowCoding`; a scale is NaN if a coordinate of its block is not finite."""
+        num_codes, num_scales = self._sizes()
+        room = 2 * num_scales + -(num_codes + 2 * num_scales) % _ALIGNMENT
+
+        def of_row(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            settings = self._settings() | {"trits": self.codec.trits, "room": room}
+            codes, scales = trit_blocks.encode(rows, self._key(step), index, **settings)
+            return codes, to_bytes([scales])
+
+        codes, scales = jax.vmap(of_row)(indices)
+        return lax.dynamic_update_slice(codes, scales, (0, num_codes))  # In place: nothing else reads the codes.
+
+    def average(self, wire: jax.Array, steps: jax.Array, rows: jax.Array, own: jax.Array) -> jax.Array:
+        """See `RowCoding`."""
+        num = len(rows)
+        others = others_than(own, num)
+        if num == 2:
+            (other,) = others
+            key, scales = self._key(take(steps, other)), take(self._scales(wire), other)
+            trits = self.codec.trits
+            return trit_blocks.average_of_two(wire, scales, rows, (other, own), key, trits=trits, **self._settings())
+        received = rows_at(wire, others)
+        decoded = self._decoded(received, self._scales(received), rows_at(steps, others))
+        return take(rows, own) / num + jnp.sum(decoded / num, axis=0)
+
+    def decode(self, wire: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `RowCoding`."""
+        scales = self._scales(wire)
+        largest = trit_blocks.largest_scale(self.codec.trits, self.codec.block_size)
+        is_finite = jnp.all(jnp.abs(scales.astype(jnp.float32)) <= largest)  # False for a NaN.
+        return self._decoded(wire, jnp.where(is_finite, scales, jnp.zeros_like(scales)), steps), is_finite
+
+    def _decoded(self, wire: jax.Array, scales: jax.Array, steps: jax.Array) -> jax.Array:
+        def of_row(codes: jax.Array, scales: jax.Array, step: jax.Array) -> jax.Array:
+            one, key = jnp.ones([1], jnp.float32), self._key(step)
+            settings = self._settings() | {"trits": self.codec.trits, "size": self.width}
+            return trit_blocks.decode_sum(codes[None], scales[None], one, key, **settings)
+
+        return jax.vmap(of_row)(wire, scales, steps)
+
+    def _scales(self, wire: jax.Array) -> jax.Array:
+        """``[k, blocks] bfloat16``."""
+        num_codes, num_scales = self._sizes()
+        like = [jax.ShapeDtypeStruct((num_scales,), jnp.bfloat16)]
+        return jax.vmap(lambda part: from_bytes(part, like)[0])(wire[:, num_codes : num_codes + 2 * num_scales])
+
+    def _sizes(self) -> tuple[int, int]:
+        return trit_blocks.coded_sizes(self.width, self.codec.trits, self.codec.block_size)
+
+    def _settings(self) -> dict[str, int]:
+        return {"block_size": self.codec.block_size, "unbiased": self.codec.unbiased}
+
+    def _key(self, step: jax.Array) -> jax.Array:
+        return signs.stream(self.codec.seed, step, 0)
+
+
+class PayloadRows(NamedTuple):
+    """Rows as payloads of any codec: their arrays, and behind them a flag that says whether the row is finite.
+
+    Attributes:
+        codec: the codec.
+        width: the number of coordinates.
+    """
+
+    codec: Codec
+    width: int
+
+    def encode(self, rows: jax.Array, indices: jax.Array, step: jax.Array, *, is_last: bool = False) -> jax.Array:
+        """See `RowCoding`. Only what is decoded on all devices is checked after coding, too."""
+
+        def of_row(index: jax.Array) -> jax.Array:
+            row = take(rows, index)
+            payload = self.codec.encode(row, step)
+            is_finite = all_finite(row) & (all_finite(self.codec.decode(payload)) if is_last else True)
+            return to_bytes([*jax.tree.leaves(payload), is_finite.astype(jnp.uint8)])
+
+        return jax.vmap(of_row)(indices)
+
+    def average(self, wire: jax.Array, steps: jax.Array, rows: jax.Array, own: jax.Array) -> jax.Array:
+        """See `RowCoding`."""
+        arrays, is_finite = self._arrays(rows_at(wire, others_than(own, len(rows))))
+        decoded = self._decoded(arrays)
+        average = take(rows, own) / len(rows) + jnp.sum(decoded / len(rows), axis=0)
+        return jnp.where(is_finite, average, jnp.nan)
+
+    def decode(self, wire: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """See `RowCoding`."""
+        arrays, is_finite = self._arrays(wire)
+        return self._decoded([jnp.where(is_finite, x, jnp.zeros_like(x)) for x in arrays]), is_finite
+
+    def _decoded(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        return jax.vmap(self.codec.decode)(jax.tree.unflatten(jax.tree.structure(self._payload()), arrays))
+
+    def _arrays(self, wire: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        """The payloads' arrays ``[k, ...]``, and whether all rows are finite."""
+        like = [*jax.tree.leaves(self._payload()), jax.ShapeDtypeStruct((), jnp.uint8)]
+        *arrays, flags = jax.vmap(functools.partial(from_bytes, like=like))(wire)
+        return arrays, jnp.all(flags > 0)
+
+    def _payload(self) -> object:
+        """A payload with shapes in the place of arrays."""
+        shapes = jax.ShapeDtypeStruct((self.width,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+        return jax.eval_shape(self.codec.encode, *shapes)
+
+
+def to_bytes(arrays: Sequence[jax.Array]) -> jax.Array:
+    """``[m] uint8``: the bytes of the arrays, one array after the other."""
+    return jnp.concatenate(
+        [(x if x.dtype == jnp.uint8 else lax.bitcast_convert_type(x, jnp.uint8)).reshape(-1) for x in arrays]
+    )
+
+
+def from_bytes(wire: jax.Array, like: Sequence[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+    """The inverse of `to_bytes`, with the shapes and dtypes of the arrays."""
+    arrays, start = [], 0
+    for array in like:
+        size, width = math.prod(array.shape), array.dtype.itemsize
+        bits = wire[start : start + size * width]
+        start += size * width
+        if array.dtype == jnp.uint8:
+            arrays.append(bits.reshape(array.shape))
+        else:
+            bits = bits.reshape(*array.shape, *([width] if width > 1 else []))
+            arrays.append(lax.bitcast_convert_type(bits, array.dtype))
+    return arrays

@@ -25,9 +25,16 @@ from vsa_optax.kernels.blocks import BlockRun
 _BLOCK_ON_GPU = 1024
 
 
-@functools.partial(jax.jit, static_argnames=("trits", "block_size", "unbiased"))
+@functools.partial(jax.jit, static_argnames=("trits", "block_size", "unbiased", "room"))
 def encode(
-    x: jax.Array, key: jax.Array, which: jax.Array | None = None, *, trits: int, block_size: int, unbiased: bool
+    x: jax.Array,
+    key: jax.Array,
+    which: jax.Array | None = None,
+    *,
+    trits: int,
+    block_size: int,
+    unbiased: bool,
+    room: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Rotates, quantises and packs.
 
@@ -38,9 +45,11 @@ def encode(
         trits: the number of trits per coordinate, 1, 2 or 3.
         block_size: the number of coordinates in a block, a power of two.
         unbiased: whether to use two rounds, the unbiased scale and its stochastic rounding, instead of the least error.
+        room: the bytes to leave behind the codes for the caller to write.
 
     Returns:
-        ``(codes, scales)``: ``[t, m] uint8``, the digits of the level numbers, lowest first; ``[b] bfloat16``.
+        ``(codes, scales)``: ``[t, m] uint8``, the digits of the level numbers, lowest first, or ``[t * m + room]`` with
+        room; ``[b] bfloat16``.
     """
     size = x.shape[-1]
     runs, row = blocks.split_into_blocks(size, block_size), _row(size, block_size)
@@ -52,12 +61,14 @@ def encode(
 
         operands = list(zip(blocks.cut(_vector(x, which), runs), words, strict=True))
         numbers, scales = blocks.map_runs(encode_block, operands, runs)
-        return _pack(numbers, trits, row), scales if unbiased else scales.astype(jnp.bfloat16)
+        codes = _pack(numbers, trits, row)
+        codes = jnp.pad(codes.reshape(-1), (0, room)) if room else codes
+        return codes, scales if unbiased else scales.astype(jnp.bfloat16)
 
     def on_gpu(x: jax.Array, which: jax.Array | None, words: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
         from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
 
-        return trit_kernels.encode(x, _rounds(words), trits=trits, unbiased=unbiased, which=which)
+        return trit_kernels.encode(x, _rounds(words), trits=trits, unbiased=unbiased, which=which, room=room)
 
     if suits_gpu(size, block_size) and x.size < platforms.MOST:
         codes, scales = platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, x, which, words)
@@ -69,7 +80,7 @@ def encode(
     return codes, scales
 
 
-@functools.partial(jax.jit, static_argnames=("size", "block_size", "unbiased"))
+@functools.partial(jax.jit, static_argnames=("size", "block_size", "unbiased", "trits"))
 def decode_sum(
     codes: jax.Array,
     scales: jax.Array,
@@ -79,17 +90,19 @@ def decode_sum(
     size: int,
     block_size: int,
     unbiased: bool,
+    trits: int | None = None,
 ) -> jax.Array:
     """The weighted sum of k vectors that were encoded with one key, at the cost of one rotation.
 
     Args:
-        codes: ``[k, t, m] uint8``.
+        codes: ``[k, t, m] uint8``; with ``trits``, vectors that begin with these bytes, which are not copied on a GPU.
         scales: ``[k, b] bfloat16``.
         coefficients: ``[k] f32``.
         key: the key of the rotation.
         size: n, the number of coordinates.
         block_size: the number of coordinates in a block.
         unbiased: whether the vectors were encoded with ``unbiased=True``.
+        trits: t, for flat codes.
 
     Returns:
         ``[n] f32``.
@@ -98,13 +111,13 @@ def decode_sum(
     weights = coefficients[:, None] * scales.astype(jnp.float32)
 
     def anywhere(codes: jax.Array, weights: jax.Array, words: list[list[jax.Array]]) -> jax.Array:
-        return _decode_sum(codes, weights, words, size, block_size)
+        return _decode_sum(_by_trits(codes, trits, size, block_size), weights, words, size, block_size)
 
     def on_gpu(codes: jax.Array, weights: jax.Array, words: list[list[jax.Array]]) -> jax.Array:
         from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
 
         shares, factors = (weights, weights[0]) if len(weights) == 1 else _shares_of(weights)
-        return trit_kernels.decode_sum(codes, shares, factors, _rounds(words), size=size)
+        return trit_kernels.decode_sum(codes, shares, factors, _rounds(words), size=size, trits=trits)
 
     if suits_gpu(size, block_size):
         return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, codes, weights, words)
@@ -131,25 +144,27 @@ def _decode_sum(
     return blocks.map_runs(decode_block, operands, runs)[:size]
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "unbiased"))
+@functools.partial(jax.jit, static_argnames=("trits", "block_size", "unbiased"))
 def average_of_two(
     codes: jax.Array,
     scales: jax.Array,
     x: jax.Array,
-    which: jax.Array,
+    which: tuple[jax.Array, jax.Array],
     key: jax.Array,
     *,
+    trits: int,
     block_size: int,
     unbiased: bool,
 ) -> jax.Array:
     """``[n] f32``: the mean of a coded vector and of a row, in one pass over memory on a GPU.
 
     Args:
-        codes: ``[t, m] uint8``.
-        scales: ``[b] bfloat16``.
+        codes: ``[k, bytes] uint8``, of which those of ``[t, m]`` are the first.
+        scales: ``[b] bfloat16`` of the coded vector.
         x: ``[k, n] f32``.
-        which: ``[] int32``, the row of ``x``.
+        which: ``[] int32`` each, the row of ``codes`` and the row of ``x``.
         key: the key of the rotation.
+        trits: the number of trits per coordinate.
         block_size: the number of coordinates in a block.
         unbiased: whether the vector was encoded with ``unbiased=True``.
     """
@@ -157,23 +172,47 @@ def average_of_two(
     words = random_words(key, blocks.split_into_blocks(size, block_size), rounds=2 if unbiased else 1)
 
     def anywhere(
-        codes: jax.Array, scales: jax.Array, x: jax.Array, which: jax.Array, words: list[list[jax.Array]]
+        codes: jax.Array,
+        scales: jax.Array,
+        x: jax.Array,
+        which: tuple[jax.Array, jax.Array],
+        words: list[list[jax.Array]],
     ) -> jax.Array:
-        decoded = _decode_sum(codes[None], scales[None].astype(jnp.float32), words, size, block_size)
-        return _vector(x, which) / 2 + decoded / 2
+        of_vector = _by_trits(_vector(codes, which[0])[None], trits, size, block_size)
+        decoded = _decode_sum(of_vector, scales[None].astype(jnp.float32), words, size, block_size)
+        return _vector(x, which[1]) / 2 + decoded / 2
 
     def on_gpu(
-        codes: jax.Array, scales: jax.Array, x: jax.Array, which: jax.Array, words: list[list[jax.Array]]
+        codes: jax.Array,
+        scales: jax.Array,
+        x: jax.Array,
+        which: tuple[jax.Array, jax.Array],
+        words: list[list[jax.Array]],
     ) -> jax.Array:
         from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
 
-        divisor = jnp.float32(2)
-        return trit_kernels.finish(codes, scales, x, _rounds(words), divisor, nearest=True, which=which)
+        given, divisor = (codes, scales, x, _rounds(words)), jnp.float32(2)
+        return trit_kernels.finish(*given, divisor, nearest=True, trits=trits, which=which)
 
     operands = codes, scales, x, which, words
     if suits_gpu(size, block_size) and x.size < platforms.MOST:
         return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, *operands)
     return anywhere(*operands)
+
+
+def coded_sizes(size: int, trits: int, block_size: int) -> tuple[int, int]:
+    """The bytes of the codes of a vector of ``size`` coordinates, and the number of its scales."""
+    runs, row = blocks.split_into_blocks(size, block_size), _row(size, block_size)
+    padded = blocks.padded_size(runs)
+    of_trit = packing.packed_size(padded) if row is None else padded // row * packing.packed_size(row)
+    return trits * of_trit, sum(run.num for run in runs)
+
+
+def _by_trits(codes: jax.Array, trits: int | None, size: int, block_size: int) -> jax.Array:
+    """``[k, t, m] uint8``, of flat codes if ``trits`` is given."""
+    if trits is None:
+        return codes
+    return codes[:, : coded_sizes(size, trits, block_size)[0]].reshape(len(codes), trits, -1)
 
 
 def largest_scale(trits: int, block_size: int) -> float:

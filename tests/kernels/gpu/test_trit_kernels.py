@@ -213,32 +213,41 @@ def test_rows_one_after_the_other_are_the_same():
 
 def test_a_vector_among_others_is_read_where_it_lies():
     """It is coded, and averaged with a coded one, as if it were alone; also one for each program of a batch."""
-    vectors, which = np.stack([vector(seed) for seed in range(3)]), np.array([2, 0], np.int32)
-    encode, finish = compiled("encode", trits=2, unbiased=False), compiled("finish", nearest=True)
-    coded = jax.vmap(lambda i: encode(vectors, words(), which=i))(which)
-    for i, codes, scales in zip(which, *coded, strict=True):
-        alone = encode(vectors[i], words())
-        np.testing.assert_array_equal(codes, alone[0])
-        np.testing.assert_array_equal(scales, alone[1])
-        average = finish(codes, scales, vectors, words(), np.float32(2), which=np.int32(1))
-        expected = finish(codes, scales, vectors[1], words(), np.float32(2))
+    vectors, which, room = np.stack([vector(seed) for seed in range(3)]), np.array([2, 0], np.int32), 48
+    encode, in_place = (compiled("encode", trits=2, unbiased=False, room=room) for room in (0, room))
+    finish = compiled("finish", nearest=True)
+    wire, scales = jax.vmap(lambda i: in_place(vectors, words(), which=i))(which)
+    assert wire.shape == (2, 2 * 2 * 1024 + room)
+    for place, i in enumerate(which):
+        codes, own_scales = encode(vectors[i], words())
+        np.testing.assert_array_equal(wire[place, :-room].reshape(codes.shape), codes)
+        np.testing.assert_array_equal(scales[place], own_scales)
+        average = compiled("finish", nearest=True, trits=2)(
+            wire, own_scales, vectors, words(), np.float32(2), which=(np.int32(place), np.int32(1))
+        )
         assert average.shape == (SIZE,)
-        np.testing.assert_array_equal(average, expected)
+        np.testing.assert_array_equal(average, finish(codes, own_scales, vectors[1], words(), np.float32(2)))
+        one, factors = np.ones((1, BLOCKS), np.float32), np.float32(own_scales)
+        decoded = compiled("decode_sum", size=SIZE, trits=2)(wire[place][None], one, factors, words())
+        expected = compiled("decode_sum", size=SIZE)(codes[None], one, factors, words())
+        np.testing.assert_array_equal(decoded, expected)
 
 
 def test_each_kernel_lowers_for_cuda():
     """On any machine: Triton's programs are written when they are lowered."""
     x, codes, scales = jnp.ones(SIZE), jnp.zeros((2, 2 * 1024), jnp.uint8), jnp.zeros(BLOCKS, jnp.bfloat16)
-    one, key, rows = jnp.ones((1, BLOCKS)), jnp.zeros(2, jnp.uint32), jnp.ones((3, SIZE))
+    one, key, half = jnp.ones((1, BLOCKS)), jnp.zeros(2, jnp.uint32), jnp.float32(2)
+    rows, places = jnp.ones((3, SIZE)), (jnp.int32(1), jnp.int32(2))
+    in_place = functools.partial(trit_kernels.encode, trits=1, unbiased=False, room=16)
     calls = [
         lambda: trit_kernels.encode(x, words(2), trits=3, unbiased=True),
         lambda: trit_kernels.decode_sum(codes[None], one, one[0], words(), size=SIZE),
         lambda: trit_kernels.decode_sum(jnp.stack([codes] * 3), jnp.ones((3, BLOCKS)), one[0], words(), size=SIZE),
         lambda: trit_kernels.add(x, words(), None, codes, scales),
         lambda: trit_kernels.add(x, words(), key, codes, scales),
-        lambda: trit_kernels.finish(codes, scales, x, words(), jnp.float32(2), nearest=True),
-        lambda: jax.vmap(lambda i: trit_kernels.encode(rows, words(), trits=1, unbiased=False, which=i))(jnp.arange(2)),
-        lambda: trit_kernels.finish(codes, scales, rows, words(), jnp.float32(2), nearest=True, which=jnp.int32(1)),
+        lambda: trit_kernels.finish(codes, scales, x, words(), half, nearest=True),
+        lambda: jax.vmap(lambda i: in_place(rows, words(), which=i))(jnp.arange(2)),
+        lambda: trit_kernels.finish(codes, scales, rows, words(), half, nearest=True, trits=1, which=places),
     ]
     for call in calls:
         assert "triton" in jax.jit(call).trace().lower(lowering_platforms=("cuda",)).as_text()
