@@ -604,7 +604,10 @@ MUTANTS = [
     Mutant("row_coding.coding_of", "type(codec) is TritCodec", "isinstance(codec, TritCodec)", ROWS),
     Mutant("row_coding.from_bytes", "start += size * width", "start += size", ROWS),
     Mutant("trit_blocks.largest_scale", "math.sqrt(block_size)", "1", "kernels/test_trit_blocks.py -k largest"),
-    Mutant("trit_blocks.average_of_two", "+ decoded / 2", "+ decoded", "kernels/test_trit_blocks.py -k averaged"),
+    Mutant("trit_averages.average_of_two", "+ decoded / 2", "+ decoded", "kernels/test_trit_averages.py"),
+    Mutant("trit_averages.relay", "average, new_key", "average, key", "kernels/test_trit_averages.py"),
+    Mutant("relay_kernel._relay_kernel", "places[1]", "places[0]", GPU_TRITS + " -k relay or again"),
+    Mutant("relay_kernel._relay_kernel", "whole * 0.5", "whole", GPU_TRITS + " -k relay or again"),
     Mutant(
         "exchange._mean_of_payloads",
         "row_coding.rows_at(jnp.pad(sent, ((0, 1), (0, 0))), place_of)",

@@ -65,6 +65,8 @@ def test_rows_decode_to_what_the_codec_decodes(codec, kind, num):
     average = coding.average(wire, STEPS[:num], rows, own)
     whole = rows[own] + sum(x for i, x in enumerate(expected) if i != own)
     np.testing.assert_allclose(average, whole / num, atol=1e-6)
+    relayed = coding.relay(wire, STEPS[:num], rows, own, STEPS[2] + 1)
+    np.testing.assert_array_equal(relayed, row_coding.encode_vector(coding, average, STEPS[2] + 1))
 
 
 @either

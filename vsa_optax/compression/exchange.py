@@ -101,11 +101,13 @@ def _mean_of_payloads(
     else:
         wire = row_coding.rows_at(jnp.pad(sent, ((0, 1), (0, 0))), place_of)
         wire = lax.all_to_all(wire, axes, 0, 0, tiled=True)
-    average = coding.average(wire, steps, rows, own)
-
-    # It is finite only if all that entered it is, so all devices know all about it before they decode.
-    (wire,) = coding.encode(average[None], jnp.zeros([1], jnp.int32), own_step + 1, is_last=True)
-    means, is_finite = coding.decode(_all_gather(wire, axes), steps + 1)
+    # An average is finite only if all that entered it is, so no more flags are needed.
+    if keeps_unsent:
+        average = coding.average(wire, steps, rows, own)
+        average_sent = row_coding.encode_vector(coding, average, own_step + 1)
+    else:
+        average_sent = coding.relay(wire, steps, rows, own, own_step + 1)
+    means, is_finite = coding.decode(_all_gather(average_sent, axes), steps + 1)
     mean = rounded(means.reshape(-1)[: vector.size])
 
     unsent = None

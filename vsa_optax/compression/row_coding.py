@@ -18,7 +18,7 @@ from jax import lax
 from vsa_optax.codecs.codec import Codec
 from vsa_optax.codecs.trit import TritCodec
 from vsa_optax.core.trees import all_finite
-from vsa_optax.kernels import signs, trit_blocks
+from vsa_optax.kernels import signs, trit_averages, trit_blocks
 
 _ALIGNMENT = 16  # Bytes that a GPU loads at once.
 
@@ -40,6 +40,9 @@ class RowCoding(Protocol):
             rows: ``[n, w] f32``.
             own: ``[] int32``.
         """
+
+    def relay(self, wire: jax.Array, steps: jax.Array, rows: jax.Array, own: jax.Array, step: jax.Array) -> jax.Array:
+        """``[m] uint8``: the bytes of `average`, encoded with ``step``; for all devices to decode."""
 
     def decode(self, wire: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
         """``[k, w] f32`` of ``[k, m] uint8``, and ``[] bool``: whether all are finite; if one is not, all are zeros."""
@@ -80,29 +83,29 @@ class TritRows(NamedTuple):
 
     def encode(self, rows: jax.Array, indices: jax.Array, step: jax.Array, *, is_last: bool = False) -> jax.Array:
         """See `RowCoding`; a scale is NaN if a coordinate of its block is not finite."""
-        num_codes, num_scales = self._sizes()
-        room = 2 * num_scales + -(num_codes + 2 * num_scales) % _ALIGNMENT
 
         def of_row(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-            settings = self._settings() | {"trits": self.codec.trits, "room": room}
-            codes, scales = trit_blocks.encode(rows, self._key(step), index, **settings)
-            return codes, to_bytes([scales])
+            return trit_blocks.encode(rows, self._key(step), index, room=self._room(), **self._settings())
 
-        codes, scales = jax.vmap(of_row)(indices)
-        return lax.dynamic_update_slice(codes, scales, (0, num_codes))  # In place: nothing else reads the codes.
+        return self._wire(*jax.vmap(of_row)(indices))
 
     def average(self, wire: jax.Array, steps: jax.Array, rows: jax.Array, own: jax.Array) -> jax.Array:
         """See `RowCoding`."""
         num = len(rows)
         others = others_than(own, num)
         if num == 2:
-            (other,) = others
-            key, scales = self._key(take(steps, other)), take(self._scales(wire), other)
-            trits = self.codec.trits
-            return trit_blocks.average_of_two(wire, scales, rows, (other, own), key, trits=trits, **self._settings())
+            return trit_averages.average_of_two(*self._with_other(wire, steps, rows, own), **self._settings())
         received = rows_at(wire, others)
         decoded = self._decoded(received, self._scales(received), rows_at(steps, others))
         return take(rows, own) / num + jnp.sum(decoded / num, axis=0)
+
+    def relay(self, wire: jax.Array, steps: jax.Array, rows: jax.Array, own: jax.Array, step: jax.Array) -> jax.Array:
+        """See `RowCoding`."""
+        if len(rows) > 2:
+            return encode_vector(self, self.average(wire, steps, rows, own), step)
+        of_two = self._with_other(wire, steps, rows, own)
+        codes, scales = trit_averages.relay(*of_two, self._key(step), room=self._room(), **self._settings())
+        return self._wire(codes[None], scales[None])[0]
 
     def decode(self, wire: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `RowCoding`."""
@@ -114,10 +117,25 @@ class TritRows(NamedTuple):
     def _decoded(self, wire: jax.Array, scales: jax.Array, steps: jax.Array) -> jax.Array:
         def of_row(codes: jax.Array, scales: jax.Array, step: jax.Array) -> jax.Array:
             one, key = jnp.ones([1], jnp.float32), self._key(step)
-            settings = self._settings() | {"trits": self.codec.trits, "size": self.width}
-            return trit_blocks.decode_sum(codes[None], scales[None], one, key, **settings)
+            return trit_blocks.decode_sum(codes[None], scales[None], one, key, size=self.width, **self._settings())
 
         return jax.vmap(of_row)(wire, scales, steps)
+
+    def _with_other(
+        self, wire: jax.Array, steps: jax.Array, rows: jax.Array, own: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
+        """What `trit_averages` need of two devices."""
+        (other,) = others_than(own, 2)
+        return wire, take(self._scales(wire), other), rows, (other, own), self._key(take(steps, other))
+
+    def _wire(self, codes: jax.Array, scales: jax.Array) -> jax.Array:
+        """``[k, m] uint8``: codes, in whose room scales are written in place, since nothing else reads them."""
+        return lax.dynamic_update_slice(codes, jax.vmap(lambda x: to_bytes([x]))(scales), (0, self._sizes()[0]))
+
+    def _room(self) -> int:
+        """The bytes behind the codes: two for each scale, and up to a multiple for loads of several bytes."""
+        num_codes, num_scales = self._sizes()
+        return 2 * num_scales + -(num_codes + 2 * num_scales) % _ALIGNMENT
 
     def _scales(self, wire: jax.Array) -> jax.Array:
         """``[k, blocks] bfloat16``."""
@@ -129,7 +147,7 @@ class TritRows(NamedTuple):
         return trit_blocks.coded_sizes(self.width, self.codec.trits, self.codec.block_size)
 
     def _settings(self) -> dict[str, int]:
-        return {"block_size": self.codec.block_size, "unbiased": self.codec.unbiased}
+        return {"trits": self.codec.trits, "block_size": self.codec.block_size, "unbiased": self.codec.unbiased}
 
     def _key(self, step: jax.Array) -> jax.Array:
         return signs.stream(self.codec.seed, step, 0)
@@ -164,6 +182,10 @@ class PayloadRows(NamedTuple):
         average = take(rows, own) / len(rows) + jnp.sum(decoded / len(rows), axis=0)
         return jnp.where(is_finite, average, jnp.nan)
 
+    def relay(self, wire: jax.Array, steps: jax.Array, rows: jax.Array, own: jax.Array, step: jax.Array) -> jax.Array:
+        """See `RowCoding`."""
+        return encode_vector(self, self.average(wire, steps, rows, own), step)
+
     def decode(self, wire: jax.Array, steps: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `RowCoding`."""
         arrays, is_finite = self._arrays(wire)
@@ -182,6 +204,11 @@ class PayloadRows(NamedTuple):
         """A payload with shapes in the place of arrays."""
         shapes = jax.ShapeDtypeStruct((self.width,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
         return jax.eval_shape(self.codec.encode, *shapes)
+
+
+def encode_vector(coding: RowCoding, average: jax.Array, step: jax.Array) -> jax.Array:
+    """``[m] uint8``: the bytes of an average, for all devices to decode."""
+    return coding.encode(average[None], jnp.zeros([1], jnp.int32), step, is_last=True)[0]
 
 
 def to_bytes(arrays: Sequence[jax.Array]) -> jax.Array:

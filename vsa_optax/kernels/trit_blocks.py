@@ -59,7 +59,7 @@ def encode(
         def encode_block(block: jax.Array, words: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
             return lloyd_max.quantize(rotation.rotate(block, words), trits, unbiased=unbiased)
 
-        operands = list(zip(blocks.cut(_vector(x, which), runs), words, strict=True))
+        operands = list(zip(blocks.cut(row_of(x, which), runs), words, strict=True))
         numbers, scales = blocks.map_runs(encode_block, operands, runs)
         codes = _pack(numbers, trits, row)
         codes = jnp.pad(codes.reshape(-1), (0, room)) if room else codes
@@ -68,16 +68,13 @@ def encode(
     def on_gpu(x: jax.Array, which: jax.Array | None, words: list[list[jax.Array]]) -> tuple[jax.Array, jax.Array]:
         from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
 
-        return trit_kernels.encode(x, _rounds(words), trits=trits, unbiased=unbiased, which=which, room=room)
+        return trit_kernels.encode(x, as_rounds(words), trits=trits, unbiased=unbiased, which=which, room=room)
 
-    if suits_gpu(size, block_size) and x.size < platforms.MOST:
+    if suits_gpu(size, block_size, x.size):
         codes, scales = platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, x, which, words)
     else:
         codes, scales = anywhere(x, which, words)
-    if unbiased:
-        random_bits = signs.random_bits(jax.random.fold_in(key, 2 * len(runs)), scales.shape)
-        return codes, lloyd_max.round_stochastically(scales, random_bits)
-    return codes, scales
+    return codes, rounded_scales(scales, key, runs) if unbiased else scales
 
 
 @functools.partial(jax.jit, static_argnames=("size", "block_size", "unbiased", "trits"))
@@ -111,20 +108,20 @@ def decode_sum(
     weights = coefficients[:, None] * scales.astype(jnp.float32)
 
     def anywhere(codes: jax.Array, weights: jax.Array, words: list[list[jax.Array]]) -> jax.Array:
-        return _decode_sum(_by_trits(codes, trits, size, block_size), weights, words, size, block_size)
+        return decode_anywhere(by_trits(codes, trits, size, block_size), weights, words, size, block_size)
 
     def on_gpu(codes: jax.Array, weights: jax.Array, words: list[list[jax.Array]]) -> jax.Array:
         from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
 
         shares, factors = (weights, weights[0]) if len(weights) == 1 else _shares_of(weights)
-        return trit_kernels.decode_sum(codes, shares, factors, _rounds(words), size=size, trits=trits)
+        return trit_kernels.decode_sum(codes, shares, factors, as_rounds(words), size=size, trits=trits)
 
     if suits_gpu(size, block_size):
         return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, codes, weights, words)
     return anywhere(codes, weights, words)
 
 
-def _decode_sum(
+def decode_anywhere(
     codes: jax.Array, weights: jax.Array, words: list[list[jax.Array]], size: int, block_size: int
 ) -> jax.Array:
     """`decode_sum` without a GPU kernel; ``weights`` are ``[k, b] f32``."""
@@ -144,62 +141,6 @@ def _decode_sum(
     return blocks.map_runs(decode_block, operands, runs)[:size]
 
 
-@functools.partial(jax.jit, static_argnames=("trits", "block_size", "unbiased"))
-def average_of_two(
-    codes: jax.Array,
-    scales: jax.Array,
-    x: jax.Array,
-    which: tuple[jax.Array, jax.Array],
-    key: jax.Array,
-    *,
-    trits: int,
-    block_size: int,
-    unbiased: bool,
-) -> jax.Array:
-    """``[n] f32``: the mean of a coded vector and of a row, in one pass over memory on a GPU.
-
-    Args:
-        codes: ``[k, bytes] uint8``, of which those of ``[t, m]`` are the first.
-        scales: ``[b] bfloat16`` of the coded vector.
-        x: ``[k, n] f32``.
-        which: ``[] int32`` each, the row of ``codes`` and the row of ``x``.
-        key: the key of the rotation.
-        trits: the number of trits per coordinate.
-        block_size: the number of coordinates in a block.
-        unbiased: whether the vector was encoded with ``unbiased=True``.
-    """
-    size = x.shape[-1]
-    words = random_words(key, blocks.split_into_blocks(size, block_size), rounds=2 if unbiased else 1)
-
-    def anywhere(
-        codes: jax.Array,
-        scales: jax.Array,
-        x: jax.Array,
-        which: tuple[jax.Array, jax.Array],
-        words: list[list[jax.Array]],
-    ) -> jax.Array:
-        of_vector = _by_trits(_vector(codes, which[0])[None], trits, size, block_size)
-        decoded = _decode_sum(of_vector, scales[None].astype(jnp.float32), words, size, block_size)
-        return _vector(x, which[1]) / 2 + decoded / 2
-
-    def on_gpu(
-        codes: jax.Array,
-        scales: jax.Array,
-        x: jax.Array,
-        which: tuple[jax.Array, jax.Array],
-        words: list[list[jax.Array]],
-    ) -> jax.Array:
-        from vsa_optax.kernels.gpu import trit_kernels  # It imports Pallas, which few users need.
-
-        given, divisor = (codes, scales, x, _rounds(words)), jnp.float32(2)
-        return trit_kernels.finish(*given, divisor, nearest=True, trits=trits, which=which)
-
-    operands = codes, scales, x, which, words
-    if suits_gpu(size, block_size) and x.size < platforms.MOST:
-        return platforms.on_each_gpu_or_anywhere(on_gpu, anywhere, *operands)
-    return anywhere(*operands)
-
-
 def coded_sizes(size: int, trits: int, block_size: int) -> tuple[int, int]:
     """The bytes of the codes of a vector of ``size`` coordinates, and the number of its scales."""
     runs, row = blocks.split_into_blocks(size, block_size), _row(size, block_size)
@@ -208,7 +149,7 @@ def coded_sizes(size: int, trits: int, block_size: int) -> tuple[int, int]:
     return trits * of_trit, sum(run.num for run in runs)
 
 
-def _by_trits(codes: jax.Array, trits: int | None, size: int, block_size: int) -> jax.Array:
+def by_trits(codes: jax.Array, trits: int | None, size: int, block_size: int) -> jax.Array:
     """``[k, t, m] uint8``, of flat codes if ``trits`` is given."""
     if trits is None:
         return codes
@@ -225,12 +166,20 @@ def largest_scale(trits: int, block_size: int) -> float:
     return float(np.finfo(np.float32).max) / (2 * highest * math.sqrt(block_size))
 
 
-def suits_gpu(size: int, block_size: int) -> bool:
-    """Whether vectors of this size fill whole rows of the blocks that the GPU kernels support."""
-    return block_size == _BLOCK_ON_GPU and blocks.fills_rows(size, block_size) and size < platforms.MOST // 2
+def suits_gpu(size: int, block_size: int, all_rows: int = 0) -> bool:
+    """Whether vectors of this size, in an array of size ``all_rows``, are in whole rows of blocks for GPU kernels."""
+    is_small = size < platforms.MOST // 2 and all_rows < platforms.MOST
+    return block_size == _BLOCK_ON_GPU and blocks.fills_rows(size, block_size) and is_small
 
 
-def _vector(x: jax.Array, which: jax.Array | None) -> jax.Array:
+def rounded_scales(scales: jax.Array, key: jax.Array, runs: Sequence[BlockRun]) -> jax.Array:
+    """``[b] bfloat16`` of ``[b] f32``: the scales, rounded without bias."""
+    random_bits = signs.random_bits(jax.random.fold_in(key, 2 * len(runs)), scales.shape)
+    return lloyd_max.round_stochastically(scales, random_bits)
+
+
+def row_of(x: jax.Array, which: jax.Array | None) -> jax.Array:
+    """``x``, or ``x[which]``."""
     return x if which is None else lax.dynamic_index_in_dim(x, which, keepdims=False)
 
 
@@ -240,7 +189,7 @@ def _shares_of(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     return weights / jnp.where(largest > 0, largest, 1.0), largest
 
 
-def _rounds(words: list[list[jax.Array]]) -> jax.Array:
+def as_rounds(words: list[list[jax.Array]]) -> jax.Array:
     """``[rounds, words] uint32``: the words of a vector that is one run."""
     return jnp.stack([of_round.reshape(-1) for of_round in words[0]])
 
