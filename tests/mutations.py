@@ -465,9 +465,12 @@ MUTANTS = [
         "kernels/test_rotation.py -k rotations",
     ),
     Mutant(
-        "trit_blocks.decode_sum", "total + shares[i]", "total - shares[i]", "codecs/test_trit.py -k sum_of_payloads"
+        "trit_blocks.decode_anywhere",
+        "total + shares[i]",
+        "total - shares[i]",
+        "codecs/test_trit.py -k sum_of_payloads",
     ),
-    Mutant("trit_blocks.decode_sum", "return largest * rotation", "return rotation", TRIT_TWIN),
+    Mutant("trit_blocks.decode_anywhere", "return largest * rotation", "return rotation", TRIT_TWIN),
     Mutant(
         "trit_blocks.random_words",
         "fold_in(key, 2 * i + turn)",
@@ -592,8 +595,8 @@ MUTANTS = [
     ),
     Mutant("exchange._mean_of_payloads", "own_step + 1", "own_step", COLLECTIVE_TWIN),
     Mutant("row_coding.TritRows.average", "decoded / num", "decoded", ROWS),
-    Mutant("row_coding.TritRows.average", "take(steps, other)", "take(steps, own)", ROWS),
-    Mutant("row_coding.TritRows.encode", "codes, scales, (0, num_codes)", "codes, scales, (0, 0)", ROWS),
+    Mutant("row_coding.TritRows._with_other", "take(steps, other)", "take(steps, own)", ROWS),
+    Mutant("row_coding.TritRows._wire", "self._sizes()[0]", "self._sizes()[1]", ROWS),
     Mutant("row_coding.TritRows.decode", "<= largest", "< jnp.inf", ROWS),
     Mutant("row_coding.TritRows.decode", "jnp.where(is_finite, scales, jnp.zeros_like(scales))", "scales", ROWS),
     Mutant("row_coding.PayloadRows.average", "decoded / len(rows)", "decoded", ROWS),
