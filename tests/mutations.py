@@ -478,7 +478,7 @@ MUTANTS = [
         "kernels/test_trit_blocks.py -k words_of_its_own",
     ),
     Mutant(
-        "trit_blocks.encode",
+        "trit_blocks.rounded_scales",
         "lloyd_max.round_stochastically(scales, random_bits)",
         "scales.astype(jnp.bfloat16)",
         TRIT_TWIN,

@@ -94,6 +94,7 @@ def _mean_of_payloads(
     place_of = (jnp.arange(num, dtype=jnp.int32) - own - 1) % num
     steps = 2 * (num * step + jnp.arange(num, dtype=jnp.int32))
     own_step = row_coding.take(steps, own)
+    last_step = own_step + 1
 
     sent = coding.encode(rows, others_of, own_step)
     if num == 2:  # Gathering moves the same bytes, and an all-to-all of NCCL moves fewer bytes per second.
@@ -104,9 +105,9 @@ def _mean_of_payloads(
     # An average is finite only if all that entered it is, so no more flags are needed.
     if keeps_unsent:
         average = coding.average(wire, steps, rows, own)
-        average_sent = row_coding.encode_vector(coding, average, own_step + 1)
+        average_sent = row_coding.encode_vector(coding, average, last_step)
     else:
-        average_sent = coding.relay(wire, steps, rows, own, own_step + 1)
+        average_sent = coding.relay(wire, steps, rows, own, last_step)
     means, is_finite = coding.decode(_all_gather(average_sent, axes), steps + 1)
     mean = rounded(means.reshape(-1)[: vector.size])
 
