@@ -7,8 +7,8 @@ If the payloads of a codec do not add, the mean is a reduce-scatter and an all-g
     average  each device decodes n - 1 rows and averages them with its own
     gather   it encodes the average, ``all_gather`` sends it to all devices, and they decode it
 
-Payloads are sent as bytes, so two collectives are enough. Each device and each stage has its own step, hence its own
-random keys: the errors of n devices average out. Hypervectors add, so they are summed directly.
+Rows are sent as the bytes of a `row_coding`, so two collectives are enough. Each device and each stage has its own
+step, hence its own random keys: the errors of n devices average out. Hypervectors add, so they are summed directly.
 
 Axes: n rows, one per device; w coordinates; m bytes.
 """
