@@ -25,6 +25,6 @@ def exchange_seconds(sent, link, size=0, encode=math.inf, decode=math.inf):
     """Of sending ``sent`` bytes at ``link`` bytes a second, and then of coding, nothing beside anything else.
 
     A device encodes the others' rows and the mean of its own. It decodes the others' parts of its own row and all
-    means, nearly twice the gradient. ``encode`` and ``decode`` are bytes of f32 a second, ``size`` the gradient's bytes.
+    means, nearly twice the gradient. ``encode`` and ``decode`` are bytes of f32 a second, ``size`` is in bytes.
     """
     return sent / link + size / encode + 2 * size / decode

@@ -42,7 +42,7 @@ def of_kind(kind):
 
 
 def wire_of(kind, rows, *, is_last=True):
-    """What each device sends of its row, with its own step."""
+    """The bytes of each row, encoded with a step of its own."""
     encode = jax.jit(functools.partial(of_kind(kind)[0], is_last=is_last))
     return jnp.concatenate(
         [encode(rows, jnp.array([i]), step) for i, step in zip(range(len(rows)), STEPS, strict=False)]

@@ -71,7 +71,7 @@ def rows_at(x: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 class TritRows(NamedTuple):
-    """Rows as trits: the codes, and behind them the scales.
+    """Rows as trits: the codes, followed by the scales.
 
     Attributes:
         codec: the codec.
@@ -124,7 +124,7 @@ class TritRows(NamedTuple):
     def _with_other(
         self, wire: jax.Array, steps: jax.Array, rows: jax.Array, own: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, tuple[jax.Array, jax.Array], jax.Array]:
-        """What `trit_averages` need of two devices."""
+        """The arguments of the functions in `trit_averages`, between two devices."""
         (other,) = others_than(own, 2)
         return wire, take(self._scales(wire), other), rows, (other, own), self._key(take(steps, other))
 
@@ -154,7 +154,7 @@ class TritRows(NamedTuple):
 
 
 class PayloadRows(NamedTuple):
-    """Rows as payloads of any codec: their arrays, and behind them a flag that says whether the row is finite.
+    """Rows as payloads of any codec: their arrays, followed by a flag that says whether the row is finite.
 
     Attributes:
         codec: the codec.
