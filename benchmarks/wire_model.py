@@ -10,19 +10,21 @@ from vsa_optax import HypervectorCodec
 
 
 def sent_by_codec(codec, shapes, num):
-    """Rows of one vector of all leaves, with a flag each, cross in the all-to-all, and again in the all-gather."""
+    """Rows of one vector of all leaves cross in the all-to-all, and again in the all-gather."""
     if isinstance(codec, HypervectorCodec):
         return rivals.all_reduced(codec.nbytes(shapes) - 4, num)  # The step is known to all.
     width = -(-rivals.size_of(shapes) // num)
     coded = codec.nbytes(jax.ShapeDtypeStruct((max(width, codec.block_size),), jnp.float32)) - 4
-    row = coded if width >= codec.block_size else min(coded, 4 * width)
-    return 2 * rivals.gathered(num * (row + 4 + 1), num)  # The step, and whether the vector is finite.
+    is_coded = width >= codec.block_size or coded <= 4 * width
+    # A coded row is padded, so that a GPU loads several bytes at once; an uncoded one has the step and a flag.
+    row = -(-coded // 16) * 16 if is_coded else 4 * width + 4 + 1
+    return 2 * rivals.gathered(num * row, num)
 
 
 def exchange_seconds(sent, link, size=0, encode=math.inf, decode=math.inf):
     """Of sending ``sent`` bytes at ``link`` bytes a second, and then of coding, nothing beside anything else.
 
-    A device encodes the others' rows and the mean of its own; it decodes the others' parts of its own row, that mean to
-    look at it, and all means. ``encode`` and ``decode`` are bytes of f32 a second, ``size`` those of the gradient.
+    A device encodes the others' rows and the mean of its own. It decodes the others' parts of its own row and all
+    means, nearly twice the gradient. ``encode`` and ``decode`` are bytes of f32 a second, ``size`` is in bytes.
     """
     return sent / link + size / encode + 2 * size / decode

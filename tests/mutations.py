@@ -78,6 +78,8 @@ COLLECTIVE_WINDOWS = "test_collective_windows.py -k emissions"
 COLLECTIVE_REFUSALS = "test_collective_windows.py -k refused"
 COLLECTIVE_TWIN = "compression/test_pmean.py -k twin"
 COLLECTIVE_BUNDLES = "compression/test_pmean.py -k summed"
+ROWS = "compression/test_row_coding.py"
+CODEC_OF_ONES_OWN = "compression/test_pmean.py -k hides"
 COLLECTIVE_NAN = "compression/test_pmean.py -k nan"
 COLLECTIVE_PHASES = "test_collective_phases.py -k any_phase or averaged_where"
 
@@ -325,6 +327,7 @@ MUTANTS = [
     Mutant("trit_kernels._add_kernel", "grown += rows.rotated", "grown -= rows.rotated", GPU_TRITS + " -k grows"),
     Mutant("trit_kernels._add_kernel", "first_word[0]", "0", GPU_TRITS + " -k xla_reads"),
     Mutant("trit_kernels._finish_kernel", "first_word[0]", "0", GPU_TRITS + " -k xla_reads"),
+    Mutant("trit_kernels._vector", "which[0]", "0", GPU_TRITS + " -k among_others"),
     Mutant("trit_kernels._finish_kernel", "+ rows.coordinates(x", "- rows.coordinates(x", GPU_TRITS + " -k grows"),
     Mutant("rows.rotated_back", "reversed(range(words.shape[0]))", "range(words.shape[0])", GPU_TRITS),
     Mutant("random_words._threefry", "keys[(i + 1) % 3]", "keys[i % 3]", "kernels/gpu/test_random_words.py"),
@@ -462,9 +465,12 @@ MUTANTS = [
         "kernels/test_rotation.py -k rotations",
     ),
     Mutant(
-        "trit_blocks.decode_sum", "total + shares[i]", "total - shares[i]", "codecs/test_trit.py -k sum_of_payloads"
+        "trit_blocks.decode_anywhere",
+        "total + shares[i]",
+        "total - shares[i]",
+        "codecs/test_trit.py -k sum_of_payloads",
     ),
-    Mutant("trit_blocks.decode_sum", "return largest * rotation", "return rotation", TRIT_TWIN),
+    Mutant("trit_blocks.decode_anywhere", "return largest * rotation", "return rotation", TRIT_TWIN),
     Mutant(
         "trit_blocks.random_words",
         "fold_in(key, 2 * i + turn)",
@@ -472,7 +478,7 @@ MUTANTS = [
         "kernels/test_trit_blocks.py -k words_of_its_own",
     ),
     Mutant(
-        "trit_blocks.encode",
+        "trit_blocks.rounded_scales",
         "lloyd_max.round_stochastically(scales, random_bits)",
         "scales.astype(jnp.bfloat16)",
         TRIT_TWIN,
@@ -572,7 +578,6 @@ MUTANTS = [
         "*[jnp.zeros([], jnp.int32)] * 2,",
         "compression/test_gradients.py -k donation",
     ),
-    Mutant("exchange._from_bytes", "start += size * width", "start += size", COLLECTIVE_TWIN),
     Mutant("exchange.row_width", "return block if", "return 2 * block if", "compression/test_pmean.py -k padded"),
     Mutant(
         "buckets.Buckets.of_size", "-sizes[i] if is_small[i]", "sizes[i] if is_small[i]", "compression/test_buckets.py"
@@ -582,21 +587,38 @@ MUTANTS = [
     Mutant("buckets.Buckets.unpack", "begin += stop - start", "begin += stop", "compression/test_buckets.py"),
     Mutant("averaging.averaged", "num_buckets * step + next(numbers)", "step", COLLECTIVE_TWIN),
     Mutant("averaging.averaged", "is_finite &= found[-1].is_finite", "is_finite = found[-1].is_finite", COLLECTIVE_NAN),
-    Mutant("exchange._mean_of_payloads", "2 * (num * step + own)", "2 * num * step", COLLECTIVE_TWIN),
-    Mutant(
-        "exchange._mean_of_payloads", "codec.encode(average, first_step + 1)", "codec.encode(average)", COLLECTIVE_TWIN
-    ),
-    Mutant("exchange._mean_of_payloads", "decoded / num", "decoded", COLLECTIVE_TWIN),
     Mutant(
         "exchange._mean_of_payloads",
-        "_rows(jnp.pad(wire, ((0, 1), (0, 0))), place_of)",
-        "jnp.pad(wire, ((0, 1), (0, 0)))",
+        "num * step + jnp.arange(num, dtype=jnp.int32)",
+        "num * step + jnp.zeros(num, jnp.int32)",
         COLLECTIVE_TWIN,
     ),
-    Mutant("exchange._mean_of_payloads", "_rows(lost, place_of)", "lost", COLLECTIVE_TWIN),
-    Mutant("exchange._mean_of_payloads", "num * (average - _take", "(average - _take", COLLECTIVE_TWIN),
-    Mutant("exchange._mean_of_payloads", "jnp.all(flags > 0) & all_finite", "all_finite", COLLECTIVE_NAN),
-    Mutant("exchange._mean_of_payloads", "jnp.where(is_finite, array, jnp.zeros_like(array))", "array", COLLECTIVE_NAN),
+    Mutant("exchange._mean_of_payloads", "own_step + 1", "own_step", COLLECTIVE_TWIN),
+    Mutant("row_coding.TritRows.average", "decoded / num", "decoded", ROWS),
+    Mutant("row_coding.TritRows._with_other", "take(steps, other)", "take(steps, own)", ROWS),
+    Mutant("row_coding.TritRows._wire", "self._sizes()[0]", "self._sizes()[1]", ROWS),
+    Mutant("row_coding.TritRows.decode", "<= largest", "< jnp.inf", ROWS),
+    Mutant("row_coding.TritRows.decode", "jnp.where(is_finite, scales, jnp.zeros_like(scales))", "scales", ROWS),
+    Mutant("row_coding.PayloadRows.average", "decoded / len(rows)", "decoded", ROWS),
+    Mutant("row_coding.PayloadRows.average", "jnp.where(is_finite, average, jnp.nan)", "average", CODEC_OF_ONES_OWN),
+    Mutant("row_coding.PayloadRows.encode", "all_finite(row) & ", "", CODEC_OF_ONES_OWN),
+    Mutant("row_coding.PayloadRows.encode", "if is_last", "if False", ROWS),
+    Mutant("row_coding.PayloadRows.decode", "jnp.where(is_finite, x, jnp.zeros_like(x))", "x", ROWS),
+    Mutant("row_coding.coding_of", "type(codec) is TritCodec", "isinstance(codec, TritCodec)", ROWS),
+    Mutant("row_coding.from_bytes", "start += size * width", "start += size", ROWS),
+    Mutant("trit_blocks.largest_scale", "math.sqrt(block_size)", "1", "kernels/test_trit_blocks.py -k largest"),
+    Mutant("trit_averages.average_of_two", "+ decoded / 2", "+ decoded", "kernels/test_trit_averages.py"),
+    Mutant("trit_averages.relay", "average, new_key", "average, key", "kernels/test_trit_averages.py"),
+    Mutant("relay_kernel._relay_kernel", "places[1]", "places[0]", GPU_TRITS + " -k relay or again"),
+    Mutant("relay_kernel._relay_kernel", "whole * 0.5", "whole", GPU_TRITS + " -k relay or again"),
+    Mutant(
+        "exchange._mean_of_payloads",
+        "row_coding.rows_at(jnp.pad(sent, ((0, 1), (0, 0))), place_of)",
+        "jnp.pad(sent, ((0, 1), (0, 0)))",
+        COLLECTIVE_TWIN,
+    ),
+    Mutant("exchange._mean_of_payloads", "row_coding.rows_at(lost, place_of)", "lost", COLLECTIVE_TWIN),
+    Mutant("exchange._mean_of_payloads", "num * (average - row_coding", "(average - row_coding", COLLECTIVE_TWIN),
     Mutant("exchange._exchanged", "jnp.where(is_finite, mean, jnp.zeros_like(mean))", "mean", COLLECTIVE_NAN),
     Mutant("pmean.compressed_pmean", "num_buckets > 1", "num_buckets > 9", COLLECTIVE_NAN),
     Mutant("exchange._mean_of_bundles", "payload.bundle / axis_size(axes)", "payload.bundle", COLLECTIVE_BUNDLES),

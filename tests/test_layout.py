@@ -27,6 +27,7 @@ TESTED_IN = {
     "compression/averaging.py": "compression/test_pmean.py",
     "compression/exchange.py": "compression/test_pmean.py",
     "core/types.py": "test_typing.py",
+    "kernels/gpu/relay_kernel.py": "kernels/gpu/test_trit_kernels.py",
     "kernels/gpu/rows.py": "kernels/gpu/test_trit_kernels.py",
     "core/versions.py": "core/test_mesh.py",
     "prediction/kinds.py": "prediction/test_jit_by_phase.py",

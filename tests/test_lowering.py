@@ -15,7 +15,7 @@ from vsa_optax import HypervectorCodec, TritCodec
 
 PLATFORMS = "tpu", "cuda"
 LARGE = {"kernel": jax.ShapeDtypeStruct((512, 300), jnp.float32), "bias": jax.ShapeDtypeStruct((300,), jnp.float32)}
-KERNELS = "trit_encode", "trit_decode_sum", "trit_add", "trit_finish", "random_words"
+KERNELS = "trit_encode", "trit_decode_sum", "trit_add", "trit_finish", "trit_relay", "random_words"
 
 
 def texts(function, *arguments, platforms=PLATFORMS):

@@ -103,8 +103,15 @@ def assert_same_on_all(sent, copies):
 
 @pytest.mark.parametrize(
     ("num", "codec", "error_feedback", "blocks"),
-    [(1, ONE, True, None), (2, TERNARY, True, None), (7, TWO, False, None), (3, ONE, True, 4), (8, ONE, True, None)],
-    ids=["1", "2-ternary", "7-unbiased", "3-buckets", "8"],
+    [
+        (1, ONE, True, None),
+        (2, ONE, True, None),
+        (2, TERNARY, True, None),
+        (7, TWO, False, None),
+        (3, ONE, True, 4),
+        (8, ONE, True, None),
+    ],
+    ids=["1", "2", "2-ternary", "7-unbiased", "3-buckets", "8"],
 )
 def test_equals_the_twin_and_loses_nothing(num, codec, error_feedback, blocks):
     """Without feedback and with it, whose sum over devices and steps holds all that has not left.
@@ -183,6 +190,27 @@ def test_a_nan_on_one_device_is_skipped_and_counted_on_all(codec, leaf, bad):
     assert all(np.isfinite(x).all() for x in flat((sent, state.residual)))
     assert any(x.any() for x in flat(sent))
     assert state.nonfinite_count == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("start", [0, 600], ids=["first", "last"])
+@pytest.mark.parametrize("num", [2, 3])
+def test_no_mean_is_infinite_wherever_a_gradient_is_too_large(num, start, bad):
+    """In a row that its own device averages, or another one; finite scales may decode to infinity, too."""
+    state, step = made(num, ONE, True)
+    grads = make_tree(0, num)
+    for device in range(num):
+        broken = jax.tree.map(np.array, grads)
+        broken["wide"][device].reshape(-1)[start : start + 64] = bad
+        sent, copies, after = step(broken, state)
+        assert not any(x.any() for x in flat((sent, after.residual)))
+        assert_same_on_all(sent, copies)
+        assert after.nonfinite_count == 1
+    large = jax.tree.map(np.array, grads)
+    large["wide"] *= np.float32(1e34)
+    sent, _, after = step(large, state)
+    assert after.nonfinite_count == 0
+    assert all(np.isfinite(x).all() for x in flat(sent))
 
 
 class Halves:
@@ -356,10 +384,13 @@ def test_bytes_sent(trits, most):
     """In two collectives, as the compiled program has them; a device keeps an n-th of each to itself."""
     found = collectives_in(compiled(TritCodec(trits))[0].as_text())
     assert sorted(kind for kind, _ in found) == ["all-gather", "all-to-all"]
-    payload = TritCodec(trits).nbytes(np.zeros(-(-SIZE // 8), np.float32))
-    flag = 1
-    assert [size for _, size in found] == [8 * (payload + flag)] * 2
+    assert [size for _, size in found] == [8 * bytes_of_row(TritCodec(trits), -(-SIZE // 8))] * 2
     assert 7 / 8 * sum(size for _, size in found) < most * 2 * 7 / 8 * 4 * SIZE
+
+
+def bytes_of_row(codec, width):
+    """Those of a payload without its step, padded to 16."""
+    return -(-(codec.nbytes(np.zeros(width, np.float32)) - 4) // 16) * 16
 
 
 def collectives_in(text):
@@ -532,7 +563,7 @@ def test_two_collectives_a_bucket_and_code_for_one_vector():
     assert (counts[0]["all_to_all"], counts[0]["all_gather"]) == (1, 1)
     assert min(counts[0]["dot_general"], counts[0]["xor"]) > 0
     # A row has 4800 coordinates and takes what one leaf's would.
-    row = TWO.nbytes(np.zeros(4800, np.float32)) + 1
+    row = bytes_of_row(TWO, 4800)
     assert f"tensor<3x{row}xui8>" in one
     assert f"tensor<3x{row}xui8>" in many
     in_three = program_of_leaves(40, 4 * 5_000)

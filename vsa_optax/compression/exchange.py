@@ -7,14 +7,13 @@ If the payloads of a codec do not add, the mean is a reduce-scatter and an all-g
     average  each device decodes n - 1 rows and averages them with its own
     gather   it encodes the average, ``all_gather`` sends it to all devices, and they decode it
 
-Payloads are sent as bytes, so two collectives are enough. Each device and each stage has its own step, hence its own
-random keys: the errors of n devices average out. Hypervectors add, so they are summed directly.
+Rows are sent as the bytes of a `row_coding`, so two collectives are enough. Each device and each stage has its own
+step, hence its own random keys: the errors of n devices average out. Hypervectors add, so they are summed directly.
 
 Axes: n rows, one per device; w coordinates; m bytes.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ from jax import lax
 
 from vsa_optax.codecs.codec import Codec
 from vsa_optax.codecs.hypervector import HypervectorCodec
+from vsa_optax.compression import row_coding
 from vsa_optax.core import versions
 from vsa_optax.core.mesh import axis_size, varying_axes
 from vsa_optax.core.trees import all_finite
@@ -87,48 +87,38 @@ def _mean_of_payloads(
 ) -> Exchanged:
     """The mean for payloads that must be decoded before they are averaged."""
     num, own = axis_size(axes), lax.axis_index(axes)
-    encode_all, decode_all = jax.vmap(codec.encode, in_axes=(0, None)), jax.vmap(codec.decode)
     width = row_width(codec, vector.size, num)
-    rows = _cut(vector, num, width)
+    rows, coding = _cut(vector, num, width), row_coding.coding_of(codec, width)
     # A device's own row need be neither coded nor sent. In the device's order of rows, its own comes last.
-    others_of, place_of = (
-        (own + 1 + jnp.arange(num - 1, dtype=jnp.int32)) % num,
-        (jnp.arange(num, dtype=jnp.int32) - own - 1) % num,
-    )
-    mine, others = _take(rows, own), _rows(rows, others_of)
-    first_step = 2 * (num * step + own)
+    others_of = row_coding.others_than(own, num)
+    place_of = (jnp.arange(num, dtype=jnp.int32) - own - 1) % num
+    steps = 2 * (num * step + jnp.arange(num, dtype=jnp.int32))
+    own_step = row_coding.take(steps, own)
+    last_step = own_step + 1
 
-    payload = encode_all(others, first_step)
-    arrays, treedef = jax.tree.flatten(payload)
-    flags = jnp.broadcast_to(all_finite(vector).astype(jnp.uint8), (num - 1, 1))
-    wire = _to_bytes([*arrays, flags])
+    sent = coding.encode(rows, others_of, own_step)
     if num == 2:  # Gathering moves the same bytes, and an all-to-all of NCCL moves fewer bytes per second.
-        wire = lax.all_gather(wire[0], axes)
+        wire = lax.all_gather(sent[0], axes)
     else:
-        wire = lax.all_to_all(_rows(jnp.pad(wire, ((0, 1), (0, 0))), place_of), axes, 0, 0, tiled=True)
-    *arrays, flags = _from_bytes(_rows(wire, others_of), [*arrays, flags])
-    decoded = decode_all(jax.tree.unflatten(treedef, arrays))
-    average = mine / num + jnp.sum(decoded / num, axis=0)
-
-    coded = codec.encode(average, first_step + 1)
-    # Each device checks its own decoded average and sends the flag along, so that all devices know all flags before
-    # they decode. If any flag is false, the arrays become zeros first, so the decoded mean need not be checked again.
-    is_finite = jnp.all(flags > 0) & all_finite(codec.decode(coded))
-    arrays, treedef = jax.tree.flatten(jax.tree.map(lambda x: x[None], coded))
-    flags = is_finite.astype(jnp.uint8).reshape(1, 1)
-    wire = _all_gather(_to_bytes([*arrays, flags])[0], axes)
-    *arrays, flags = _from_bytes(wire, [*arrays, flags])
-    is_finite = jnp.all(flags > 0)
-    arrays = [jnp.where(is_finite, array, jnp.zeros_like(array)) for array in arrays]  # They decode to zeros.
-    mean = rounded(decode_all(jax.tree.unflatten(treedef, arrays)).reshape(-1)[: vector.size])
+        wire = row_coding.rows_at(jnp.pad(sent, ((0, 1), (0, 0))), place_of)
+        wire = lax.all_to_all(wire, axes, 0, 0, tiled=True)
+    # An average is finite only if all that entered it is, so no more flags are needed.
+    if keeps_unsent:
+        average = coding.average(wire, steps, rows, own)
+        average_sent = row_coding.encode_vector(coding, average, last_step)
+    else:
+        average_sent = coding.relay(wire, steps, rows, own, last_step)
+    means, is_finite = coding.decode(_all_gather(average_sent, axes), steps + 1)
+    mean = rounded(means.reshape(-1)[: vector.size])
 
     unsent = None
     if keeps_unsent:
         # The error of the coded average stays with the device that averages. It is multiplied by n, since the next
         # average divides it by n.
-        of_average = num * (average - _take(_cut(mean, num, width), own))
-        lost = jnp.concatenate([others - decode_all(payload), of_average[None]])
-        unsent = _rows(lost, place_of).reshape(-1)[: vector.size]
+        of_average = num * (average - row_coding.take(_cut(mean, num, width), own))
+        received, _ = coding.decode(sent, jnp.broadcast_to(own_step, (num - 1,)))
+        lost = jnp.concatenate([row_coding.rows_at(rows, others_of) - received, of_average[None]])
+        unsent = row_coding.rows_at(lost, place_of).reshape(-1)[: vector.size]
     return Exchanged(mean, unsent, is_finite)
 
 
@@ -168,40 +158,3 @@ def _cut(vector: jax.Array, num: int, width: int) -> jax.Array:
 def _all_gather(own: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """``[n, m]``: the bytes ``[m]`` of all devices, marked as replicated if ``shard_map`` checks replication."""
     return versions.all_gather_invarying(own, axes) if varying_axes(own) else lax.all_gather(own, axes)
-
-
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(x, index, keepdims=False)
-
-
-def _rows(x: jax.Array, indices: jax.Array) -> jax.Array:
-    return x.at[indices].get(mode="promise_in_bounds")
-
-
-def _to_bytes(arrays: Sequence[jax.Array]) -> jax.Array:
-    """``[n, m] uint8``: the bytes of the arrays ``[n, ...]``, one array after the other."""
-    parts = []
-    for array in arrays:
-        bits = array if array.dtype == jnp.uint8 else lax.bitcast_convert_type(array, jnp.uint8)
-        parts.append(bits.reshape(bits.shape[0], -1))
-    return jnp.concatenate(parts, axis=1)
-
-
-def _from_bytes(wire: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
-    """The inverse of `_to_bytes`, for any n.
-
-    Args:
-        wire: ``[n, m] uint8``.
-        like: arrays with the dtypes and, except for the leading axis, the shapes of the original arrays.
-    """
-    arrays, start = [], 0
-    for array in like:
-        size, width = math.prod(array.shape[1:]), array.dtype.itemsize
-        bits = wire[:, start : start + size * width]
-        start += size * width
-        if array.dtype == jnp.uint8:
-            arrays.append(bits.reshape(-1, *array.shape[1:]))
-        else:
-            bits = bits.reshape(-1, *array.shape[1:], *([width] if width > 1 else []))
-            arrays.append(lax.bitcast_convert_type(bits, array.dtype))
-    return arrays

@@ -108,7 +108,8 @@ def compressed_pmean(
     loss with one trit was 2 % higher (``benchmarks/collectives.log``).
 
     **Non-finite values.** A NaN or an infinity on one device skips the step on all devices: each counts it, residuals
-    stay, and zeros are emitted. No device hangs, since all run the same collectives in any case.
+    stay, and zeros are emitted. No device hangs, since all run the same collectives in any case. With
+    `vsa_optax.TritCodec`, gradients beyond 1e35 may be skipped, too: they might decode to infinity.
 
     **Gradients of each device.** Inside ``shard_map``, JAX sums the gradients of parameters that are the same on all
     devices, uncompressed. Make the parameters vary first, as in the example. Gradients that do not vary are an error.

@@ -11,11 +11,13 @@ from samples import draw
 
 from vsa_optax.accumulation import packed_rows
 from vsa_optax.kernels import blocks, lloyd_max, trit_blocks
-from vsa_optax.kernels.gpu import trit_kernels
+from vsa_optax.kernels.gpu import relay_kernel, trit_kernels
 
 ON_GPU = jax.default_backend() == "gpu"
 SIZE = 5 * 1024 + 2000  # A row, and one that is not full.
 BLOCKS = 10
+ROOM = 32  # Bytes.
+OWN, OTHER = np.int32(1), np.int32(0)
 # Operands of the rotation are rounded to bfloat16, twice.
 OF_ROUNDING = 8e-6
 
@@ -211,17 +213,99 @@ def test_rows_one_after_the_other_are_the_same():
     np.testing.assert_array_equal(found_scales, scales)
 
 
+def test_a_vector_among_others_is_read_where_it_lies():
+    """It is coded, and averaged with a coded one, as if it were alone; also one for each program of a batch."""
+    vectors, which, room = np.stack([vector(seed) for seed in range(3)]), np.array([2, 0], np.int32), 48
+    encode, in_place = (compiled("encode", trits=2, unbiased=False, room=room) for room in (0, room))
+    finish = compiled("finish", nearest=True)
+    wire, scales = jax.vmap(lambda i: in_place(vectors, words(), which=i))(which)
+    assert wire.shape == (2, 2 * 2 * 1024 + room)
+    for place, i in enumerate(which):
+        codes, own_scales = encode(vectors[i], words())
+        np.testing.assert_array_equal(wire[place, :-room].reshape(codes.shape), codes)
+        np.testing.assert_array_equal(scales[place], own_scales)
+        average = compiled("finish", nearest=True, trits=2)(
+            wire, own_scales, vectors, words(), np.float32(2), which=(np.int32(place), np.int32(1))
+        )
+        assert average.shape == (SIZE,)
+        np.testing.assert_array_equal(average, finish(codes, own_scales, vectors[1], words(), np.float32(2)))
+        one, factors = np.ones((1, BLOCKS), np.float32), np.float32(own_scales)
+        decoded = compiled("decode_sum", size=SIZE, trits=2)(wire[place][None], one, factors, words())
+        expected = compiled("decode_sum", size=SIZE)(codes[None], one, factors, words())
+        np.testing.assert_array_equal(decoded, expected)
+
+
+def new_words(rounds):
+    return ~words(rounds) ^ jnp.uint32(0x0F0F3355)
+
+
+@functools.cache
+def relay(trits, unbiased):
+    run = functools.partial(relay_kernel.relay, trits=trits, unbiased=unbiased, room=ROOM, interpret=not ON_GPU)
+    return jax.jit(run)
+
+
+def received(trits, unbiased):
+    """Two rows of bytes, of which the first is coded, its scales, and two vectors."""
+    encode = compiled("encode", trits=trits, unbiased=unbiased, room=ROOM)
+    wire, scales = encode(vector(0), words(1 + unbiased))
+    return jnp.stack([wire, ~wire]), jnp.asarray(scales, jnp.bfloat16), np.stack([vector(1), vector(2)])
+
+
+@pytest.mark.parametrize(("trits", "unbiased"), [(1, True), (2, False), (3, False)])
+def test_an_average_is_coded_again_as_by_numpy(trits, unbiased):
+    wire, scales, rows = received(trits, unbiased)
+    old, new = words(1 + unbiased), new_words(1 + unbiased)
+    codes, new_scales = relay(trits, unbiased)(wire, scales, rows, (OTHER, OWN), old, new)
+    assert codes.shape == (trits * 2 * 1024 + ROOM,)
+    levels = np.float64(lloyd_max.levels(trits))
+    numbers = numbers_of(np.asarray(wire[OTHER, :-ROOM]).reshape(trits, -1))
+    average = (decoded_by_numpy(numbers, np.float32(scales), old, trits) + rows[OWN]) / 2
+    expected, expected_scales = reference.encode_trits(average, [1024] * BLOCKS, words_of_blocks(new), levels, unbiased)
+    off = np.abs(numbers_of(np.asarray(codes[:-ROOM]).reshape(trits, -1)).reshape(-1) - expected)
+    assert off.max() <= 1
+    assert np.mean(off > 0) < 0.03
+    np.testing.assert_allclose(np.float64(new_scales), expected_scales, rtol=8e-3)
+
+
+def test_a_relay_does_the_work_of_two_kernels():
+    trits, unbiased = 2, False
+    wire, scales, rows = received(trits, unbiased)
+    found = relay(trits, unbiased)(wire, scales, rows, (OTHER, OWN), words(), new_words(1))
+    finish = compiled("finish", nearest=True, trits=trits)
+    average = finish(wire, scales, rows, words(), np.float32(2), which=(OTHER, OWN))
+    codes, new_scales = compiled("encode", trits=trits, unbiased=unbiased, room=ROOM)(average, new_words(1))
+    numbers, expected = (numbers_of(np.asarray(x[:-ROOM]).reshape(trits, -1)) for x in (found[0], codes))
+    off = np.abs(numbers - expected)  # A compiler may round a sum in another way.
+    assert off.max() <= 1
+    assert np.mean(off > 0) < 0.01
+    np.testing.assert_allclose(np.float32(found[1]), np.float32(new_scales), rtol=8e-3)
+
+
+def test_what_is_not_finite_in_a_relay_makes_a_scale_nan():
+    wire, scales, rows = received(2, False)
+    rows[OWN, 2048 + 7], rows[1 - OWN] = np.inf, np.nan
+    scales = scales.at[5].set(jnp.nan)
+    _, found = relay(2, False)(wire, scales, rows, (OTHER, OWN), words(), new_words(1))
+    assert np.flatnonzero(np.isnan(np.float32(found))).tolist() == [2, 5]
+
+
 def test_each_kernel_lowers_for_cuda():
     """On any machine: Triton's programs are written when they are lowered."""
     x, codes, scales = jnp.ones(SIZE), jnp.zeros((2, 2 * 1024), jnp.uint8), jnp.zeros(BLOCKS, jnp.bfloat16)
-    one, key = jnp.ones((1, BLOCKS)), jnp.zeros(2, jnp.uint32)
+    one, key, half = jnp.ones((1, BLOCKS)), jnp.zeros(2, jnp.uint32), jnp.float32(2)
+    rows, places = jnp.ones((3, SIZE)), (jnp.int32(1), jnp.int32(2))
+    in_place = functools.partial(trit_kernels.encode, trits=1, unbiased=False, room=16)
     calls = [
         lambda: trit_kernels.encode(x, words(2), trits=3, unbiased=True),
         lambda: trit_kernels.decode_sum(codes[None], one, one[0], words(), size=SIZE),
         lambda: trit_kernels.decode_sum(jnp.stack([codes] * 3), jnp.ones((3, BLOCKS)), one[0], words(), size=SIZE),
         lambda: trit_kernels.add(x, words(), None, codes, scales),
         lambda: trit_kernels.add(x, words(), key, codes, scales),
-        lambda: trit_kernels.finish(codes, scales, x, words(), jnp.float32(2), nearest=True),
+        lambda: trit_kernels.finish(codes, scales, x, words(), half, nearest=True),
+        lambda: jax.vmap(lambda i: in_place(rows, words(), which=i))(jnp.arange(2)),
+        lambda: relay_kernel.relay(codes, scales, rows, places, words(2), words(2), trits=1, unbiased=True, room=ROOM),
+        lambda: trit_kernels.finish(codes, scales, rows, words(), half, nearest=True, trits=1, which=places),
     ]
     for call in calls:
         assert "triton" in jax.jit(call).trace().lower(lowering_platforms=("cuda",)).as_text()

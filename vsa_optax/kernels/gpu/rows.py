@@ -99,16 +99,16 @@ def over_blocks(fun: Callable[[int | jax.Array, Carry], Carry], carry: Carry, *,
     return carry
 
 
-def within(x: Ref, block: jax.Array) -> tuple[Ref, jax.Array | None]:
+def within(x: Ref, block: jax.Array, *vector: jax.Array) -> tuple[Ref, jax.Array | None]:
     """A block of a vector, and which of its places are before the vector's end; None if all are."""
-    start = block * WIDTH
-    inside = None if x.size % ROW == 0 else start + lax.iota(jnp.int32, WIDTH) < x.size
-    return x.at[pl.ds(start, WIDTH)], inside
+    start, size = block * WIDTH, x.shape[-1]
+    inside = None if size % ROW == 0 else start + lax.iota(jnp.int32, WIDTH) < size
+    return x.at[(*vector, pl.ds(start, WIDTH))], inside
 
 
-def coordinates(x: Ref, block: jax.Array) -> jax.Array:
-    """``[32, 32] f32``, zeros behind the end."""
-    part, inside = within(x, block)
+def coordinates(x: Ref, block: jax.Array, *vector: jax.Array) -> jax.Array:
+    """``[32, 32] f32`` of a vector, or of one of ``[k, n]``; zeros behind the end."""
+    part, inside = within(x, block, *vector)
     loaded = triton.load(part, mask=inside, other=None if inside is None else 0.0)
     return loaded.astype(jnp.float32).reshape(SIDE, SIDE)
 
@@ -119,11 +119,13 @@ def put_coordinates(x: Ref, block: jax.Array, new: jax.Array) -> None:
     triton.store(part, new.reshape(WIDTH), mask=inside)
 
 
-def codes(codes: Ref, row: jax.Array, *vector: int | jax.Array) -> Bytes:
-    """For each trit ``[32, 32] f32``, a row's bytes, from -121 to 121."""
-    of_row = pl.ds(row * WIDTH, WIDTH)
-    trits = codes.shape[-2]
-    return [levels.centred(codes[(*vector, i, of_row)].reshape(SIDE, SIDE)) for i in range(trits)]
+def codes(codes: Ref, row: jax.Array, trits: int, count: int, *vector: int | jax.Array) -> Bytes:
+    """For each trit ``[32, 32] f32``, a row's bytes, from -121 to 121, of a vector with ``count`` rows.
+
+    A vector's codes are flat, one trit's bytes behind the other's. More bytes may follow.
+    """
+    parts = [pl.ds((i * count + row) * WIDTH, WIDTH) for i in range(trits)]
+    return [levels.centred(codes[(*vector, part)].reshape(SIDE, SIDE)) for part in parts]
 
 
 def no_sums() -> Sums:
@@ -131,7 +133,7 @@ def no_sums() -> Sums:
     return jnp.zeros((SIDE, SIDE), jnp.float32), jnp.ones([], jnp.float32)
 
 
-def put_codes(codes: Ref, row: jax.Array, sums: jax.Array) -> None:
-    """Stores a row's bytes, of its sums of digits."""
-    for i, of_trit in enumerate(levels.bytes_of(sums, codes.shape[0])):
-        codes[i, pl.ds(row * WIDTH, WIDTH)] = of_trit
+def put_codes(codes: Ref, row: jax.Array, sums: jax.Array, trits: int, count: int) -> None:
+    """Stores a row's bytes, of its sums of digits, where `codes` finds them."""
+    for i, of_trit in enumerate(levels.bytes_of(sums, trits)):
+        codes[pl.ds((i * count + row) * WIDTH, WIDTH)] = of_trit

@@ -39,33 +39,42 @@ def encode(
     *,
     trits: int,
     unbiased: bool,
+    which: jax.Array | None = None,
+    room: int = 0,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Rotates, quantises and packs.
 
     Args:
-        x: ``[n]``.
+        x: ``[n]``, or ``[k, n]`` with ``which``.
         words: ``[rounds, 32 b] uint32``, random, of which each bit is a sign.
         trits: 1, 2 or 3.
         unbiased: which scale.
+        which: ``[] int32``, the vector of ``[k, n]`` to encode, which is read where it lies.
+        room: bytes left behind the codes for the caller to write.
         tuning: how it is compiled, if otherwise than was measured to be best.
         interpret: to run without a GPU, for tests.
 
     Returns:
-        ``[t, 1024 r] uint8`` and ``[b]``, in float32 if unbiased, to be rounded, and else in bfloat16.
+        ``[t, 1024 r] uint8``, or ``[1024 t r + room]`` with room, and ``[b]``, in float32 if unbiased, to be rounded,
+        and else in bfloat16.
     """
-    tuning, count = tuning or ENCODE[trits], num_rows(x.size)
-    kernel = functools.partial(_encode_kernel, trits=trits, unbiased=unbiased, is_unrolled=tuning.is_unrolled)
-    operands = [x, words, tiles.hadamard(), levels.table(trits)]
-    outputs = [((trits, count * WIDTH), jnp.uint8), ((BLOCKS * count,), jnp.float32 if unbiased else jnp.bfloat16)]
+    tuning, count = tuning or ENCODE[trits], num_rows(x.shape[-1])
+    kernel = functools.partial(
+        _encode_kernel, trits=trits, count=count, unbiased=unbiased, is_unrolled=tuning.is_unrolled
+    )
+    operands = [x, _one(0 if which is None else which), words, tiles.hadamard(), levels.table(trits)]
+    of_codes, of_scales = (trits * count * WIDTH + room,), (BLOCKS * count,)
+    outputs = [(of_codes, jnp.uint8), (of_scales, jnp.float32 if unbiased else jnp.bfloat16)]
     codes, scales = rows.call("trit_encode", kernel, operands, outputs, count, tuning, interpret)
-    return codes, scales
+    return codes if room else codes.reshape(trits, -1), scales
 
 
 def _encode_kernel(
     row: jax.Array,
     x: Ref,
+    which: Ref,
     words: Ref,
     matrices: Ref,
     table: Ref,
@@ -73,18 +82,20 @@ def _encode_kernel(
     scales: Ref,
     *,
     trits: int,
+    count: int,
     unbiased: bool,
     is_unrolled: bool,
 ) -> None:
     def encode_block(i: int | jax.Array, carry: Sums) -> Sums:
         sums, power = carry
         block = row * BLOCKS + i
-        y = rows.rotated(rows.coordinates(x, block), words, matrices, block)
+        y = rows.rotated(rows.coordinates(x, block, *_vector(x, which)), words, matrices, block)
         digits, scale = levels.nearest_levels(y, trits, table, unbiased=unbiased)
         scales[block] = scale.astype(scales.dtype)
         return sums + digits * power, 3 * power
 
-    rows.put_codes(codes, row, rows.over_blocks(encode_block, rows.no_sums(), is_unrolled=is_unrolled)[0])
+    sums, _ = rows.over_blocks(encode_block, rows.no_sums(), is_unrolled=is_unrolled)
+    rows.put_codes(codes, row, sums, trits, count)
 
 
 def decode_sum(
@@ -94,31 +105,32 @@ def decode_sum(
     words: jax.Array,
     *,
     size: int,
+    trits: int | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """The weighted sum of k vectors that were encoded with one rotation.
 
     Args:
-        codes: ``[k, t, 1024 r] uint8``.
+        codes: ``[k, t, 1024 r] uint8``, or ``[k, m]`` of m bytes, of which these are the first.
         shares: ``[k, b] f32``, of each block in the sum, at most 1; not read if k is 1.
         factors: ``[b] f32``, of the sum.
         words: as in `encode`.
         size: n.
+        trits: t, for ``[k, m]``.
         tuning: how it is compiled, if otherwise than was measured to be best.
         interpret: to run without a GPU, for tests.
 
     Returns:
         ``[n] f32``.
     """
-    num, trits, _ = codes.shape
+    trits, num, count = trits or codes.shape[1], len(codes), num_rows(size)
     tuning = tuning or DECODE[trits]
-    kernel = functools.partial(_decode_sum_kernel, num=num, trits=trits, is_unrolled=tuning.is_unrolled)
+    kernel = functools.partial(_decode_sum_kernel, num=num, trits=trits, count=count, is_unrolled=tuning.is_unrolled)
     factors = factors * levels.unit(trits, nearest=True)
-    operands = [codes, shares, factors, words, tiles.hadamard(), levels.table(trits)]
-    (decoded,) = rows.call(
-        "trit_decode_sum", kernel, operands, [((size,), jnp.float32)], num_rows(size), tuning, interpret
-    )
+    operands = [codes.reshape(num, -1), shares, factors, words, tiles.hadamard(), levels.table(trits)]
+    outputs = [((size,), jnp.float32)]
+    (decoded,) = rows.call("trit_decode_sum", kernel, operands, outputs, count, tuning, interpret)
     return decoded
 
 
@@ -134,6 +146,7 @@ def _decode_sum_kernel(
     *,
     num: int,
     trits: int,
+    count: int,
     is_unrolled: bool,
 ) -> None:
     def put(i: int | jax.Array, values: jax.Array) -> None:
@@ -146,7 +159,7 @@ def _decode_sum_kernel(
         return rest
 
     def with_vector(k: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        rest, more = rows.codes(codes, row, k), []
+        rest, more = rows.codes(codes, row, trits, count, k), []
         for i, of_block in enumerate(sums):
             numbers, rest = levels.first_numbers(rest)
             values = levels.values_of(numbers, table, trits, nearest=True)
@@ -154,7 +167,7 @@ def _decode_sum_kernel(
         return tuple(more)
 
     if num == 1:
-        rows.over_blocks(decode_block, rows.codes(codes, row, 0), is_unrolled=is_unrolled)
+        rows.over_blocks(decode_block, rows.codes(codes, row, trits, count, 0), is_unrolled=is_unrolled)
         return
     nothing = (jnp.zeros((SIDE, SIDE), jnp.float32),) * BLOCKS
     for i, of_block in enumerate(lax.fori_loop(0, num, with_vector, nothing)):
@@ -190,12 +203,15 @@ def add(
     """
     trits, is_nearest = codes.shape[0], rounding is None
     tuning = tuning or ADD[trits]
-    kernel = functools.partial(_add_kernel, trits=trits, is_nearest=is_nearest, is_unrolled=tuning.is_unrolled)
+    count = num_rows(x.size)
+    kernel = functools.partial(
+        _add_kernel, trits=trits, count=count, is_nearest=is_nearest, is_unrolled=tuning.is_unrolled
+    )
     operands = [x, words, _one(first_word), words if rounding is None else rounding, tiles.hadamard()]
-    operands = [*operands, levels.table(trits), codes, scales]
-    outputs = [(codes.shape, codes.dtype), (scales.shape, scales.dtype)]
-    new = rows.call("trit_add", kernel, operands, outputs, num_rows(x.size), tuning, interpret)
-    return new[0], new[1]
+    operands = [*operands, levels.table(trits), codes.reshape(-1), scales]
+    outputs = [((codes.size,), codes.dtype), (scales.shape, scales.dtype)]
+    new = rows.call("trit_add", kernel, operands, outputs, count, tuning, interpret)
+    return new[0].reshape(codes.shape), new[1]
 
 
 def _add_kernel(
@@ -212,6 +228,7 @@ def _add_kernel(
     scales: Ref,
     *,
     trits: int,
+    count: int,
     is_nearest: bool,
     is_unrolled: bool,
 ) -> None:
@@ -231,8 +248,9 @@ def _add_kernel(
         scales[block] = scale.astype(scales.dtype)
         return (sums + digits * power, 3 * power), rest
 
-    (sums, _), _ = rows.over_blocks(add_block, (rows.no_sums(), rows.codes(old_codes, row)), is_unrolled=is_unrolled)
-    rows.put_codes(codes, row, sums)
+    first = rows.no_sums(), rows.codes(old_codes, row, trits, count)
+    (sums, _), _ = rows.over_blocks(add_block, first, is_unrolled=is_unrolled)
+    rows.put_codes(codes, row, sums, trits, count)
 
 
 def finish(
@@ -243,37 +261,48 @@ def finish(
     divisor: jax.Array,
     *,
     nearest: bool,
+    trits: int | None = None,
     first_word: int | jax.Array = 0,
+    which: tuple[jax.Array, jax.Array] | None = None,
     tuning: Tuning | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """``[n] f32``: the sum, turned back, plus ``x``, over ``divisor``.
 
     Args:
-        codes: ``[t, 1024 r] uint8``.
+        codes: ``[t, 1024 r] uint8``; with ``which`` ``[k, m]``, of whose m bytes these are the first.
         scales: ``[b] bfloat16``.
-        x: ``[n]``.
-        words: as in `add`.
+        x: ``[n]``; ``[k, n]`` with ``which``.
+        words: as in `encode`, the vector's among others.
         divisor: ``[] f32``.
         nearest: as it was rounded.
+        trits: t, for ``[k, m]``.
         first_word: as in `add`.
+        which: ``[] int32`` each, the codes and the vector that are read, where they lie.
         tuning: how it is compiled, if otherwise than was measured to be best.
         interpret: to run without a GPU, for tests.
     """
-    tuning = tuning or FINISH[len(codes)]
-    kernel = functools.partial(_finish_kernel, trits=codes.shape[0], nearest=nearest, is_unrolled=tuning.is_unrolled)
+    trits, count = trits or len(codes), num_rows(x.shape[-1])
+    tuning = tuning or FINISH[trits]
+    kernel = functools.partial(
+        _finish_kernel, trits=trits, count=count, nearest=nearest, is_unrolled=tuning.is_unrolled
+    )
     share = (1 / divisor).reshape(1)
-    operands = [codes, scales, x, words, _one(first_word), share, tiles.hadamard(), levels.table(codes.shape[0])]
-    outputs = [(x.shape, jnp.float32)]
-    (finished,) = rows.call("trit_finish", kernel, operands, outputs, num_rows(x.size), tuning, interpret)
+    codes, places = (codes.reshape(-1), (0, 0)) if which is None else (codes, which)
+    operands = [codes, _one(places[0]), scales, x, _one(places[1]), words, _one(first_word), share]
+    operands = [*operands, tiles.hadamard(), levels.table(trits)]
+    outputs = [(x.shape[-1:], jnp.float32)]
+    (finished,) = rows.call("trit_finish", kernel, operands, outputs, count, tuning, interpret)
     return finished
 
 
 def _finish_kernel(
     row: jax.Array,
     codes: Ref,
+    which_codes: Ref,
     scales: Ref,
     x: Ref,
+    which: Ref,
     words: Ref,
     first_word: Ref,
     share: Ref,
@@ -282,6 +311,7 @@ def _finish_kernel(
     finished: Ref,
     *,
     trits: int,
+    count: int,
     nearest: bool,
     is_unrolled: bool,
 ) -> None:
@@ -292,11 +322,17 @@ def _finish_kernel(
         numbers, rest = levels.first_numbers(rest)
         values = levels.values_of(numbers, table, trits, nearest=nearest)
         back = rows.rotated_back(values, words, matrices, block, first_word[0])
-        whole = back * (scales[block].astype(jnp.float32) * unit) + rows.coordinates(x, block)
+        whole = back * (scales[block].astype(jnp.float32) * unit) + rows.coordinates(x, block, *_vector(x, which))
         rows.put_coordinates(finished, block, whole * share[0])
         return rest
 
-    rows.over_blocks(finish_block, rows.codes(codes, row), is_unrolled=is_unrolled)
+    own = rows.codes(codes, row, trits, count, *_vector(codes, which_codes))
+    rows.over_blocks(finish_block, own, is_unrolled=is_unrolled)
+
+
+def _vector(x: Ref, which: Ref) -> tuple[jax.Array, ...]:
+    """The first index of one of several vectors; a single vector needs none."""
+    return () if len(x.shape) == 1 else (which[0],)
 
 
 def _one(number: int | jax.Array) -> jax.Array:
