@@ -42,6 +42,7 @@ class Mutant(NamedTuple):
     tests: str
 
 
+ELIMINATION = "kernels/gpu/test_elimination.py"
 WLS = (
     "prediction/fits/test_line_fit.py prediction/predictors/test_line.py "
     "-k fewer_than or vanishing or sum_to_one or variance or twin_over"
@@ -736,6 +737,16 @@ MUTANTS = [
     Mutant("momentum.MomentumPredictor.compare", "scalars.num_records > 1", "scalars.num_records > 0", MOMENTUM),
     Mutant("momentum.MomentumPredictor.compare", "* state.weight + 1", "* state.weight + 2", MOMENTUM),
     Mutant("momentum.MomentumCalibrationState.exceeds", ">= _NUM_ERRORS", "> _NUM_ERRORS", MOMENTUM),
+    Mutant("elimination._kernel", "factors[:, None] * of_row[None]", "factors[:, None] + of_row[None]", ELIMINATION),
+    Mutant("elimination._kernel", "values - factors * value", "values + factors * value", ELIMINATION),
+    Mutant("elimination.solve", ">= size", "> size", ELIMINATION),
+    Mutant(
+        "machine_state.PhaseMachineState.unpacked", "astype(bool)", "astype(float)", "prediction/test_machine_state.py"
+    ),
+    Mutant("machine_state.Machine._scalars", "nodes[part] is not None", "True", "prediction/test_machine_state.py"),
+    Mutant("checkpoint_upgrade._packed", "part not in absent", "True", "test_checkpoint_upgrade.py"),
+    Mutant("checkpoint_upgrade._packed", "del entries[path_of(part)]", "pass", "test_checkpoint_upgrade.py"),
+    Mutant("checkpoint_upgrade._packed", "{'key': None}", "{'key': ''}", "test_checkpoint_upgrade.py"),
     Mutant("machine.ends_leap", "state.phase == Phase.CORRECT", "state.phase == Phase.PREDICT", MOMENTUM),
     Mutant("machine.ends_leap", "state.steps_in_phase == 0", "state.steps_in_phase >= 0", MOMENTUM),
     Mutant("machine.ends_leap", "state.cycles > 0", "state.cycles > 1", MOMENTUM),
