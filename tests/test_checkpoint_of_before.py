@@ -60,7 +60,7 @@ def test_every_leaf_has_the_bits_that_were_saved(name, restored, expected):
 
 
 def at(tree, path):
-    """What a path leads to; ``.unpacked`` calls the method."""
+    """The node at a path; ``.unpacked`` calls the method."""
     for field, key, index in re.findall(r"\.(\w+)|\['([^']+)'\]|\[(\d+)\]", path):
         tree = getattr(tree, field) if field else tree[key or int(index)]
         tree = tree() if field == "unpacked" else tree
