@@ -132,7 +132,13 @@ def make_network(seed: int, hidden: Sequence[int] = (128, 128)) -> tuple[Any, Ca
         layers += [nnx.Linear(inputs, outputs, rngs=rngs), nnx.relu]
     parts: Any = nnx.split(nnx.Sequential(*layers[:-1]), nnx.Param, ...)
     graphdef, params, rest = parts
-    return params, lambda params, images: nnx.merge(graphdef, params, rest)(images)
+    structure = jax.tree.structure(params)
+
+    def logits(weights: Any, images: Any) -> jax.Array:
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, jax.tree.leaves(weights)), rest)(images)
+
+    # Plain arrays: at each call of a compiled step, JAX takes apart and makes anew every Variable, moments included.
+    return nnx.to_pure_dict(params), logits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
