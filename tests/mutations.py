@@ -737,6 +737,7 @@ MUTANTS = [
     Mutant("momentum.MomentumPredictor.compare", "scalars.num_records > 1", "scalars.num_records > 0", MOMENTUM),
     Mutant("momentum.MomentumPredictor.compare", "* state.weight + 1", "* state.weight + 2", MOMENTUM),
     Mutant("momentum.MomentumCalibrationState.exceeds", ">= _NUM_ERRORS", "> _NUM_ERRORS", MOMENTUM),
+    Mutant("trees.zeros_unless", "jnp.where(condition, x,", "jnp.where(~condition, x,", "core/test_trees.py -k zeros"),
     Mutant("elimination._kernel", "factors[:, None] * of_row[None]", "factors[:, None] + of_row[None]", ELIMINATION),
     Mutant("elimination._kernel", "values - factors * value", "values + factors * value", ELIMINATION),
     Mutant("elimination.solve", ">= size", "> size", ELIMINATION),

@@ -16,8 +16,8 @@ _FIRST = COUNTS[""][0]
 def upgraded(entries: Entries, wanted: Iterable[Leaf]) -> Entries:
     """``entries`` as this release would have written them.
 
-    Instead of a key, the entry of a packed array has the list of the keys of its scalars. None in it is a scalar that did
-    not exist when the checkpoint was made; it is restored as 0.
+    Instead of a key, the entry of a packed array has the list of the keys of its scalars. A None in it stands for a
+    scalar that did not exist when the checkpoint was made; it is restored as 0.
 
     Args:
         entries: the manifest's entries by path.

@@ -37,6 +37,16 @@ def test_of_two_trees_one_is_kept_in_the_dtypes_of_the_old_one(condition):
         np.testing.assert_array_equal(leaf.astype(jnp.float32), (new if condition else old)[name].astype(jnp.float32))
 
 
+@pytest.mark.parametrize("condition", [True, False])
+def test_zeros_replace_a_tree_of_any_numbers(condition):
+    tree = {"a": jnp.array([1.5, jnp.nan, -jnp.inf], jnp.bfloat16), "b": jnp.array([[2 - 1j]]), "c": jnp.ones([0, 2])}
+    kept = trees.zeros_unless(jnp.array(condition), tree)
+    for name, leaf in kept.items():
+        assert leaf.dtype == tree[name].dtype
+        expected = tree[name] if condition else np.zeros(leaf.shape)
+        np.testing.assert_array_equal(leaf.astype(complex), expected.astype(complex))
+
+
 def test_sums_and_products_are_those_of_numpy():
     """Leaf by leaf, with weights for each."""
     vectors = draw(0, 4, 9)

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from vsa_optax.core import mesh, versions
 from vsa_optax.core.conditional import in_place_if, split_extra_args
 from vsa_optax.core.mesh import varying_axes
+from vsa_optax.core.trees import zeros_unless
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 
@@ -98,7 +99,7 @@ class RunInner:
             held = jax.tree.map(lambda g, u: g.astype(numerics.promoted(g.dtype, u.dtype)), last, emitted)
         held = mesh.varying_like(held, emitted)
         held, total, inner_state = step_if(emits, (held, total, inner_state), operand, window, params, traced_args)
-        updates = jax.tree.map(lambda x, u: jnp.where(emits, x, jnp.zeros_like(x)).astype(u.dtype), held, emitted)
+        updates = jax.tree.map(lambda x, u: x.astype(u.dtype), zeros_unless(emits, held), emitted)
         if operand is None:
             last = jax.tree.map(lambda x, g: x.astype(g.dtype), held, last)
         return updates, last, total, inner_state

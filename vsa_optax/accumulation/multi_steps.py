@@ -16,6 +16,7 @@ from vsa_optax.accumulation.ternary_sum import EveryK, Rounding, TernarySum, che
 from vsa_optax.core import checks, mesh
 from vsa_optax.core.conditional import in_place_if, warn_of_command_buffers
 from vsa_optax.core.mesh import as_varying, varying_axes
+from vsa_optax.core.trees import zeros_unless
 from vsa_optax.core.types import Tree
 
 
@@ -245,8 +246,8 @@ def accumulate_ternary(
         emits, adds = is_finite & taken.is_last, is_finite & ~taken.is_last
         held, acc_grads = finish_if(emits, (updates, acc_grads), state.gradient_step, taken.divisor)
         acc_grads = total.settle(acc_grads, taken.grown, held, adds)
-        mean = jax.tree.map(lambda x: jnp.where(emits, x, jnp.zeros_like(x)), held)
-        return mean, AccumulateTernaryState(acc_grads=acc_grads, **_counted(state, is_finite, emits, adds))
+        counts = _counted(state, is_finite, emits, adds)
+        return zeros_unless(emits, held), AccumulateTernaryState(acc_grads=acc_grads, **counts)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

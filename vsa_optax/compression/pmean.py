@@ -27,7 +27,7 @@ from vsa_optax.core.mesh import (
     of_this_device,
     varying_axes,
 )
-from vsa_optax.core.trees import tree_where
+from vsa_optax.core.trees import tree_where, zeros_unless
 from vsa_optax.core.types import Tree
 
 Found = TypeVar("Found")
@@ -225,7 +225,7 @@ def compressed_pmean(
         is_finite = all_devices_agree(is_finite, more_axes)
         sent = [codecs.as_decoded(codecs.from_reals(x, spec), spec) for x, spec in zip(means, specs, strict=True)]
         if num_buckets > 1 or more_axes:  # A single bucket is zeros already.
-            sent = [jnp.where(is_finite, leaf, jnp.zeros_like(leaf)) for leaf in sent]
+            sent = zeros_unless(is_finite, sent)
         residual = state.residual
         if error_feedback:
             lost = [codecs.from_reals(x, spec)[None] for x, spec in zip(unsent, specs, strict=True)]

@@ -11,7 +11,7 @@ from jax import lax
 from vsa_optax.core import checks
 from vsa_optax.core.conditional import warn_of_command_buffers
 from vsa_optax.core.mesh import all_finite_over, axes_in, is_checked, mean_over, varying_axes
-from vsa_optax.core.trees import all_finite, both_finite, norm, tree_where
+from vsa_optax.core.trees import all_finite, both_finite, norm, tree_where, zeros_unless
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction import kinds, stats, unmeasured, unsuited
@@ -149,7 +149,7 @@ def switched(
                 asks_once = kind is StepKind.PLAIN and not axes
                 is_finite = both_finite(updates, new_updates) if asks_once else is_finite & all_finite(new_updates)
                 inner_state = tree_where(is_finite, inner_state, state.inner_state)
-            new_updates = tree_where(is_finite, new_updates, optax.tree.zeros_like(new_updates))
+            new_updates = zeros_unless(is_finite, new_updates)
         if learning_rate is not None:
             rate = learning_rate(count) if callable(learning_rate) else learning_rate
             new_updates = jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, new_updates)

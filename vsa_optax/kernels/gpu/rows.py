@@ -55,8 +55,12 @@ def call(
     rows: int,
     tuning: Tuning,
     interpret: bool,
+    in_place: dict[int, int] | None = None,
 ) -> Sequence[jax.Array]:
-    """The kernel, whose first argument is the row, for each row."""
+    """The kernel, whose first argument is the row, for each row.
+
+    ``in_place`` has the index of an operand, and of the output that takes its place in memory.
+    """
 
     def program(*refs: Ref) -> None:
         first = pl.program_id(0) * tuning.rows
@@ -71,6 +75,7 @@ def call(
         name=name,
         compiler_params=triton.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages),
         interpret=interpret,
+        input_output_aliases=in_place or {},
     )(*operands)
 
 
