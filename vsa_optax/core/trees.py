@@ -62,9 +62,9 @@ def tree_where(condition: jax.Array, new: Alike, old: Alike) -> Alike:
 def zeros_unless(condition: jax.Array, tree: Alike) -> Alike:
     """``tree`` if ``condition``, else zeros.
 
-    The zero is no constant to XLA. Otherwise XLA makes it together with the zeros from which the backward pass of a
-    ``lax.scan`` over stacked layers starts, and keeps an array of zeros for each stack until the end of the step: 4
-    bytes per parameter in an H100's program.
+    The zero is no constant to XLA. The backward pass of a ``lax.scan`` over stacked layers starts from arrays of zeros.
+    XLA would make these zeros together with those, and keep an array as large as each stack until the end of the step.
+    That was 4 bytes per parameter in a program for an H100.
     """
     zero = lax.optimization_barrier(jnp.zeros([], jnp.float32))
     return jax.tree.map(lambda x: jnp.where(condition, x, zero.astype(x.dtype)), tree)
