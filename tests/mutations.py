@@ -155,7 +155,7 @@ MUTANTS = [
     Mutant("secant_fit.coefficients", "(1 + ridges) * unit", "(1 - ridges) * unit", SECANT),
     Mutant("secant_fit.errors", "- 2 * linear + quadratic", "- linear + quadratic", SECANT),
     Mutant("secant_fit.best", "jnp.argmin(scores", "jnp.argmax(scores", SECANT),
-    Mutant("secant_fit.coefficients", "products * inverse, 0)[None, :, None]", "products, 0)[None, :, None]", SECANT),
+    Mutant("secant_fit.coefficients", "products * inverse, 0), (ridges", "products, 0), (ridges", SECANT),
     Mutant("secant_fit.scored", "forget * average + (1 - forget)", "forget * average + forget", SECANT),
     Mutant(
         "secant.SecantHistory.record",
@@ -211,7 +211,10 @@ MUTANTS = [
     Mutant("jit_by_phase._without", "min(num, steps)", "0", f"{BY_KIND} -k waits_only"),
     Mutant("jit_by_phase._Last.is_in", ".phase is phase", ".phase is not None", f"{BY_KIND} -k turns"),
     Mutant(
-        "jit_by_phase._traced_for", "find_machine(result).phase is assumption.after.phase", "True", f"{BY_KIND} -k anew"
+        "jit_by_phase._traced_for",
+        "find_machine_state(result).phase is assumption.after.phase",
+        "True",
+        f"{BY_KIND} -k anew",
     ),
     Mutant(
         "jit_by_phase._leads_to_machine",
@@ -852,7 +855,7 @@ MUTANTS = [
     Mutant("stats.phase_stats", "total - machine.predict_steps", "total + machine.predict_steps", WALK),
     Mutant("stats.needs_backward", "opt_state).phase != Phase", "opt_state).phase == Phase", LINE),
     Mutant(
-        "stats.find_machine",
+        "stats.find_machine_state",
         "len(found) != 1",
         "len(found) > 1",
         "prediction/test_value_and_grad.py test_nesting.py -k machine",

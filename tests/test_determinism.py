@@ -85,6 +85,7 @@ def test_replicated_over_eight_devices_the_bits_are_those_of_one(case):
     # The scores of secants differ by rounding; the ridge that predicts does not.
     scores = [results[i][1].machine.calibration for i in range(2)]
     jax.tree.map(lambda one, eight: np.testing.assert_allclose(one, eight, rtol=1e-4), *scores)
+    machine = results[1][1].machine.unpacked()
     if "when" in case:
         results = [(p, s._replace(machine=s.machine._replace(calibration=None, numbers=None))) for p, s in results]
     for one, eight in zip(*map(jax.tree.leaves, results), strict=True):
@@ -92,7 +93,6 @@ def test_replicated_over_eight_devices_the_bits_are_those_of_one(case):
         assert len(one.sharding.device_set) == 1
         for shard in eight.addressable_shards:
             np.testing.assert_array_equal(shard.data, one)
-    machine = results[1][1].machine.unpacked()
     assert machine.predict_steps > 0
     assert machine.correct_steps > 0 or "when" in case
 
