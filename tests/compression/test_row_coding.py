@@ -49,7 +49,13 @@ def wire_of(kind, rows, *, is_last=True):
     )
 
 
-@pytest.mark.parametrize(("codec", "kind"), CODECS.values(), ids=CODECS)
+@pytest.mark.parametrize(
+    ("codec", "kind"),
+    [
+        pytest.param(*case, id=name, marks=pytest.mark.slow if name == "ternary" else ())
+        for name, case in CODECS.items()
+    ],
+)
 @pytest.mark.parametrize("num", [2, 3])
 def test_rows_decode_to_what_the_codec_decodes(codec, kind, num):
     coding, rows, own = row_coding.coding_of(codec, WIDTH), jnp.asarray(draw(0, num, WIDTH)), jnp.int32(1)

@@ -30,7 +30,8 @@ def compiled(name, **settings):
 @functools.cache
 def words(rounds=1, size=SIZE):
     num = 32 * 5 * trit_kernels.num_rows(size)
-    return jax.random.bits(jax.random.key(7), (rounds, num), jnp.uint32)
+    with jax.ensure_compile_time_eval():  # Its first call may be inside a trace.
+        return jax.random.bits(jax.random.key(7), (rounds, num), jnp.uint32)
 
 
 def vector(seed=0, size=SIZE):
