@@ -18,7 +18,8 @@ class Guarded:
 
     Attributes:
         tolerance: the largest relative error of a prediction, ``||x - x̂|| / ||x||``, in ``(0, 1]``. It is a ratio of
-            norms, not of their squares.
+            norms, not of their squares. If the rate is so low that most steps are predicted, 0.05 stays closer to the
+            loss of plain training (``benchmarks/tolerance.log``).
         longest: the largest number of steps predicted in a row, ``>= 1``.
         warmup_steps: the number of true gradients recorded before the first prediction, ``>= 2``.
 
