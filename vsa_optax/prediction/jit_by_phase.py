@@ -174,7 +174,7 @@ def _coming(state: PhaseMachineState) -> list[tuple[StepKind, int]]:
 def _in_host_memory(runs: jax.Array) -> jax.Array:
     """The forecast where reading it takes no transfer, which on a GPU would take longer than a small predicted step.
 
-    Inside the program of a step, this would commit all results to their device, and the next call would compile it again.
+    In a step's own program, this would commit all results to their device, and the next call would compile it again.
     """
     return jax.device_put(runs, jax.memory.Space.Host)
 
