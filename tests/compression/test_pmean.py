@@ -106,7 +106,7 @@ def assert_same_on_all(sent, copies):
     [
         (1, ONE, True, None),
         (2, ONE, True, None),
-        (2, TERNARY, True, None),
+        pytest.param(2, TERNARY, True, None, marks=pytest.mark.slow),
         (7, TWO, False, None),
         (3, ONE, True, 4),
         (8, ONE, True, None),

@@ -91,7 +91,7 @@ def test_map_params_maps_what_has_a_leaf_for_each_parameter(name):
     assert jax.tree.structure(optax.tree.map_params(opt, lambda leaf: leaf, state)) == jax.tree.structure(state)
 
 
-APART = {"sharding", "float64"}  # In a step of their own, which keeps the default run short.
+APART = {"contrib", "sharding", "float64"}  # In a step of their own, which keeps the default run short.
 RUNS = [pytest.param(suite, "short", marks=[pytest.mark.apart] if suite in APART else []) for suite in MODULES]
 RUNS += [pytest.param(suite, "long", marks=pytest.mark.slow) for suite in sorted({suite for suite, _ in AT_LENGTH})]
 
