@@ -1,5 +1,7 @@
 """Entries of an earlier release's manifest; `test_checkpoint_of_before` restores a whole checkpoint of it."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from vsa_optax import checkpoint_leaves, checkpoint_upgrade
@@ -28,7 +30,8 @@ def test_scalars_are_packed_and_missing_ones_are_zero(joined):
     old = {path_of(name): entry(path_of(name), name, dtype) for name, dtype in SCALARS.items()}
     old |= {path_of(name): entry(path_of(name), None, None) for name in ("adaptive", "guard", "calibration")}
     other = {"['w']": entry("['w']", "w", "float32")}
-    new = checkpoint_upgrade.upgraded(old | other, [])
+    wanted = [checkpoint_leaves.Leaf(path_of("counts"), None, jax.ShapeDtypeStruct((10,), jnp.int32))]
+    new = checkpoint_upgrade.upgraded(old | other, wanted)
     names = list(SCALARS)
     assert new[path_of("counts")]["key"] == [*names[1:8], None, "has_value", "errors/num_measured"]
     assert new[path_of("numbers")]["key"] == ["value", "errors/mean", "errors/last"]
@@ -36,4 +39,6 @@ def test_scalars_are_packed_and_missing_ones_are_zero(joined):
         "int32[10]",
         "float32[3]",
     ]
+    # A tree of the user's own may have such a name, too.
+    assert checkpoint_upgrade.upgraded(other | {path_of("steps_in_phase"): {}}, []).keys() > other.keys()
     assert set(new) == {path_of(name) for name in PhaseMachineState._fields} | set(other)

@@ -121,7 +121,7 @@ def test_map_params_sees_every_parameter_sized_leaf():
         marked = optax.tree.map_params(opt, lambda x: "param", opt.init(PARAMS), transform_non_params=lambda x: "other")
         leaves = jax.tree.leaves(marked)
         assert leaves.count("param") == trees * len(PARAMS)
-        assert leaves.count("other") > 4
+        assert leaves.count("other") > 5
 
 
 @pytest.mark.parametrize(

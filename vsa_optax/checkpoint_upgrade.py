@@ -25,13 +25,14 @@ def upgraded(entries: Entries, wanted: Iterable[Leaf]) -> Entries:
     """
     entries = dict(entries)
     for leaf in wanted:
+        for joined in (".{}", "['{}']"):  # The names of fields, and the keys of a dict made of them.
+            machine = leaf.path.removesuffix(joined.format("counts"))
+            is_packed_since = machine != leaf.path and leaf.path not in entries
+            if is_packed_since and machine + joined.format(_FIRST) in entries:
+                entries = _packed(entries, machine, joined)
         entry = leaf._replace(key=None).entry()
         if leaf.path not in entries and any(leaf.path.endswith(e) and kind_of(entry) == k for e, k in _ADDED.items()):
             entries[leaf.path] = entry
-    for joined in (".{}", "['{}']"):  # The names of fields, and the keys of a dict made of them.
-        end = joined.format(_FIRST)
-        for machine in [path.removesuffix(end) for path in entries if path.endswith(end)]:
-            entries = _packed(entries, machine, joined)
     return entries
 
 
