@@ -41,6 +41,7 @@ def variants(schedule, betas, tolerances):
         found |= {
             f"tolerance {tolerance:g}, one program": (switched, jax.jit),
             f"tolerance {tolerance:g}, by phase": (switched, vsa_optax.jit_by_phase),
+            f"tolerance {tolerance:g}, flattened, one program": (optax.flatten(switched), jax.jit),
             f"tolerance {tolerance:g}, flattened, by phase": (optax.flatten(switched), vsa_optax.jit_by_phase),
         }
     return found

@@ -15,12 +15,13 @@ from samples import draw
 import vsa_optax
 from vsa_optax import AdaptiveCycle, Cycle, LegacyCycle, Momentum, QualityCycle, Recursive, Secants, TritCodec, Window
 from vsa_optax.prediction import jit_by_phase as module
+from vsa_optax.prediction import step as step_module
 from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.stats import find_machine
 
 INPUTS, TARGETS = draw(0, 32, 6), np.sin(np.arange(32.0, dtype=np.float32))
 PARAMS = {"b": np.zeros(8, np.float32), "v": 0.3 * draw(1, 8), "w": 0.3 * draw(2, 6, 8)}
-STEPS = 80
+STEPS, BROKEN = 80, (3, 20, 41)
 WINDOW = Window(calibrate=False, residual_decay=0.9)
 
 
@@ -97,7 +98,7 @@ def run_of_single(name, steps=STEPS, broken=()):
     return run(single, opt, steps, broken)
 
 
-@pytest.mark.parametrize("broken", [(), (3, 20, 41)], ids=["finite", "broken"])
+@pytest.mark.parametrize("broken", [(), BROKEN], ids=["finite", "broken"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_phases_and_parameters_are_those_of_the_single_program(name, broken):
     opt, _, by_phase = compiled(name)
@@ -114,6 +115,28 @@ def test_phases_and_parameters_are_those_of_the_single_program(name, broken):
     # Each kind of step that came is compiled once.
     assert {program._cache_size() for program in by_phase.programs.values()} <= {0, 1}
     assert by_phase.programs[StepKind.PREDICTED]._cache_size() == (name != "none")
+
+
+@pytest.mark.parametrize("name", ["guarded window", "guarded secants", "coded", "legacy"])
+def test_branches_do_what_loops_do(name, monkeypatch):
+    """On a GPU the single program has conditionals, and writes records outside them."""
+    steps = 60 if name == "guarded secants" else STEPS
+    expected = run_of_single(name, steps, BROKEN)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(step_module, "_CHEAP_TO_COPY", 0)
+    opt = compiled(name)[0]
+    single = jax.jit(step_of(opt), donate_argnums=(0, 1))
+    phases, params, state = run(single, opt, steps, BROKEN)
+    assert phases == expected[0]
+    assert_close(params, expected[1], atol=2e-3)
+    assert_close(vsa_optax.phase_stats(state), vsa_optax.phase_stats(expected[2]), atol=2e-2)
+    if name == "guarded secants":
+        text = single.lower(params, state, jnp.float32(1)).compile().as_text()
+        loops = re.findall(r' while\(.*op_name="([^"]*)"', text)
+        assert all("solve" in loop for loop in loops), loops
+        results = re.findall(r"= (.*) conditional\(", text)
+        assert results
+        assert "[4,6,8]" not in "".join(results)  # A conditional that returned the records would copy them.
 
 
 @pytest.mark.parametrize("name", ["guarded window", "cycle"])

@@ -82,6 +82,11 @@ def map_leaves(fun: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     return jax.tree.unflatten(treedef, [fun(*row) for row in rows])
 
 
+def num_bytes(tree: Tree) -> int:
+    """The bytes of all leaves; of a sharded one, on all devices."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def is_placeholder(params: Tree) -> bool:
     """Whether ``optax.tree.map_params`` called ``init`` with its placeholder, to find arrays like the parameters.
 

@@ -2,16 +2,16 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from vsa_optax.core.conditional import in_place_if, split_extra_args
+from vsa_optax.core.conditional import in_place_if, prefers_branches, run_if, split_extra_args
 from vsa_optax.core.mesh import all_finite_over, as_varying, varying_axes
-from vsa_optax.core.trees import all_finite, any_nonzero, tree_where
+from vsa_optax.core.trees import all_finite, any_nonzero, num_bytes, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction.guard import Moved
@@ -23,6 +23,8 @@ from vsa_optax.prediction.predictors.momentum import MomentumPredictor
 
 # The check for a zero gradient reads this many leaves, with at most as many coordinates each unless all have more.
 _NUM_LOOKED_AT, _LOOKED_AT = 4, 65536
+# Bytes of a history that a GPU copies in less time than it takes to compute a record that is not kept.
+_CHEAP_TO_COPY = 1 << 26
 
 
 class StepResult(NamedTuple):
@@ -60,14 +62,17 @@ class _Emitted(NamedTuple):
 
 
 class _Consulted(NamedTuple):
-    """The results of a step that involve the history."""
+    """The results of a step that were read from the history."""
 
     target: optax.Updates
-    history: HistoryState
     comparison: Comparison
     horizon: jax.Array
     distance: jax.Array | None
     is_recorded: jax.Array
+
+
+# Whether it is a PREDICT step, the target is finite, it is compared, and follows a leap; its number; the parameters.
+_Operands: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, optax.Params | None]
 
 
 class PhaseStep:
@@ -83,8 +88,9 @@ class PhaseStep:
         self._predictor = predictor
         self._emit_if = self._emitting({})
         self._consult_if = in_place_if(self._consult)
-        self._compare_if = in_place_if(self._compare)
-        self._record_if = in_place_if(self._record)
+        self._read_or_known = self._read_with_scalars, _already_known
+        self._compare_if = run_if(self._compare)
+        self._record_if = run_if(self._record)
         self._predicted_or_given = self._predicted, _given
         # This is the only predictor that emits something else than it records.
         self._correct = predictor.corrected if isinstance(predictor, MomentumPredictor) else None
@@ -107,8 +113,7 @@ class PhaseStep:
         CORRECT steps are compared with their prediction; with calibration or the guard, all true steps are. Devices
         along ``axes`` decide together: a non-finite gradient on one is skipped on all.
 
-        On a GPU the host fetches each condition, which delays the device. So everything that involves the history is in
-        one loop of at most one iteration, which does not run while the guard sleeps.
+        All that reads the history has one condition, which is false while the guard sleeps.
         """
         is_predict = machine.phase == Phase.PREDICT
         has_gradient, is_ignored = _looked_over(updates, is_predict, axes)
@@ -122,26 +127,24 @@ class PhaseStep:
         if machine.guard is not None or experience.calibration is not None:
             is_compared = ~is_predict
         unknown = as_varying(jnp.zeros([], jnp.float32), varying_axes((history, seen_params)))
-        carry = _Consulted(
+        nothing = _Consulted(
             target=emitted.target,
-            history=history,
             comparison=_nothing_measured(experience),
             horizon=unknown,
             distance=unknown if self._predictor.reads_params else None,
             is_recorded=is_predict & False,
         )
         operands = is_predict, emitted.is_finite, is_compared, ends_leap(machine), count, seen_params
-        if machine.guard is None:
-            consulted = self._consult(carry, *operands)
-        else:
-            consulted = self._consult_if(machine.guard.asleep == 0, carry, *operands)
+        is_awake = None if machine.guard is None else machine.guard.asleep == 0
+        consult = self._consulted_by_branches if prefers_branches() else self._consulted_in_place
+        consulted, history = consult(is_awake, nothing, history, operands)
         moved = Moved(consulted.horizon, consulted.distance, None, consulted.is_recorded)
         return StepResult(
             consulted.target,
             emitted.inner_state,
             emitted.is_finite,
             is_ignored,
-            consulted.history,
+            history,
             consulted.comparison,
             moved,
         )
@@ -244,34 +247,86 @@ class PhaseStep:
             is_finite = all_finite(target)
             return _Emitted(target, tree_where(is_finite, state, carry.inner_state), is_finite)
 
-        return in_place_if(emit)
+        return run_if(emit)
+
+    def _consulted_in_place(
+        self, is_awake: jax.Array | None, nothing: _Consulted, history: HistoryState, operands: _Operands
+    ) -> tuple[_Consulted, HistoryState]:
+        """Reads and records in one loop of at most one iteration, or at once if there is no guard."""
+        if is_awake is None:
+            return self._consult((nothing, history), *operands)
+        return self._consult_if(is_awake, (nothing, history), *operands)
+
+    def _consulted_by_branches(
+        self, is_awake: jax.Array | None, nothing: _Consulted, history: HistoryState, operands: _Operands
+    ) -> tuple[_Consulted, HistoryState]:
+        """Reads in a conditional, and records in another one, which copies the history.
+
+        A large history is not copied: there the device computes a record at each step, and selects whether it is kept.
+        On an H200 that takes 2 % of a step of a transformer of 11 million parameters, and 64 bytes a parameter less.
+        """
+        *_, count, params = operands
+        if is_awake is None:
+            consulted, _, scalars = self._read(nothing, history, *operands)
+        else:
+            avals = jax.eval_shape(self._predictor.scalars, history, count, params)
+            zeros = jax.tree.map(lambda x: as_varying(jnp.zeros(x.shape, x.dtype), varying_axes(x)), avals)
+            consulted, scalars = lax.cond(is_awake, *self._read_or_known, (nothing, zeros), history, *operands)
+        record = nothing.target, params, count, scalars
+        if self._predictor.history.encodes or num_bytes(history) <= _CHEAP_TO_COPY:
+            return consulted, self._record_if(consulted.is_recorded, history, *record)
+        return consulted, self._predictor.history.record(history, *record, consulted.is_recorded)
 
     def _consult(
         self,
-        carry: _Consulted,
+        carry: tuple[_Consulted, HistoryState],
         is_predict: jax.Array,
         is_finite: jax.Array,
         is_compared: jax.Array,
         is_behind_leap: jax.Array,
         count: jax.Array,
         params: optax.Params | None,
-    ) -> _Consulted:
-        """Predicts the target, or compares it with its prediction and records it."""
-        history, experience = carry.history, carry.comparison.experience
+    ) -> tuple[_Consulted, HistoryState]:
+        """Reads the history, and records a true target."""
+        nothing, history = carry
+        consulted, target, scalars = self._read(
+            nothing, history, is_predict, is_finite, is_compared, is_behind_leap, count, params
+        )
+        return consulted, self._record_if(consulted.is_recorded, history, target, params, count, scalars)
+
+    def _read_with_scalars(
+        self, known: tuple[_Consulted, Scalars], history: HistoryState, *operands: Any
+    ) -> tuple[_Consulted, Scalars]:
+        consulted, _, scalars = self._read(known[0], history, *operands)
+        return consulted, scalars
+
+    def _read(
+        self,
+        nothing: _Consulted,
+        history: HistoryState,
+        is_predict: jax.Array,
+        is_finite: jax.Array,
+        is_compared: jax.Array,
+        is_behind_leap: jax.Array,
+        count: jax.Array,
+        params: optax.Params | None,
+    ) -> tuple[_Consulted, optax.Updates, Scalars]:
+        """Predicts the target, or compares it with its prediction; also the target to record, and the scalars."""
+        experience = nothing.comparison.experience
         scalars = self._predictor.scalars(history, count, params)
         weights = self._predictor.weights(experience.calibration, scalars)
         target = lax.cond(
-            is_predict, *self._predicted_or_given, carry.target, history, experience.residual, scalars, weights
+            is_predict, *self._predicted_or_given, nothing.target, history, experience.residual, scalars, weights
         )
         is_due = is_compared & is_finite
-        comparison = self._compare_if(is_due, carry.comparison, is_due, target, history, scalars)
+        comparison = self._compare_if(is_due, nothing.comparison, is_due, target, history, scalars)
         is_recorded, leaving = _behind(~is_predict & is_finite, comparison), target
         if self._correct is not None:
             is_due = _is_corrected(is_recorded, is_behind_leap, scalars)
             leaving, horizon = lax.cond(is_due, self._corrected, _as_it_is, history, scalars, target)
             is_recorded &= horizon >= 0  # This is always true, but XLA knows it only now.
-        history = self._record_if(is_recorded, history, target, params, count, scalars)
-        return _Consulted(leaving, history, comparison, scalars.horizon, scalars.distance, is_recorded)
+        consulted = _Consulted(leaving, comparison, scalars.horizon, scalars.distance, is_recorded)
+        return consulted, target, scalars
 
     def _predicted(
         self,
@@ -322,6 +377,13 @@ class PhaseStep:
         scalars: Scalars,
     ) -> HistoryState:
         return self._predictor.history.record(history, target, params, count, scalars, jnp.array(True))
+
+
+def _already_known(
+    known: tuple[_Consulted, Scalars], history: HistoryState, *operands: Any
+) -> tuple[_Consulted, Scalars]:
+    del history, operands
+    return known
 
 
 def _given(

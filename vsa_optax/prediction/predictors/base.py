@@ -98,7 +98,14 @@ class Scalars(Protocol):
 
 
 class History(Protocol):
-    """A memory of gradients or updates."""
+    """A memory of gradients or updates.
+
+    Attributes:
+        encodes: whether records are encoded.
+    """
+
+    @property
+    def encodes(self) -> bool: ...  # noqa: D102 # The class says it.
 
     def init(self, params: optax.Params) -> HistoryState:
         """The empty history for ``params``."""

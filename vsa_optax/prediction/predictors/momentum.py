@@ -97,6 +97,8 @@ class MomentumHistory:
     State cost: twice the parameters, and 8 bytes.
     """
 
+    encodes: ClassVar[bool] = False
+
     def init(self, params: optax.Params) -> MomentumHistoryState:
         """The empty history, with the parameters' sharding."""
         zeros = base.zeros_as_stored(params, None)

@@ -48,6 +48,7 @@ class RecursiveHistory:
     decay: float
     dtype: jnp.dtype | None
     num_features: ClassVar[int] = 2  # The mean and the slope.
+    encodes: ClassVar[bool] = False
 
     @property
     def _mean_first(self) -> bool:

@@ -89,6 +89,7 @@ class SecantHistory:
 
     length: int
     dtype: jnp.dtype | None
+    encodes: ClassVar[bool] = False
 
     def _dtype_of(self, leaf: jax.Array) -> jax.typing.DTypeLike:
         """The dtype in which the changes of a leaf are kept."""

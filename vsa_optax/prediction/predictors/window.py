@@ -47,6 +47,7 @@ class WindowHistory:
     decay: float
     dtype: jnp.dtype | None
     num_features: ClassVar[int] = 3  # The mean, the slope, and the newest record.
+    encodes: ClassVar[bool] = False
 
     def init(self, params: optax.Params) -> HistoryState:
         """The empty window, with the parameters' sharding."""
@@ -173,6 +174,7 @@ class CodedWindowHistory(WindowHistory):
     """
 
     codec: codecs.Codec
+    encodes: ClassVar[bool] = True
 
     def init(self, params: optax.Params) -> CodedWindowHistoryState:
         """The empty window."""
