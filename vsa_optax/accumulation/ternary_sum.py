@@ -29,7 +29,7 @@ from vsa_optax.core.axis_names import without_names
 from vsa_optax.core.mesh import varying_axes
 from vsa_optax.core.trees import is_placeholder
 from vsa_optax.core.types import Tree
-from vsa_optax.kernels import numerics, signs
+from vsa_optax.kernels import numerics, replacement, signs, trit_blocks
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
 # The number of micro-batches in a mean, as a function of the number of means so far.
@@ -184,13 +184,22 @@ class TernarySum:
         Small leaves are added again to the present sum: otherwise XLA would make two copies of each.
         """
         old, new = iter(jax.tree.leaves(total)), iter(jax.tree.leaves(grown))
-        arrays = []
-        for leaf in jax.tree.leaves(gradients):
-            for _ in range(1 if self._is_small(leaf) else 2):
-                was, becomes = next(old), next(new)
-                if self._is_small(leaf):
-                    becomes = was + jnp.asarray(leaf, was.dtype)
-                arrays.append(jnp.where(adds, becomes, was))
+        settled: dict[int, Sequence[jax.Array]] = {}
+        large: dict[int, tuple[packed_rows.Coded, packed_rows.Coded]] = {}
+        for i, leaf in enumerate(leaves := jax.tree.leaves(gradients)):
+            if self._is_small(leaf):
+                (was, _) = next(old), next(new)
+                settled[i] = [jnp.where(adds, was + jnp.asarray(leaf, was.dtype), was)]
+                continue
+            becomes, was = (packed_rows.Coded(next(arrays), next(arrays)) for arrays in (new, old))
+            if trit_blocks.suits_gpu(_num_reals(leaf), self.block_size):
+                large[i] = becomes, was
+            else:
+                settled[i] = [jnp.where(adds, b, a) for b, a in zip(becomes, was, strict=True)]
+        if large:
+            pairs = zip(*large.values(), strict=True)
+            settled |= zip(large, replacement.replace_if(adds, *map(list, pairs)), strict=True)
+        arrays = [array for i in range(len(leaves)) for array in settled[i]]
         return jax.tree.unflatten(jax.tree.structure(total), arrays)
 
     def finish(self, last: Tree, total: Tree, window: jax.Array, divisor: jax.Array) -> Tree:
