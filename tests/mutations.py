@@ -101,6 +101,7 @@ FORECAST = "prediction/test_forecast.py"
 SUMMED = "accumulation/test_ternary_sum.py"
 GPU_SECANTS = "kernels/gpu/test_secant_kernels.py"
 GPU_TRITS = "kernels/gpu/test_trit_kernels.py"
+GPU_REPLACEMENT = "kernels/gpu/test_replacement_kernel.py"
 GPU_LEVELS = "kernels/gpu/test_levels.py"
 GPU_TILES = "kernels/gpu/test_tiles.py"
 WHOLE_ROWS = "kernels/test_trit_blocks.py -k rows"
@@ -511,7 +512,21 @@ MUTANTS = [
     Mutant("ternary_sum.TernarySum.add", "is_finite(sums)", "is_finite(new)", f"{SUMMED} -k largest_scale"),
     Mutant("ternary_sum._joined", "words[m.first_word:m", "words[0:m", f"{SUMMED} -k together"),
     Mutant("ternary_sum.TernarySum._sorted", "if fills_a_row else", "if True else", f"{SUMMED} -k together"),
-    Mutant("ternary_sum.TernarySum.settle", "jnp.where(adds, becomes, was)", "becomes", WINDOWS),
+    Mutant("ternary_sum.TernarySum.settle", "jnp.where(adds, b, a)", "b", f"{SUMMED} -k settling"),
+    Mutant(
+        "ternary_sum.TernarySum.settle",
+        "large[i] = (becomes, was)",
+        "large[i] = (was, becomes)",
+        f"{SUMMED} -k settling",
+    ),
+    Mutant("ternary_sum.TernarySum.settle", "was + jnp.asarray", "jnp.asarray", f"{SUMMED} -k settling"),
+    Mutant("replacement._anywhere", "jnp.where(replaces, b, a)", "b", "kernels/test_replacement.py -k all_are"),
+    Mutant("replacement._on_gpu", "flat[len(old[i]):]", "flat", "kernels/test_replacement.py -k batches"),
+    Mutant("replacement.batches", "map(jax.typeof, arrays)", "()", "kernels/test_replacement.py -k other_types"),
+    Mutant("replacement_kernel.replace_if", "replaces[0] & (place < size)", "place < size", GPU_REPLACEMENT),
+    Mutant("replacement_kernel.replace_if", "replaces[0] & (place < size)", "place < 0", GPU_REPLACEMENT),
+    Mutant("replacement_kernel.replace_if", "{1 + num + i: i", "{1 + i: i", GPU_REPLACEMENT),
+    Mutant("replacement_kernel._places", "pl.program_id(0) * width", "0", GPU_REPLACEMENT),
     Mutant("hypervector.HypervectorCodec._bundle", "jnp.roll(flat, -begin)", "jnp.roll(flat, begin)", HYPERVECTOR_TWIN),
     Mutant(
         "hypervector.HypervectorCodec._unbind", "bundle / jnp.maximum(num_met, 1)", "bundle / chunks", HYPERVECTOR_TWIN

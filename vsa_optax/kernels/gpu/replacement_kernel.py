@@ -32,7 +32,7 @@ def replace_if(
 
     Args:
         replaces: ``[] bool``.
-        new: arrays, each with fewer than 2^31 elements. The registers of a thread suffice for about 20 large ones.
+        new: arrays, each with fewer than 2^30 elements. The registers of a thread suffice for about 20 large ones.
         old: arrays of the same shapes and dtypes.
         interpret: whether to run without a GPU, for tests.
     """
@@ -58,7 +58,7 @@ def replace_if(
             for becomes, x in zip(new, old, strict=True)
         ],
         input_output_aliases={1 + num + i: i for i in range(num)},
-        name="replace",
+        name="replace_if",
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
     )(replaces.reshape(1), *flat)
