@@ -335,6 +335,7 @@ MUTANTS = [
     Mutant("trit_kernels._vector", "which[0]", "0", GPU_TRITS + " -k among_others"),
     Mutant("trit_kernels._finish_kernel", "+ rows.coordinates(x", "- rows.coordinates(x", GPU_TRITS + " -k grows"),
     Mutant("rows.rotated_back", "reversed(range(words.shape[0]))", "range(words.shape[0])", GPU_TRITS),
+    Mutant("rows.tuning_for", "least <= rows", "least < rows", GPU_TRITS + " -k few_rows"),
     Mutant("random_words._threefry", "keys[(i + 1) % 3]", "keys[i % 3]", "kernels/gpu/test_random_words.py"),
     Mutant("platforms.is_of_one_device", "mesh.are_all_axes_manual", "True", "test_lowering.py -k some_axes"),
     Mutant(
