@@ -101,6 +101,7 @@ FORECAST = "prediction/test_forecast.py"
 SUMMED = "accumulation/test_ternary_sum.py"
 GPU_SECANTS = "kernels/gpu/test_secant_kernels.py"
 GPU_TRITS = "kernels/gpu/test_trit_kernels.py"
+REPLACEMENT = "kernels/test_replacement.py -k all_are or in_batches"
 GPU_REPLACEMENT = "kernels/gpu/test_replacement_kernel.py"
 GPU_LEVELS = "kernels/gpu/test_levels.py"
 GPU_TILES = "kernels/gpu/test_tiles.py"
@@ -521,9 +522,11 @@ MUTANTS = [
         f"{SUMMED} -k settling",
     ),
     Mutant("ternary_sum.TernarySum.settle", "was + jnp.asarray", "jnp.asarray", f"{SUMMED} -k settling"),
-    Mutant("replacement._anywhere", "jnp.where(replaces, b, a)", "b", "kernels/test_replacement.py -k all_are"),
-    Mutant("replacement._on_gpu", "flat[len(old[i]):]", "flat", "kernels/test_replacement.py -k batches"),
-    Mutant("replacement.batches", "map(jax.typeof, arrays)", "()", "kernels/test_replacement.py -k other_types"),
+    Mutant("replacement._anywhere", "jnp.where(replaces, b, a)", "b", REPLACEMENT),
+    Mutant("replacement._on_gpu", "zip(batch, of_batch", "zip(sorted(batch, reverse=True), of_batch", REPLACEMENT),
+    Mutant("replacement._on_gpu", "most=_MOST_AT_ONCE", "most=1", REPLACEMENT),
+    Mutant("alike.numbers_of_alike", "tuple(map(jax.typeof, row))", "jax.typeof(row[0])", "kernels/test_alike.py"),
+    Mutant("alike._parts", "-(-len(numbers) // most)", "len(numbers) // most + 1", "kernels/test_alike.py"),
     Mutant("replacement_kernel.replace_if", "replaces[0] & (place < size)", "place < size", GPU_REPLACEMENT),
     Mutant("replacement_kernel.replace_if", "replaces[0] & (place < size)", "place < 0", GPU_REPLACEMENT),
     Mutant("replacement_kernel.replace_if", "{1 + num + i: i", "{1 + i: i", GPU_REPLACEMENT),

@@ -36,35 +36,28 @@ def test_all_are_replaced_or_none(replaces):
 @pytest.mark.parametrize("replaces", [True, False])
 def test_in_batches_each_result_is_at_its_place(monkeypatch, replaces):
     """As on a GPU: more leaves of a kind than a batch has."""
-    kernel = functools.partial(replacement_kernel.replace_if, interpret=not ON_GPU)
-    monkeypatch.setattr(replacement_kernel, "replace_if", kernel)
+    kernel, launched = functools.partial(replacement_kernel.replace_if, interpret=not ON_GPU), []
+
+    def counted(replaces, new, old):
+        launched.append(len(old))
+        return kernel(replaces, new, old)
+
+    monkeypatch.setattr(replacement_kernel, "replace_if", counted)
     monkeypatch.setattr(platforms, "on_each_gpu_or_anywhere", lambda on_gpu, anywhere, *operands: on_gpu(*operands))
     new, old = pairs(0), pairs(1)
     check(replacement.replace_if.__wrapped__(jnp.array(replaces), new, old), new if replaces else old)
+    assert sorted(launched) == [2 * 3, 2 * 9, 2 * 9]
 
 
-@pytest.mark.parametrize(("num", "expected"), [(1, [1]), (16, [16]), (17, [8, 9]), (24, [12, 12]), (40, [13, 13, 14])])
-def test_batches_have_at_most_16_leaves_and_about_the_same_number(num, expected):
-    found = replacement.batches(pairs(0, [(64, 5)] * num))
-    assert sorted(map(len, found)) == expected
-    assert sorted(i for batch in found for i in batch) == list(range(num))
-
-
-def test_leaves_of_other_types_have_their_own_batch():
-    found = replacement.batches(pairs(0))
-    assert sorted(map(len, found)) == [3, 9, 9]
-    assert all(len({SIZES[i] for i in batch}) == 1 for batch in found)
-
-
-def launches(function, *arguments):
+def kernels(function, *arguments):
     text = jax.jit(lambda *given: function(*given)).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     return text.count('"replace_if"')
 
 
-def test_a_gpu_has_a_kernel_for_many_leaves(monkeypatch):
+def test_a_gpu_has_a_kernel_for_leaves_of_the_same_types(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     few = pairs(0, [(64, 5)] * 3 + [(96, 8)] * 2)
-    assert launches(replacement.replace_if, jnp.array(True), few, few) == 2
+    assert kernels(replacement.replace_if, jnp.array(True), few, few) == 2
 
 
 def test_inside_shard_map_too_where_each_device_decides():
@@ -76,6 +69,6 @@ def test_inside_shard_map_too_where_each_device_decides():
     split = P("d"), P(None, "d"), P(None, "d")
     mapped = jax.shard_map(replaced, mesh=mesh, in_specs=split, out_specs=P(None, "d"))
     new, old = ([(x, x + 1) for x, _ in pairs(seed, [(64, 5)] * 2)] for seed in range(2))
-    assert launches(mapped, jnp.array([True, False]), new, old) == 1
+    assert kernels(mapped, jnp.array([True, False]), new, old) == 1
     found = mapped(jnp.array([True, False]), new, old)
     check(found, jax.tree.map(lambda a, b: jnp.concatenate([a[:, :32], b[:, 32:]], axis=1), new, old))
