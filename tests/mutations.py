@@ -527,10 +527,11 @@ MUTANTS = [
     Mutant("replacement._on_gpu", "most=_MOST_AT_ONCE", "most=1", REPLACEMENT),
     Mutant("alike.numbers_of_alike", "tuple(map(jax.typeof, row))", "jax.typeof(row[0])", "kernels/test_alike.py"),
     Mutant("alike._parts", "-(-len(numbers) // most)", "len(numbers) // most + 1", "kernels/test_alike.py"),
-    Mutant("replacement_kernel.replace_if", "replaces[0] & (place < size)", "place < size", GPU_REPLACEMENT),
-    Mutant("replacement_kernel.replace_if", "replaces[0] & (place < size)", "place < 0", GPU_REPLACEMENT),
+    Mutant("replacement_kernel.replace_if", "replaces[0] & inside", "inside", GPU_REPLACEMENT),
+    Mutant("replacement_kernel.replace_if", "replaces[0] & inside", "inside & ~inside", GPU_REPLACEMENT),
     Mutant("replacement_kernel.replace_if", "{1 + num + i: i", "{1 + i: i", GPU_REPLACEMENT),
-    Mutant("replacement_kernel._places", "pl.program_id(0) * width", "0", GPU_REPLACEMENT),
+    Mutant("replacement_kernel._part", "pl.cdiv(size, programs)", "size // programs", GPU_REPLACEMENT),
+    Mutant("replacement_kernel._part", "pl.program_id(0) * width", "0", GPU_REPLACEMENT),
     Mutant("hypervector.HypervectorCodec._bundle", "jnp.roll(flat, -begin)", "jnp.roll(flat, begin)", HYPERVECTOR_TWIN),
     Mutant(
         "hypervector.HypervectorCodec._unbind", "bundle / jnp.maximum(num_met, 1)", "bundle / chunks", HYPERVECTOR_TWIN

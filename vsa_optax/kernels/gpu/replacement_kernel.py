@@ -40,14 +40,14 @@ def replace_if(
     programs = pl.cdiv(max(x.nbytes for x in old), _BYTES_AT_ONCE)
 
     def kernel(replaces: Ref, *refs: Ref) -> None:
-        places = {size: _places(size, programs) for size in sizes}
-        masks = {size: replaces[0] & (place < size) for size, place in places.items()}
+        parts = {size: _part(size, programs) for size in sizes}
+        masks = {size: replaces[0] & inside for size, (_, inside) in parts.items()}
         # Everything is loaded before anything is stored, so that all loads are under way at once.
         loaded = [
-            triton.load(x.at[places[x.size]], mask=masks[x.size], other=np.zeros((), x.dtype)) for x in refs[:num]
+            triton.load(x.at[parts[x.size][0]], mask=masks[x.size], other=np.zeros((), x.dtype)) for x in refs[:num]
         ]
         for x, value in zip(refs[2 * num :], loaded, strict=True):
-            triton.store(x.at[places[x.size]], value, mask=masks[x.size])
+            triton.store(x.at[parts[x.size][0]], value, mask=masks[x.size])
 
     flat = [x.reshape(-1) for x in (*new, *old)]
     replaced = pl.pallas_call(
@@ -65,7 +65,8 @@ def replace_if(
     return [x.reshape(was.shape) for x, was in zip(replaced, old, strict=True)]
 
 
-def _places(size: int, programs: int) -> jax.Array:
-    """``[w] int32``: the elements of an array that this program takes; they may be behind its end."""
+def _part(size: int, programs: int) -> tuple[slice | pl.Slice, jax.Array]:
+    """The part of an array that this program takes, ``[w]``, and which of its elements are before the array's end."""
     width = pl.next_power_of_2(pl.cdiv(size, programs))
-    return pl.program_id(0) * width + lax.iota(jnp.int32, width)
+    start = pl.program_id(0) * width
+    return pl.ds(start, width), start + lax.iota(jnp.int32, width) < size
