@@ -101,6 +101,8 @@ FORECAST = "prediction/test_forecast.py"
 SUMMED = "accumulation/test_ternary_sum.py"
 GPU_SECANTS = "kernels/gpu/test_secant_kernels.py"
 GPU_TRITS = "kernels/gpu/test_trit_kernels.py"
+REPLACEMENT = "kernels/test_replacement.py -k all_are or in_batches"
+GPU_REPLACEMENT = "kernels/gpu/test_replacement_kernel.py"
 GPU_LEVELS = "kernels/gpu/test_levels.py"
 GPU_TILES = "kernels/gpu/test_tiles.py"
 WHOLE_ROWS = "kernels/test_trit_blocks.py -k rows"
@@ -334,6 +336,7 @@ MUTANTS = [
     Mutant("trit_kernels._vector", "which[0]", "0", GPU_TRITS + " -k among_others"),
     Mutant("trit_kernels._finish_kernel", "+ rows.coordinates(x", "- rows.coordinates(x", GPU_TRITS + " -k grows"),
     Mutant("rows.rotated_back", "reversed(range(words.shape[0]))", "range(words.shape[0])", GPU_TRITS),
+    Mutant("rows.tuning_for", "least <= rows", "least < rows", GPU_TRITS + " -k few_rows"),
     Mutant("random_words._threefry", "keys[(i + 1) % 3]", "keys[i % 3]", "kernels/gpu/test_random_words.py"),
     Mutant("platforms.is_of_one_device", "mesh.are_all_axes_manual", "True", "test_lowering.py -k some_axes"),
     Mutant(
@@ -511,7 +514,24 @@ MUTANTS = [
     Mutant("ternary_sum.TernarySum.add", "is_finite(sums)", "is_finite(new)", f"{SUMMED} -k largest_scale"),
     Mutant("ternary_sum._joined", "words[m.first_word:m", "words[0:m", f"{SUMMED} -k together"),
     Mutant("ternary_sum.TernarySum._sorted", "if fills_a_row else", "if True else", f"{SUMMED} -k together"),
-    Mutant("ternary_sum.TernarySum.settle", "jnp.where(adds, becomes, was)", "becomes", WINDOWS),
+    Mutant("ternary_sum.TernarySum.settle", "jnp.where(adds, b, a)", "b", f"{SUMMED} -k settling"),
+    Mutant(
+        "ternary_sum.TernarySum.settle",
+        "large[i] = (becomes, was)",
+        "large[i] = (was, becomes)",
+        f"{SUMMED} -k settling",
+    ),
+    Mutant("ternary_sum.TernarySum.settle", "was + jnp.asarray", "jnp.asarray", f"{SUMMED} -k settling"),
+    Mutant("replacement._anywhere", "jnp.where(replaces, b, a)", "b", REPLACEMENT),
+    Mutant("replacement._on_gpu", "zip(batch, of_batch", "zip(sorted(batch, reverse=True), of_batch", REPLACEMENT),
+    Mutant("replacement._on_gpu", "most=_MOST_AT_ONCE", "most=1", REPLACEMENT),
+    Mutant("alike.numbers_of_alike", "tuple(map(jax.typeof, row))", "jax.typeof(row[0])", "kernels/test_alike.py"),
+    Mutant("alike._parts", "-(-len(numbers) // most)", "len(numbers) // most + 1", "kernels/test_alike.py"),
+    Mutant("replacement_kernel.replace_if", "replaces[0] & inside", "inside", GPU_REPLACEMENT),
+    Mutant("replacement_kernel.replace_if", "replaces[0] & inside", "inside & ~inside", GPU_REPLACEMENT),
+    Mutant("replacement_kernel.replace_if", "{1 + num + i: i", "{1 + i: i", GPU_REPLACEMENT),
+    Mutant("replacement_kernel._part", "pl.cdiv(size, programs)", "size // programs", GPU_REPLACEMENT),
+    Mutant("replacement_kernel._part", "pl.program_id(0) * width", "0", GPU_REPLACEMENT),
     Mutant("hypervector.HypervectorCodec._bundle", "jnp.roll(flat, -begin)", "jnp.roll(flat, begin)", HYPERVECTOR_TWIN),
     Mutant(
         "hypervector.HypervectorCodec._unbind", "bundle / jnp.maximum(num_met, 1)", "bundle / chunks", HYPERVECTOR_TWIN

@@ -15,7 +15,7 @@ from vsa_optax import HypervectorCodec, TritCodec
 
 PLATFORMS = "tpu", "cuda"
 LARGE = {"kernel": jax.ShapeDtypeStruct((512, 300), jnp.float32), "bias": jax.ShapeDtypeStruct((300,), jnp.float32)}
-KERNELS = "trit_encode", "trit_decode_sum", "trit_add", "trit_finish", "trit_relay", "random_words"
+KERNELS = "trit_encode", "trit_decode_sum", "trit_add", "trit_finish", "trit_relay", "random_words", "replace_if"
 
 
 def texts(function, *arguments, platforms=PLATFORMS):
@@ -69,7 +69,7 @@ def test_a_codec_has_kernels_on_a_gpu(codec, expected):
 def test_a_sum_has_kernels_on_a_gpu(rounding):
     opt = vsa_optax.ternary_multi_steps(optax.adam(1e-3), 4, rounding=rounding)
     found = texts(stepped(opt), LARGE)
-    expected = {"trit_add", "trit_finish", "random_words"}
+    expected = {"trit_add", "trit_finish", "random_words", "replace_if"}
     assert {platform: kernels_in(text) for platform, text in found.items()} == {"tpu": set(), "cuda": expected}
 
 
@@ -86,7 +86,8 @@ def test_inside_shard_map_each_gpu_has_kernels_for_what_it_holds(is_checked):
     mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
 
     def step(gradients):
-        return opt.update(gradients, opt.init(gradients), gradients)[0]
+        updates, state = opt.update(gradients, opt.init(gradients), gradients)
+        return updates, state.acc_grads
 
     mapped = jax.shard_map(step, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=is_checked)
     found = texts(mapped, jax.ShapeDtypeStruct((2 * 1024, 300), jnp.float32))

@@ -131,3 +131,24 @@ def test_a_gradient_unlike_its_parameter_is_refused_where_the_shapes_are_known()
             update({"w": jnp.ones((6, 8))})
         with pytest.raises(TypeError, match=r"gradients: leaf \['w'\] has dtype complex64, but .* of dtype float32"):
             update({"w": jnp.ones((8, 6), jnp.complex64)})
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_settling_keeps_one_of_two_sums_in_each_leaf(adds):
+    """Small leaves, which are added again, leaves of narrow rows, and large ones, which a GPU replaces together."""
+    sizes = 200_000, 1000, 3000, 131_072, 1023
+    total = make_ternary_sum(4, trits=2, rounding="nearest", block_size=1024, seed=0)
+    gradients = [jnp.full(size, 2.0, jnp.bfloat16) for size in sizes]
+    rng = np.random.default_rng(0)
+
+    def filled(like):
+        return jax.tree.map(lambda x: jnp.asarray(rng.integers(0, 243, x.shape), x.dtype), like)
+
+    old, grown = (filled(total.zeros(gradients)) for _ in range(2))
+    expected = [
+        (RawLeaf(was.values + 2) if isinstance(was, RawLeaf) else new) if adds else was
+        for was, new in zip(old, grown, strict=True)
+    ]
+    found = total.settle(old, grown, gradients, jnp.array(adds))
+    assert jax.tree.structure(found) == jax.tree.structure(old)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

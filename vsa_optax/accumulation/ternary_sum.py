@@ -29,7 +29,7 @@ from vsa_optax.core.axis_names import without_names
 from vsa_optax.core.mesh import varying_axes
 from vsa_optax.core.trees import is_placeholder
 from vsa_optax.core.types import Tree
-from vsa_optax.kernels import numerics, signs
+from vsa_optax.kernels import alike, numerics, replacement, signs, trit_blocks
 
 Rounding: TypeAlias = Literal["nearest", "stochastic"]
 # The number of micro-batches in a mean, as a function of the number of means so far.
@@ -155,11 +155,11 @@ class TernarySum:
         arrays: dict[int, list[jax.Array]] = {}
         found, scales = [], []
         values, numbers = list(raw.values()), list(raw)
-        for alike in _numbers_of_alike(values, [leaves[i] for i in numbers]):
-            old, new = jnp.stack([values[i] for i in alike]), jnp.stack([leaves[numbers[i]] for i in alike])
+        for same in alike.numbers_of_alike(values, [leaves[i] for i in numbers]):
+            old, new = jnp.stack([values[i] for i in same]), jnp.stack([leaves[numbers[i]] for i in same])
             sums = old + new.astype(old.dtype)
             found.append(numerics.is_finite(sums))
-            arrays |= {numbers[i]: [of_leaf] for i, of_leaf in zip(alike, sums, strict=True)}
+            arrays |= {numbers[i]: [of_leaf] for i, of_leaf in zip(same, sums, strict=True)}
         for group in groups:
             coded = packed_rows.add(
                 group.coded,
@@ -173,7 +173,7 @@ class TernarySum:
             arrays |= group.sums(coded)
         # A non-finite gradient makes a scale NaN, so the gradients need not be read again.
         limit = jnp.asarray(LARGEST_SCALE, jnp.bfloat16)
-        found += [jnp.all(jnp.stack([scales[i] for i in alike]) <= limit) for alike in _numbers_of_alike(scales)]
+        found += [jnp.all(jnp.stack([scales[i] for i in same]) <= limit) for same in alike.numbers_of_alike(scales)]
         is_finite = functools.reduce(jnp.logical_and, found, jnp.array(True))
         grown = [array for i in range(len(leaves)) for array in arrays[i]]
         return jax.tree.unflatten(jax.tree.structure(total), grown), is_finite
@@ -184,13 +184,22 @@ class TernarySum:
         Small leaves are added again to the present sum: otherwise XLA would make two copies of each.
         """
         old, new = iter(jax.tree.leaves(total)), iter(jax.tree.leaves(grown))
-        arrays = []
-        for leaf in jax.tree.leaves(gradients):
-            for _ in range(1 if self._is_small(leaf) else 2):
-                was, becomes = next(old), next(new)
-                if self._is_small(leaf):
-                    becomes = was + jnp.asarray(leaf, was.dtype)
-                arrays.append(jnp.where(adds, becomes, was))
+        settled: dict[int, Sequence[jax.Array]] = {}
+        large: dict[int, tuple[packed_rows.Coded, packed_rows.Coded]] = {}
+        for i, leaf in enumerate(leaves := jax.tree.leaves(gradients)):
+            if self._is_small(leaf):
+                (was, _) = next(old), next(new)
+                settled[i] = [jnp.where(adds, was + jnp.asarray(leaf, was.dtype), was)]
+                continue
+            becomes, was = (packed_rows.Coded(next(arrays), next(arrays)) for arrays in (new, old))
+            if trit_blocks.suits_gpu(_num_reals(leaf), self.block_size):
+                large[i] = becomes, was
+            else:
+                settled[i] = [jnp.where(adds, b, a) for b, a in zip(becomes, was, strict=True)]
+        if large:
+            grown_sums, sums = zip(*large.values(), strict=True)
+            settled |= zip(large, replacement.replace_if(adds, grown_sums, sums), strict=True)
+        arrays = [array for i in range(len(leaves)) for array in settled[i]]
         return jax.tree.unflatten(jax.tree.structure(total), arrays)
 
     def finish(self, last: Tree, total: Tree, window: jax.Array, divisor: jax.Array) -> Tree:
@@ -240,7 +249,7 @@ class TernarySum:
         words = signs.random_bits(signs.stream(self.seed, window, 0), (sum(nums),))
         rest = iter(arrays)
         raw: dict[int, jax.Array] = {}
-        alike: dict[Hashable, list[_Member]] = {}
+        of_kinds: dict[Hashable, list[_Member]] = {}
         for i, (leaf, size, num) in enumerate(zip(leaves, sizes, nums, strict=True)):
             if not num:
                 raw[i] = next(rest)
@@ -249,8 +258,8 @@ class TernarySum:
             # Inside a shard_map, replicated leaves must not be joined with varying ones.
             kind = i if fills_a_row else (num, varying_axes(leaf))
             coded = packed_rows.Coded(next(rest), next(rest))
-            alike.setdefault(kind, []).append(_Member(i, size, coded, sum(nums[:i]), num))
-        return raw, [_joined(members, words, self.block_size) for members in alike.values()]
+            of_kinds.setdefault(kind, []).append(_Member(i, size, coded, sum(nums[:i]), num))
+        return raw, [_joined(members, words, self.block_size) for members in of_kinds.values()]
 
     def check_same(self, total: Tree, gradients: Tree) -> None:
         """``ValueError`` that names the leaf, unless the sum belongs to arrays like the gradients.
@@ -274,17 +283,6 @@ class TernarySum:
 
         expected = jax.tree_util.tree_map_with_path(summed, total, is_leaf=_holds_arrays)
         checks.check_same_tree(expected, gradients, what="gradients")
-
-
-def _numbers_of_alike(*lists: Sequence[jax.Array]) -> list[list[int]]:
-    """Groups the indices at which the arrays of each list have the same type, so that they can be stacked.
-
-    For many small arrays, launching a kernel for each takes longer than its work.
-    """
-    of_types: dict[object, list[int]] = {}
-    for i, row in enumerate(zip(*lists, strict=True)):
-        of_types.setdefault(tuple(map(jax.typeof, row)), []).append(i)
-    return list(of_types.values())
 
 
 def _joined(members: list[_Member], words: jax.Array, block_size: int) -> _Group:
