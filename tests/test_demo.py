@@ -1,7 +1,6 @@
 """The demo from its command line: what it prints, draws and refuses."""
 
 import contextlib
-import functools
 import importlib.util
 import io
 import itertools
@@ -67,7 +66,8 @@ def _run_demo(folder: Path, *options: str, of_two: bool = False) -> _Demo:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         patch.setattr(demo, "_train", remembered)
         hidden = () if of_two else _HIDDEN
-        patch.setattr(demo, "make_network", functools.partial(demo.make_network, hidden=hidden))
+        make = demo.make_network
+        patch.setattr(demo, "make_network", lambda seed, _: make(seed, hidden))
         if of_two:
             patch.setattr(demo, "_COLOURS", {name: demo._COLOURS[name] for name in (demo._PLAIN, demo._SWITCHED)})
             patch.setattr(demo, "_draw", lambda *args: None)
@@ -293,6 +293,7 @@ def test_draws_a_run_of_one_step(finished: _Demo, tmp_path: Path) -> None:
         (["--seed", "-1"], "argument --seed: must be an integer from 0 to 2147483647, got '-1'"),
         (["--seed", "x\ny"], "argument --seed: must be an integer from 0 to 2147483647, got 'x\\ny'"),
         (["--batch-size", "-1"], "argument --batch-size: must be an integer from 0 to 1437, got '-1'"),
+        (["--width", "0"], "argument --width: must be an integer from 1 to 4096, got '0'"),
         (["--batch-size", "1438"], "argument --batch-size: must be an integer from 0 to 1437, got '1438'"),
         (
             ["--learning-rate", "nan"],
@@ -358,9 +359,9 @@ def test_help_explains_and_imports_no_extra() -> None:
         check=True,
         timeout=120,
     )
-    for option in ("--steps", "--seed", "--batch-size", "--learning-rate", "--output"):
+    for option in ("--steps", "--seed", "--batch-size", "--width", "--learning-rate", "--output"):
         assert f"  {option} " in finished.stdout
-    assert finished.stdout.count("(default:") == 5
+    assert finished.stdout.count("(default:") == 6
     imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines()}
     assert "optax" in imported
     assert not imported & {"flax", "sklearn", "matplotlib", "tqdm"}

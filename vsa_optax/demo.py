@@ -35,6 +35,8 @@ _BATCH_HELP = f"""images a step, 1 to {_TRAIN_SIZE}, or 0 for the whole training
 the less noisy and the more predictable the gradients, and the more time a skipped backward pass saves; at 64
 the guard predicts nothing, and training is plain AdamW with more memory and more time a step, as it is with
 multisecant"""
+_WIDTH_HELP = """units in each of the two hidden layers, 1 to 4096; the wider they are, the longer a backward
+pass takes, and the more time a skipped one saves"""
 _NOTES = """Final training loss: over the whole training set, at the end. Backward passes: evaluations of loss and
 gradient, those inside the line search of L-BFGS included. Wall time: of the training steps; compilation is
 excluded. State bytes: of the optimizer's live state, and by part:"""
@@ -167,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         reason = f"must be a folder to write {_PICTURE} to, got {str(options.output)!r}: {error.strerror}"
         parser.error(f"argument --output: {reason}")
-    task = _make_task(options.seed)
+    task = _make_task(options.seed, options.width)
     runs = {method: _train(task, options, method) for method in _COLOURS}
     _draw(runs, picture)
     report = runs[_SWITCHED].report
@@ -308,9 +310,9 @@ def _repeat(
     return params, state, jax.tree.map(lambda *fields: np.stack(fields), *records), seconds
 
 
-def _make_task(seed: int) -> Task:
+def _make_task(seed: int, width: int = 128) -> Task:
     """The task of a seed: it decides the initial weights, and the split of the digits is the same for all."""
-    return Task(*load_digits(), *make_network(seed))
+    return Task(*load_digits(), *make_network(seed, (width, width)))
 
 
 def _batches(task: Task, options: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
@@ -441,6 +443,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--steps", _number(int, 1, 100_000), 300, "N", _STEPS_HELP)
     add("--seed", _number(int, 0, 2**31 - 1), 0, "N", "seed of the weights and the batches, 0 to 2147483647")
     add("--batch-size", _number(int, 0, _TRAIN_SIZE), 0, "N", _BATCH_HELP)
+    add("--width", _number(int, 1, 4096), 512, "N", _WIDTH_HELP)
     add("--learning-rate", _number(float, 1e-9, 100), 1e-3, "X", "peak of the cosine schedule, 1e-09 to 100")
     add("--output", Path, Path("vsa_optax_demo"), "FOLDER", f"where {_PICTURE} goes; made if missing")
     return parser

@@ -188,7 +188,7 @@ class TernarySum:
         large: dict[int, tuple[packed_rows.Coded, packed_rows.Coded]] = {}
         for i, leaf in enumerate(leaves := jax.tree.leaves(gradients)):
             if self._is_small(leaf):
-                (was, _) = next(old), next(new)
+                was, _ = next(old), next(new)
                 settled[i] = [jnp.where(adds, was + jnp.asarray(leaf, was.dtype), was)]
                 continue
             becomes, was = (packed_rows.Coded(next(arrays), next(arrays)) for arrays in (new, old))
