@@ -96,7 +96,7 @@ LEAP_FIT = "prediction/fits/test_multisecant_fit.py"
 LEAPS = "prediction/test_multisecant.py"
 PROBE = "test_probe.py"
 SECANT_FLOAT16 = "prediction/predictors/test_secant.py -k float16 or twin"
-BY_KIND = "prediction/test_jit_by_phase.py"
+BY_KIND = "test_step_programs.py"
 FORECAST = "prediction/test_forecast.py"
 SUMMED = "accumulation/test_ternary_sum.py"
 GPU_SECANTS = "kernels/gpu/test_secant_kernels.py"
@@ -207,23 +207,23 @@ MUTANTS = [
     Mutant(
         "kinds.assumption_for", "assumption.machine.phase is not machine.phase", "False", f"{BY_KIND} -k decided_on"
     ),
-    Mutant("jit_by_phase._without", "steps -= taken", "steps -= 0", f"{BY_KIND} -k what_is_left"),
-    Mutant("jit_by_phase._without", "min(num, steps)", "0", f"{BY_KIND} -k waits_only"),
-    Mutant("jit_by_phase._Last.is_in", ".phase is phase", ".phase is not None", f"{BY_KIND} -k turns"),
+    Mutant("step_programs._without", "steps -= taken", "steps -= 0", f"{BY_KIND} -k what_is_left"),
+    Mutant("step_programs._without", "min(num, steps)", "0", f"{BY_KIND} -k waits_only"),
+    Mutant("step_programs._Last.is_in", ".phase is phase", ".phase is not None", f"{BY_KIND} -k turns"),
     Mutant(
-        "jit_by_phase._traced_for",
+        "step_programs._traced_for",
         "find_machine_state(result).phase is assumption.after.phase",
         "True",
         f"{BY_KIND} -k anew",
     ),
     Mutant(
-        "jit_by_phase._leads_to_machine",
+        "step_programs._leads_to_machine",
         "isinstance(tree, tuple) and any(map(_leads_to_machine, tree))",
         "contains_machine(tree)",
         f"{BY_KIND} -k in_place",
     ),
-    Mutant("jit_by_phase.JitByPhase.__call__", "self._last = None", "pass", f"{BY_KIND} -k fails"),
-    Mutant("jit_by_phase._coming", "(StepKind.PLAIN, asleep)", "(StepKind.WATCHED, asleep)", f"{BY_KIND} -k asleep"),
+    Mutant("step_programs.JitByPhase.__call__", "self._last = None", "pass", f"{BY_KIND} -k fails"),
+    Mutant("step_programs._coming", "(StepKind.PLAIN, asleep)", "(StepKind.WATCHED, asleep)", f"{BY_KIND} -k asleep"),
     Mutant(
         "step.PhaseStep.straight",
         "tree_where(is_finite, new_state, inner_state)",
@@ -814,7 +814,7 @@ MUTANTS = [
     Mutant("conditional.in_place_if", "return loop[0]", "return ~loop[0]", LINE),
     Mutant("trees.all_finite", "finite &= numerics", "finite |= numerics", STEP),
     Mutant("trees.tree_where", "jnp.where(condition, n, o)", "jnp.where(condition, o, n)", STEP),
-    Mutant("step._behind", "~jnp.any(jnp.isnan(leaf))", "True", "prediction/test_jit_by_phase.py -k copies_no_record"),
+    Mutant("step._behind", "~jnp.any(jnp.isnan(leaf))", "True", "test_step_programs.py -k copies_no_record"),
     Mutant("step.PhaseStep._consult", "_behind(~is_predict & is_finite", "_behind(is_predict & is_finite", LINE),
     Mutant("step.PhaseStep._consult", "is_due = is_compared & is_finite", "is_due = is_compared | is_finite", TWIN),
     Mutant("step.PhaseStep.__call__", "(~is_predict & has_gradient", "(~is_predict | has_gradient", LINE),

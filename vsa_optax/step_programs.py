@@ -1,28 +1,37 @@
 """Compiles one program for each kind of step; the host chooses which one to run.
 
-In a single program the device decides the phase: a GPU stops at each conditional and each loop iteration until the
-host has fetched the condition. Here, no program has control flow. Each program also returns a forecast, which tells
-the host how many of the coming steps are of a certain kind (`prediction.forecast`). The host waits for a device only
-where the forecast ends: at a compared step after which a leap or a sleep may begin, and in a leap that may end early
-because the parameters moved too far.
+In a single program the device decides the phase, or whether a window of micro-batches is complete: a GPU stops at each
+conditional and each loop iteration until the host has fetched the condition. Here, no program has control flow, except
+that of a micro-batch that may complete its window. Each program also returns a forecast, which tells the host how many
+of the coming steps are of a certain kind. The host waits for a device only where the forecast ends:
+
+- With a phase machine (`prediction.forecast`), that is at a compared step after which a leap or a sleep may begin, and
+  in a leap that may end early because the parameters moved too far.
+- With a window of K micro-batches, that is once in K, after the one that may complete it. The host knows an upper bound
+  of the number in the window, since a micro-batch that is left out only delays the end.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeAlias, TypeVar
 
 import jax
 import numpy as np
 
+from vsa_optax.accumulation.multi_steps import AccumulateTernaryState, TernaryMultiStepsState
+from vsa_optax.core.kinds import Assumption, StepKind, assumed
 from vsa_optax.core.types import Tree
 from vsa_optax.prediction.forecast import FOREVER
-from vsa_optax.prediction.kinds import Assumption, StepKind, assumed
 from vsa_optax.prediction.machine import Phase
 from vsa_optax.prediction.machine_state import PhaseMachineState
-from vsa_optax.prediction.stats import contains_machine, find_machine, find_machine_state
+from vsa_optax.prediction.stats import unwrapped
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+# The states that decide the kind of a step. What is inside of one is decided on the device.
+_Owner: TypeAlias = PhaseMachineState | TernaryMultiStepsState | AccumulateTernaryState
+_OWNERS = PhaseMachineState, TernaryMultiStepsState, AccumulateTernaryState
 
 # How many forecasts are kept, since the newest may not have arrived yet. A forecast is fetched while fewer steps than
 # that are known.
@@ -49,7 +58,7 @@ class JitByPhase(Generic[Parameters, Result]):
         """Runs one step."""
         if self._last is None or not self._last.is_in(args, kwargs):
             # This is the first step, another run, or a state that was changed outside.
-            self._forecasts, self._coming = [], _coming(find_machine_state((args, kwargs)))
+            self._forecasts, self._coming = [], _coming(_find_owner((args, kwargs)))
         kind = self._next_kind()
         self._last = None  # If the step fails, the forecasts are dropped.
         result, forecast = self.programs[kind](*args, **kwargs)
@@ -76,28 +85,52 @@ class JitByPhase(Generic[Parameters, Result]):
 
 
 class _Last:
-    """Recognizes the machine of the last result when it returns as an argument.
+    """Recognizes the owner in the last result when it returns as an argument.
 
     Searching all containers can take longer than a step, so an immutable container is recognized by its identity.
     """
 
     def __init__(self, result: Tree) -> None:
-        parts = result if type(result) is tuple else (result,)
-        self._part = next((part for part in parts if _leads_to_machine(part)), None)
-        self._phase = find_machine_state(result).phase if self._part is None else None
+        parts = (result, *result) if type(result) is tuple else (result,)
+        self._parts = [part for part in parts if _leads_to_owner(part)]
+        self._scalar = None if self._parts else _scalar_of(_find_owner(result))
 
     def is_in(self, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> bool:
-        if self._part is not None and any(arg is self._part for arg in (*args, *kwargs.values())):
+        if any(arg is part for arg in (*args, *kwargs.values()) for part in self._parts):
             return True
-        phase = find_machine_state(self._part).phase if self._phase is None else self._phase
-        return find_machine_state((args, kwargs)).phase is phase
+        scalar = _scalar_of(_find_owner(self._parts[0])) if self._scalar is None else self._scalar
+        return _scalar_of(_find_owner((args, kwargs))) is scalar
 
 
-def _leads_to_machine(tree: Tree) -> bool:
-    """Whether a phase machine is reached through tuples alone, which are immutable."""
-    if isinstance(tree, PhaseMachineState):
+def _leads_to_owner(tree: Tree) -> bool:
+    """Whether an owner is reached through tuples alone, which are immutable."""
+    if isinstance(tree, _OWNERS):
         return True
-    return isinstance(tree, tuple) and any(map(_leads_to_machine, tree))
+    return isinstance(tree, tuple) and any(map(_leads_to_owner, tree))
+
+
+def _owners_in(tree: Tree) -> list[_Owner]:
+    """The outermost owners; a machine inside a window is none."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, _OWNERS))
+    return [node for node in nodes if isinstance(node, _OWNERS)]
+
+
+def _find_owner(tree: Tree) -> _Owner:
+    found = _owners_in(tree)
+    if len(found) != 1:
+        raise ValueError(
+            "expected one phase machine or one window of micro-batches in the arguments, found "
+            f"{[type(node).__name__ for node in found] or 'none'}: pass the state of an optimizer made with "
+            "predict_gradients, phase_switched, accumulate_ternary or ternary_multi_steps, and use only one of them, "
+            "once, or phases inside a window: ternary_multi_steps(phase_switched(...), k). For several groups of "
+            "parameters, wrap one around all of them: phase_switched(optax.multi_transform({...}, labels))"
+        )
+    return found[0]
+
+
+def _scalar_of(owner: _Owner) -> jax.Array:
+    """The scalar by which an owner is recognized; an optimizer of Flax nnx wraps it."""
+    return unwrapped(owner.phase if isinstance(owner, PhaseMachineState) else owner.mini_step)
 
 
 def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitByPhase[Parameters, Result]:
@@ -142,22 +175,21 @@ def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitBy
 def _traced_for(kind: StepKind, fun: Callable[..., Result]) -> Callable[..., tuple[Result, jax.Array | None]]:
     @functools.wraps(fun)
     def traced(*args: Tree, **kwargs: Tree) -> tuple[Result, jax.Array | None]:
-        assumption = Assumption(kind, find_machine((args, kwargs)))
+        assumption = Assumption(kind, _scalar_of(_find_owner((args, kwargs))))
         with assumed(assumption):
             result = fun(*args, **kwargs)
-        # A forecast is valid only for the machine that it was made for.
-        is_its = (
-            assumption.after is not None
-            and contains_machine(result)
-            and find_machine_state(result).phase is assumption.after.phase
-        )
+        # A forecast is valid only for the owner that it was made for.
+        is_its = [_scalar_of(owner) is assumption.after for owner in _owners_in(result)] == [True]
         return result, assumption.forecast if is_its else None
 
     return traced
 
 
-def _coming(state: PhaseMachineState) -> list[tuple[StepKind, int]]:
-    """The kind of the coming step, read from the machine's own scalars; the host waits for them."""
+def _coming(owner: _Owner) -> list[tuple[StepKind, int]]:
+    """The kind of the coming step; of a machine it is read from the machine's own scalars, and the host waits."""
+    if not isinstance(owner, PhaseMachineState):
+        return [(StepKind.DECIDED, 1)]
+    state = unwrapped(owner)
     machine = jax.device_get(state._replace(calibration=None)).unpacked()
     if machine.errors is None:
         return [(StepKind.PLAIN, FOREVER)]
