@@ -97,6 +97,7 @@ LEAPS = "prediction/test_multisecant.py"
 PROBE = "test_probe.py"
 SECANT_FLOAT16 = "prediction/predictors/test_secant.py -k float16 or twin"
 BY_KIND = "test_step_programs.py"
+BY_WINDOW = "test_window_programs.py"
 FORECAST = "prediction/test_forecast.py"
 SUMMED = "accumulation/test_ternary_sum.py"
 GPU_SECANTS = "kernels/gpu/test_secant_kernels.py"
@@ -204,25 +205,51 @@ MUTANTS = [
     Mutant("forecast._of_cycle", "(done + num) % phases.correct_every == 0", "True", FORECAST),
     Mutant("forecast._of_cycle", "done + 1 >= leap", "done >= leap", FORECAST),
     Mutant("forecast._of_cycle", "jnp.maximum(full - done, 1)", "jnp.maximum(full, 1)", FORECAST),
-    Mutant(
-        "kinds.assumption_for", "assumption.machine.phase is not machine.phase", "False", f"{BY_KIND} -k decided_on"
-    ),
+    Mutant("kinds.assumption_for", "assumption.scalar is not scalar", "False", f"{BY_KIND} -k decided_on"),
     Mutant("step_programs._without", "steps -= taken", "steps -= 0", f"{BY_KIND} -k what_is_left"),
     Mutant("step_programs._without", "min(num, steps)", "0", f"{BY_KIND} -k waits_only"),
-    Mutant("step_programs._Last.is_in", ".phase is phase", ".phase is not None", f"{BY_KIND} -k turns"),
+    Mutant(
+        "step_programs._Last.is_in", "(args, kwargs))) is scalar", "(args, kwargs))) is not None", f"{BY_KIND} -k turns"
+    ),
     Mutant(
         "step_programs._traced_for",
-        "find_machine_state(result).phase is assumption.after.phase",
+        "_scalar_of(owner) is assumption.after",
         "True",
         f"{BY_KIND} -k anew",
     ),
     Mutant(
-        "step_programs._leads_to_machine",
-        "isinstance(tree, tuple) and any(map(_leads_to_machine, tree))",
-        "contains_machine(tree)",
+        "step_programs._leads_to_owner",
+        "isinstance(tree, tuple) and any(map(_leads_to_owner, tree))",
+        "bool(_owners_in(tree))",
         f"{BY_KIND} -k in_place",
     ),
     Mutant("step_programs.JitByPhase.__call__", "self._last = None", "pass", f"{BY_KIND} -k fails"),
+    Mutant("step_programs._coming", "StepKind.DECIDED", "StepKind.ACCUMULATED", f"{BY_WINDOW} -k waits_once"),
+    Mutant("step_programs._Last.__init__", "(result, *result)", "result", f"{BY_WINDOW} -k without_a_search"),
+    Mutant("step_programs._scalar_of", "owner.mini_step", "owner.gradient_step", f"{BY_WINDOW} -k waits_once"),
+    Mutant("step_programs._owners_in", "isinstance(node, _OWNERS))", "False)", f"{BY_WINDOW} -k waits_once"),
+    Mutant("multi_steps._Window.foretell", "k - 1 - after.mini_step", "k - after.mini_step", f"{BY_WINDOW} -k bits"),
+    Mutant("multi_steps._Window.foretell", "after.gradient_step", "before.gradient_step", f"{BY_WINDOW} -k bits"),
+    Mutant("multi_steps._Window.foretell", "_WINDOWS_OF_ONE, 1", "1, 1", f"{BY_WINDOW} -k waits_once"),
+    Mutant("multi_steps._Window.foretell", "_WINDOWS_OF_ONE, 1", "2**30, 1", f"{BY_WINDOW} -k asked_for_again"),
+    Mutant(
+        "multi_steps.ternary_multi_steps",
+        "jnp.array(False), _zeros(outcome.updates)",
+        "emits, _zeros(outcome.updates)",
+        f"{BY_WINDOW} -k never_emits",
+    ),
+    Mutant(
+        "multi_steps.accumulate_ternary",
+        "jnp.array(False), updates, _zeros(updates)",
+        "jnp.array(False), updates, zeros_unless(emits, updates)",
+        f"{BY_WINDOW} -k adds_nothing",
+    ),
+    Mutant(
+        "multi_steps.ternary_multi_steps",
+        "_zeros(outcome.updates)",
+        "zeros_unless(emits, updates)",
+        f"{BY_WINDOW} -k adds_nothing",
+    ),
     Mutant("step_programs._coming", "(StepKind.PLAIN, asleep)", "(StepKind.WATCHED, asleep)", f"{BY_KIND} -k asleep"),
     Mutant(
         "step.PhaseStep.straight",
