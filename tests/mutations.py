@@ -208,9 +208,7 @@ MUTANTS = [
     Mutant("kinds.assumption_for", "assumption.scalar is not scalar", "False", f"{BY_KIND} -k decided_on"),
     Mutant("step_programs._without", "steps -= taken", "steps -= 0", f"{BY_KIND} -k what_is_left"),
     Mutant("step_programs._without", "min(num, steps)", "0", f"{BY_KIND} -k waits_only"),
-    Mutant(
-        "step_programs._Last.is_in", "(args, kwargs))) is scalar", "(args, kwargs))) is not None", f"{BY_KIND} -k turns"
-    ),
+    Mutant("step_programs._Last.is_in", "))) is scalar", "))) is not None", f"{BY_KIND} -k turns"),
     Mutant(
         "step_programs._traced_for",
         "_scalar_of(owner) is assumption.after",
@@ -240,14 +238,14 @@ MUTANTS = [
     ),
     Mutant(
         "multi_steps.accumulate_ternary",
-        "jnp.array(False), updates, _zeros(updates)",
-        "jnp.array(False), updates, zeros_unless(emits, updates)",
+        "_zeros(updates)",
+        "zeros_unless(taken.is_last, updates)",
         f"{BY_WINDOW} -k adds_nothing",
     ),
     Mutant(
         "multi_steps.ternary_multi_steps",
         "_zeros(outcome.updates)",
-        "zeros_unless(emits, updates)",
+        "zeros_unless(taken.is_last, updates)",
         f"{BY_WINDOW} -k adds_nothing",
     ),
     Mutant("step_programs._coming", "(StepKind.PLAIN, asleep)", "(StepKind.WATCHED, asleep)", f"{BY_KIND} -k asleep"),
@@ -797,8 +795,8 @@ MUTANTS = [
     Mutant("phases.LegacyCycle.moved", "is_worse, longer", "is_better, longer", LEGACY),
     Mutant(
         "forecast._of_cycle",
-        "_runs((true, 1), (true, 0))",
-        "_runs((true, 1), (true, 2))",
+        "runs((true, 1), (true, 0))",
+        "runs((true, 1), (true, 2))",
         "prediction/test_forecast.py -k certain",
     ),
     Mutant(
