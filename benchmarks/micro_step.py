@@ -172,12 +172,12 @@ def variants(size, batch, options):
     if "whole" in options.parts:
         out["whole, forward and backward"] = Variant(forward_and_backward, lambda: (params(), gradients()), tokens)
     for part, made, given in (("optimizer", optimizer_part, gradients), ("whole", whole, tokens)):
-        for name, opt in accumulators().items():
-            for way in WAYS:
-                is_possible = way == "jit" or "trit" in name
-                if part in options.parts and name in options.names and is_possible and way in options.ways:
-                    suffix = f", {way}" if "trit" in name else ""
-                    out[f"{part}, {name}{suffix}"] = Variant(made(opt), beginning(opt), given, way)
+        for name, opt in accumulators().items() if part in options.parts else ():
+            if name in options.names and "trit" not in name:
+                out[f"{part}, {name}"] = Variant(made(opt), beginning(opt), given)
+            elif name in options.names:
+                for way in options.ways:
+                    out[f"{part}, {name}, {way}"] = Variant(made(opt), beginning(opt), given, way)
     if "whole" in options.parts and "AdamW" in options.names:
         adamw = optax.adamw(1e-3)
         out["whole, AdamW"] = Variant(whole(adamw), beginning(adamw), tokens)
@@ -264,9 +264,8 @@ def main():
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     print(f"machine: {platform.machine()}, {jax.devices()[0].device_kind}; {versions}")
     model = shapes(size)
-    print(
-        f"{optax.tree.size(model):,} parameters in {len(jax.tree.leaves(model))} leaves; {options.batch} x {size.context}"
-    )
+    num_leaves = len(jax.tree.leaves(model))
+    print(f"{optax.tree.size(model):,} parameters in {num_leaves} leaves; {options.batch} x {size.context} tokens")
     how = "together" if options.together else "one by one"
     print(f"{ROUNDS} rounds of {STEPS} steps in flight; median [quartiles]; compiled {how}; by phase, two programs")
     steps, found = variants(size, options.batch, options), {}
