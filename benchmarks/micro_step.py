@@ -43,7 +43,7 @@ KINDS = StepKind.ACCUMULATED, StepKind.DECIDED
 
 
 class Size(NamedTuple):
-    """Of the model; the context is in tokens."""
+    """The size of the model; the context is in tokens."""
 
     layers: int = 12
     width: int = 768

@@ -150,7 +150,7 @@ def test_where_windows_have_one_micro_batch_the_length_is_asked_for_again(monkey
 
 @pytest.mark.parametrize("name", ["one trit", "in a chain"])
 def test_a_program_without_a_condition_never_emits(name):
-    """Not even where a host should not choose it: the micro-batch is left out, and the window stays open."""
+    """If a host chose it by mistake, the micro-batch would be left out, and the window would stay open."""
     _, _, by_phase = compiled(name)
     params, state, _ = of_single(name)[2]
     (_, after, updates), _ = by_phase.programs[ACCUMULATED](params, state, GRADIENTS[3])

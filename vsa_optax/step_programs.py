@@ -29,7 +29,7 @@ from vsa_optax.prediction.stats import unwrapped
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-# The states that decide the kind of a step. What is inside of one is decided on the device.
+# The states that own the kind of a step. The device decides about a state inside another.
 _Owner: TypeAlias = PhaseMachineState | TernaryMultiStepsState | AccumulateTernaryState
 _OWNERS = PhaseMachineState, TernaryMultiStepsState, AccumulateTernaryState
 
@@ -136,15 +136,27 @@ def _scalar_of(owner: _Owner) -> jax.Array:
 def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitByPhase[Parameters, Result]:
     """Replaces ``jax.jit`` for a training step: compiles it once for each kind of step, and chooses on the host.
 
+    It is meant for GPUs, which stop at each conditional until the host has read the condition. There are two families
+    of kinds:
+
+    - With `vsa_optax.phase_switched` or `vsa_optax.predict_gradients`, a step is predicted, or true and not recorded,
+      recorded, or compared. No program has a conditional.
+    - With `vsa_optax.ternary_multi_steps` or `vsa_optax.accumulate_ternary`, a micro-batch certainly does not complete
+      its window, or it may. The first program has no conditional, and does not touch the parameters. In the second, the
+      device decides. The host waits for the device once in a window, after the second; where K is 1, once in 32 steps.
+
     The rules of ``jax.jit(fun)`` apply, and a state may move back and forth between both. Parameters differ by
-    rounding. Phases differ only where rounding changes a decision of the guard or of `vsa_optax.AdaptiveCycle`. It is
-    meant for GPUs, which stop at each conditional. Compile a single step, not several in a ``lax.scan``: the body of a
-    loop is compiled once, for all kinds.
+    rounding. Phases differ only where rounding changes a decision of the guard or of `vsa_optax.AdaptiveCycle`. Windows
+    do not differ. A parameter that is -0.0 stays so where the emitted zeros are not added.
+
+    Compile a single step, not several in a ``lax.scan``: the body of a loop is compiled once, for all kinds. In
+    ``ternary_multi_steps(phase_switched(...), k)`` the kind is that of the window. The device decides the phase, and
+    `vsa_optax.value_and_grad_by_phase` keeps its conditional.
 
     Args:
-        fun: the training step. Its arguments contain exactly one phase machine, inside an optimizer's state, and its
-            result contains the updated one. The update must be outside loops and ``jax.shard_map``; inside them, the
-            device decides the phase, as in ``jax.jit``.
+        fun: the training step. Its arguments contain exactly one phase machine or one window, inside an optimizer's
+            state, and its result contains the updated one. The update must be outside loops and ``jax.shard_map``;
+            inside them, the device decides, as in ``jax.jit``.
         **jit_options: keyword arguments of ``jax.jit``, such as ``donate_argnums=(0, 1)`` or ``static_argnames=...``.
 
     Returns:
@@ -152,7 +164,8 @@ def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitBy
         by kind. Several processes choose alike, since they read the same scalars.
 
     Raises:
-        ValueError: at a call, if the arguments do not contain exactly one phase machine.
+        ValueError: at a call, if the arguments do not contain exactly one phase machine or one window of micro-batches.
+            A machine inside a window does not count.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsa_optax

@@ -180,7 +180,8 @@ def accumulate_ternary(
     over seeds. It is two trits at K = 8 and three at K = 32, where two trits lost 2.8 and 4.4 standard deviations on
     the transformer, in two runs.
 
-    **On a GPU**, custom kernels sum large leaves, as in `vsa_optax.TritCodec`.
+    **On a GPU**, custom kernels sum large leaves, as in `vsa_optax.TritCodec`. A GPU stops in each step to ask whether
+    the window is complete, unless the step is compiled by `vsa_optax.jit_by_phase`.
 
     **Non-finite values.** A micro-batch with a NaN or an infinity, or one that would give a coded block a scale beyond
     5e33, is left out and counted. Zeros are emitted, the mean is that of K other micro-batches, and no non-finite value
@@ -290,6 +291,9 @@ def ternary_multi_steps(
     left out and counted, whatever ``should_skip_update_fn`` returns for it.
 
     With `vsa_optax.phase_switched` inside, its steps are emissions: all micro-batches of a PREDICT step are skipped.
+
+    **On a GPU**, compile the training step by `vsa_optax.jit_by_phase`: micro-batches that do not complete their window
+    then run without a conditional.
 
     **Many devices.** In data-parallel training each device sums its own micro-batches, and only the mean of a window is
     sent, inside ``jax.shard_map`` or ``jax.pmap``, by an optimizer that averages::
