@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "kernels": set(),
 }
 # For each call, how many modules it may enter and how often it may go from one to another.
-BOUNDS = {"phase_switched": (18, 165), "multisecant": (11, 115), "encode": (10, 45), "ternary_multi_steps": (17, 216)}
+BOUNDS = {"phase_switched": (18, 165), "multisecant": (11, 115), "encode": (10, 45), "ternary_multi_steps": (18, 220)}
 WALKS = """
 import json, pathlib, sys
 import jax, jax.numpy as jnp, optax
