@@ -119,6 +119,8 @@ def test_compiled_as_users_do_the_bits_are_the_same_too():
     [
         ("one trit", {}, "D AAD AAAD AAAD AAAD"),
         ("one trit", {2: np.nan}, "D AAD D AAAD AAAD AAA"),
+        # The host knows of a longer window only from its end.
+        ("one trit", {1: np.nan, 2: np.nan}, "D AAD AD AAAD AAAD AA"),
         ("skips large", LARGE, "D AD D AAD AAD D AAD AA"),
         ("in a chain", {}, "D AAD AAAD AAAD AAAD"),
         # Where a window has one micro-batch, the host asks for K again after 32.
@@ -127,14 +129,16 @@ def test_compiled_as_users_do_the_bits_are_the_same_too():
     ],
 )
 def test_a_host_waits_once_in_a_window(name, factors, kinds, monkeypatch):
-    """On a device so slow that no forecast is there unless it is waited for; a space stands for a wait."""
+    """The host chooses the same if the device has done everything and if it is far behind; a space is a wait."""
     opt, _, by_phase = compiled(name)
-    by_phase = anew(by_phase)
-    monkeypatch.setattr(step_programs, "_is_ready", lambda runs: False)
-    chosen = note_kinds(by_phase, monkeypatch)
-    assert_same_bits(run(lambda count: by_phase, opt, factors), of_single(name, tuple(factors.items())))
-    assert "".join(kind.name[0] for kind in chosen) == kinds.replace(" ", "")
-    assert by_phase.num_waits == kinds.count(" ")
+    expected = of_single(name, tuple(factors.items()))
+    for ready in (False, True):
+        host = anew(by_phase)
+        monkeypatch.setattr(step_programs, "_is_ready", lambda runs, ready=ready: ready)
+        chosen = note_kinds(host, monkeypatch)
+        assert_same_bits(run(lambda count, host=host: host, opt, factors), expected)
+        assert "".join(kind.name[0] for kind in chosen) == kinds.replace(" ", "")
+        assert host.num_waits == (0 if ready else kinds.count(" "))
 
 
 def test_where_windows_have_one_micro_batch_the_length_is_asked_for_again(monkeypatch):

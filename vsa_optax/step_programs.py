@@ -63,11 +63,20 @@ class JitByPhase(Generic[Parameters, Result]):
         self._last = None  # If the step fails, the forecasts are dropped.
         result, forecast = self.programs[kind](*args, **kwargs)
         if forecast is not None:
-            if sum(num for _, num in self._coming) < _NUM_FORECASTS:
-                forecast = _in_host_memory(forecast)  # Otherwise the forecast is not needed.
-            self._forecasts.append((forecast, 0))
+            self._keep(kind, forecast)
             self._last = _Last(result)
         return result
+
+    def _keep(self, kind: StepKind, forecast: jax.Array) -> None:
+        """Keeps the forecast of a step of this kind, if it may be needed."""
+        num_needed = _NUM_FORECASTS
+        if kind in (StepKind.ACCUMULATED, StepKind.DECIDED):
+            # A micro-batch that is left out changes the forecast of a window. So the newest decides, whichever have
+            # arrived: otherwise processes might choose differently.
+            self._forecasts, num_needed = [], 1
+        if sum(num for _, num in self._coming) < num_needed:
+            forecast = _in_host_memory(forecast)  # Otherwise the forecast is not needed.
+        self._forecasts.append((forecast, 0))
 
     def _next_kind(self) -> StepKind:
         """The kind from the known runs; once they end, from the newest forecast that has arrived, or the next one."""
