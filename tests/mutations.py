@@ -223,6 +223,12 @@ MUTANTS = [
     ),
     Mutant("step_programs.JitByPhase.__call__", "self._last = None", "pass", f"{BY_KIND} -k fails"),
     Mutant("step_programs._coming", "StepKind.DECIDED", "StepKind.ACCUMULATED", f"{BY_WINDOW} -k waits_once"),
+    Mutant(
+        "step_programs.JitByPhase.__init__",
+        '(jit_options["out_shardings"], None)',
+        'jit_options["out_shardings"]',
+        f"{BY_WINDOW} -k shardings",
+    ),
     Mutant("step_programs.JitByPhase._keep", "([], 1)", "(self._forecasts, 1)", f"{BY_WINDOW} -k waits_once"),
     Mutant("step_programs._Last.__init__", "(result, *result)", "result", f"{BY_WINDOW} -k without_a_search"),
     Mutant("step_programs._scalar_of", "owner.mini_step", "owner.gradient_step", f"{BY_WINDOW} -k waits_once"),

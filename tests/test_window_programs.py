@@ -282,6 +282,19 @@ def test_inside_shard_map_it_is_decided_on_the_device():
     assert by_phase.programs[ACCUMULATED]._cache_size() == 0
 
 
+def test_shardings_of_results_are_those_of_the_function():
+    opt, _, _ = compiled("in a chain")
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+    same, divided = (jax.sharding.NamedSharding(mesh, spec) for spec in (P(), P("x")))
+    shardings = {"b": same, "w": divided}, same, same
+    by_phase = vsa_optax.jit_by_phase(step_of(opt), out_shardings=shardings, **CHEAP)
+    carry = jax.device_put(start(opt), same)
+    for gradient in GRADIENTS[:2]:
+        *carry, _ = by_phase(*carry, gradient)
+        assert carry[0]["w"].sharding == divided
+        assert carry[1][0].mini_step.sharding == same
+
+
 def test_an_optimizer_of_flax_may_hold_the_window():
     """Its arrays are wrapped."""
     graph, params = nnx.split(nnx.Linear(64, 48, rngs=nnx.Rngs(0)))
