@@ -42,7 +42,8 @@ class JitByPhase(Generic[Parameters, Result]):
     """The compiled training step that `jit_by_phase` returns.
 
     Attributes:
-        programs: for each kind, the jitted function of the same arguments, which returns the result and a forecast.
+        programs: for each kind, the jitted function of the same arguments, which returns the result and a forecast. It
+            is compiled when a step is first of this kind.
         num_waits: how often the host had to wait for a device to learn the kind of the next step.
     """
 

@@ -477,7 +477,7 @@ def _ask(
 def _zeros(like: Tree) -> Tree:
     """Zeros that are constants to XLA, so that it removes their addition to the parameters.
 
-    XLA does not keep them as arrays, unlike those of `zeros_unless`.
+    It then keeps no array for them. Where the addition stays, it would: see `zeros_unless`.
     """
     return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=x.dtype), like)
 
