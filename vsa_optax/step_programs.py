@@ -49,7 +49,7 @@ class JitByPhase(Generic[Parameters, Result]):
 
     def __init__(self, fun: Callable[Parameters, Result], jit_options: dict[str, Any]) -> None:
         functools.update_wrapper(self, fun)
-        if "out_shardings" in jit_options:  # Those of the result; a program also returns a forecast.
+        if "out_shardings" in jit_options:  # They are those of the result; a program also returns a forecast.
             jit_options = jit_options | {"out_shardings": (jit_options["out_shardings"], None)}
         self.programs = {kind: jax.jit(_traced_for(kind, fun), **jit_options) for kind in StepKind}
         self.num_waits = 0
