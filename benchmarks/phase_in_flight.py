@@ -38,7 +38,7 @@ import prediction_tasks
 
 import vsa_optax
 from vsa_optax import Guarded, Phase, Recursive, Secants
-from vsa_optax.prediction.kinds import StepKind
+from vsa_optax.core.kinds import StepKind
 
 RATE, NEVER = 1e-3, 10**6
 RECORDS = 18  # Real steps before a machine is held: as many as fill the default history.

@@ -96,7 +96,8 @@ LEAP_FIT = "prediction/fits/test_multisecant_fit.py"
 LEAPS = "prediction/test_multisecant.py"
 PROBE = "test_probe.py"
 SECANT_FLOAT16 = "prediction/predictors/test_secant.py -k float16 or twin"
-BY_KIND = "prediction/test_jit_by_phase.py"
+BY_KIND = "test_step_programs.py"
+BY_WINDOW = "test_window_programs.py"
 FORECAST = "prediction/test_forecast.py"
 SUMMED = "accumulation/test_ternary_sum.py"
 GPU_SECANTS = "kernels/gpu/test_secant_kernels.py"
@@ -206,26 +207,57 @@ MUTANTS = [
     Mutant("forecast._of_cycle", "(done + num) % phases.correct_every == 0", "True", FORECAST),
     Mutant("forecast._of_cycle", "done + 1 >= leap", "done >= leap", FORECAST),
     Mutant("forecast._of_cycle", "jnp.maximum(full - done, 1)", "jnp.maximum(full, 1)", FORECAST),
+    Mutant("kinds.assumption_for", "assumption.scalar is not scalar", "False", f"{BY_KIND} -k decided_on"),
+    Mutant("step_programs._without", "steps -= taken", "steps -= 0", f"{BY_KIND} -k what_is_left"),
+    Mutant("step_programs._without", "min(num, steps)", "0", f"{BY_KIND} -k waits_only"),
+    Mutant("step_programs._Last.is_in", "))) is scalar", "))) is not None", f"{BY_KIND} -k turns"),
     Mutant(
-        "kinds.assumption_for", "assumption.machine.phase is not machine.phase", "False", f"{BY_KIND} -k decided_on"
-    ),
-    Mutant("jit_by_phase._without", "steps -= taken", "steps -= 0", f"{BY_KIND} -k what_is_left"),
-    Mutant("jit_by_phase._without", "min(num, steps)", "0", f"{BY_KIND} -k waits_only"),
-    Mutant("jit_by_phase._Last.is_in", ".phase is phase", ".phase is not None", f"{BY_KIND} -k turns"),
-    Mutant(
-        "jit_by_phase._traced_for",
-        "find_machine_state(result).phase is assumption.after.phase",
+        "step_programs._traced_for",
+        "_scalar_of(owner) is assumption.after",
         "True",
         f"{BY_KIND} -k anew",
     ),
     Mutant(
-        "jit_by_phase._leads_to_machine",
-        "isinstance(tree, tuple) and any(map(_leads_to_machine, tree))",
-        "contains_machine(tree)",
+        "step_programs._leads_to_owner",
+        "isinstance(tree, tuple) and any(map(_leads_to_owner, tree))",
+        "bool(_owners_in(tree))",
         f"{BY_KIND} -k in_place",
     ),
-    Mutant("jit_by_phase.JitByPhase.__call__", "self._last = None", "pass", f"{BY_KIND} -k fails"),
-    Mutant("jit_by_phase._coming", "(StepKind.PLAIN, asleep)", "(StepKind.WATCHED, asleep)", f"{BY_KIND} -k asleep"),
+    Mutant("step_programs.JitByPhase.__call__", "self._last = None", "pass", f"{BY_KIND} -k fails"),
+    Mutant("step_programs._coming", "StepKind.DECIDED", "StepKind.ACCUMULATED", f"{BY_WINDOW} -k waits_once"),
+    Mutant(
+        "step_programs.JitByPhase.__init__",
+        '(jit_options["out_shardings"], None)',
+        'jit_options["out_shardings"]',
+        f"{BY_WINDOW} -k shardings",
+    ),
+    Mutant("step_programs.JitByPhase._keep", "([], 1)", "(self._forecasts, 1)", f"{BY_WINDOW} -k waits_once"),
+    Mutant("step_programs._Last.__init__", "(result, *result)", "result", f"{BY_WINDOW} -k without_a_search"),
+    Mutant("step_programs._scalar_of", "owner.mini_step", "owner.gradient_step", f"{BY_WINDOW} -k waits_once"),
+    Mutant("step_programs._owners_in", "isinstance(node, _OWNERS))", "False)", f"{BY_WINDOW} -k waits_once"),
+    Mutant("multi_steps._Window.foretell", "k - 1 - after.mini_step", "k - after.mini_step", f"{BY_WINDOW} -k bits"),
+    Mutant("multi_steps._Window.foretell", "after.gradient_step", "before.gradient_step", f"{BY_WINDOW} -k bits"),
+    Mutant("multi_steps._Window.foretell", "_WINDOWS_OF_ONE, 1", "1, 1", f"{BY_WINDOW} -k waits_once"),
+    Mutant("multi_steps._Window.foretell", "_WINDOWS_OF_ONE, 1", "2**30, 1", f"{BY_WINDOW} -k asked_for_again"),
+    Mutant(
+        "multi_steps.ternary_multi_steps",
+        "jnp.array(False), _zeros(outcome.updates)",
+        "emits, _zeros(outcome.updates)",
+        f"{BY_WINDOW} -k never_emits",
+    ),
+    Mutant(
+        "multi_steps.accumulate_ternary",
+        "_zeros(updates)",
+        "zeros_unless(taken.is_last, updates)",
+        f"{BY_WINDOW} -k adds_nothing",
+    ),
+    Mutant(
+        "multi_steps.ternary_multi_steps",
+        "_zeros(outcome.updates)",
+        "zeros_unless(taken.is_last, updates)",
+        f"{BY_WINDOW} -k adds_nothing",
+    ),
+    Mutant("step_programs._coming", "(StepKind.PLAIN, asleep)", "(StepKind.WATCHED, asleep)", f"{BY_KIND} -k asleep"),
     Mutant(
         "step.PhaseStep.straight",
         "tree_where(is_finite, new_state, inner_state)",
@@ -790,8 +822,8 @@ MUTANTS = [
     Mutant("phases.LegacyCycle.moved", "is_worse, longer", "is_better, longer", LEGACY),
     Mutant(
         "forecast._of_cycle",
-        "_runs((true, 1), (true, 0))",
-        "_runs((true, 1), (true, 2))",
+        "runs((true, 1), (true, 0))",
+        "runs((true, 1), (true, 2))",
         "prediction/test_forecast.py -k certain",
     ),
     Mutant(
@@ -843,7 +875,7 @@ MUTANTS = [
     Mutant("step.PhaseStep._consulted_by_branches", "encodes or", "encodes or True or", f"{BY_KIND} -k branches_do"),
     Mutant("trees.all_finite", "finite &= numerics", "finite |= numerics", STEP),
     Mutant("trees.tree_where", "jnp.where(condition, n, o)", "jnp.where(condition, o, n)", STEP),
-    Mutant("step._behind", "~jnp.any(jnp.isnan(leaf))", "True", "prediction/test_jit_by_phase.py -k copies_no_record"),
+    Mutant("step._behind", "~jnp.any(jnp.isnan(leaf))", "True", "test_step_programs.py -k copies_no_record"),
     Mutant("step.PhaseStep._read", "_behind(~is_predict & is_finite", "_behind(is_predict & is_finite", LINE),
     Mutant("step.PhaseStep._read", "is_due = is_compared & is_finite", "is_due = is_compared | is_finite", TWIN),
     Mutant("step.PhaseStep.__call__", "(~is_predict & has_gradient", "(~is_predict | has_gradient", LINE),

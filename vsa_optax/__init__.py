@@ -17,7 +17,6 @@ if _typing.TYPE_CHECKING:
     from vsa_optax.memory import StateBytes, state_bytes
     from vsa_optax.prediction.api import phase_switched, predict_gradients
     from vsa_optax.prediction.guard import GuardAction
-    from vsa_optax.prediction.jit_by_phase import jit_by_phase
     from vsa_optax.prediction.legacy import MomentumSettings, momentum_predictor
     from vsa_optax.prediction.machine import Phase
     from vsa_optax.prediction.multisecant import MultisecantStats, multisecant, multisecant_stats
@@ -29,6 +28,7 @@ if _typing.TYPE_CHECKING:
     from vsa_optax.prediction.value_and_grad import value_and_grad_by_phase
     from vsa_optax.probe import probe
     from vsa_optax.probe_report import ProbeReport, ProbeRun
+    from vsa_optax.step_programs import jit_by_phase
 
 __version__ = "0.1.0"
 
@@ -115,7 +115,7 @@ _HOMES = {
     "compress_gradients": "compression.gradients",
     "compressed_pmean": "compression.pmean",
     "conservative": "prediction.presets",
-    "jit_by_phase": "prediction.jit_by_phase",
+    "jit_by_phase": "step_programs",
     "loss_report": "loss_statistics",
     "momentum_predictor": "prediction.legacy",
     "multisecant": "prediction.multisecant",

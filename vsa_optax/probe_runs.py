@@ -13,10 +13,10 @@ import optax
 
 from vsa_optax.core.types import Tree
 from vsa_optax.memory import state_bytes
-from vsa_optax.prediction.jit_by_phase import jit_by_phase
 from vsa_optax.prediction.leap import MultisecantState
 from vsa_optax.prediction.stats import needs_backward
 from vsa_optax.prediction.value_and_grad import value_and_grad_by_phase
+from vsa_optax.step_programs import jit_by_phase
 
 # A step returns parameters, state, the loss known after the step, and whether it took a gradient.
 Step = Callable[[Tree, Tree, Tree], tuple[Tree, Tree, jax.Array, jax.Array]]

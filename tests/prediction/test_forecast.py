@@ -10,8 +10,8 @@ from samples import draw
 
 import vsa_optax
 from vsa_optax import AdaptiveCycle, Cycle, Guarded, LegacyCycle, Momentum, QualityCycle, Secants, Window
+from vsa_optax.core.kinds import StepKind
 from vsa_optax.prediction.forecast import FOREVER, forecast
-from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.machine import Phase
 
 STEPS = 220

@@ -13,11 +13,15 @@ import optax
 
 from vsa_optax.accumulation.inner_optimizer import RunInner
 from vsa_optax.accumulation.ternary_sum import EveryK, Rounding, TernarySum, check_every_k, make_ternary_sum
-from vsa_optax.core import checks, mesh
+from vsa_optax.core import checks, kinds, mesh
 from vsa_optax.core.conditional import in_place_if, warn_of_command_buffers
+from vsa_optax.core.kinds import StepKind
 from vsa_optax.core.mesh import as_varying, varying_axes
 from vsa_optax.core.trees import zeros_unless
 from vsa_optax.core.types import Tree
+
+# If windows have one micro-batch, a host with `vsa_optax.jit_by_phase` asks for K again after so many.
+_WINDOWS_OF_ONE = 32
 
 
 class AccumulateTernaryState(NamedTuple):
@@ -85,6 +89,8 @@ class _Window:
     A micro-batch is added before it is known to be finite. The new sum is kept beside the old one until then, so no
     condition comes before the end, at which a GPU would wait for the host. The last micro-batch of a window is also
     added, without use: the mean is computed from the old sum and the unquantised gradient.
+
+    In a program of `vsa_optax.jit_by_phase` for micro-batches that are not the last, there is no condition at all.
     """
 
     def __init__(self, total: TernarySum, every_k: EveryK, use_mean: bool) -> None:
@@ -107,6 +113,15 @@ class _Window:
         mean = self._total.finish(last, acc_grads, gradient_step, divisor)
         # Zeros that vary over the devices of a shard_map if the sum does.
         return mean, jax.tree.map(lambda x: jnp.where(True, jnp.zeros_like(x), x), acc_grads)
+
+    def foretell(self, before: Tree, after: Tree) -> None:
+        """Forecasts the coming micro-batches in a program of `vsa_optax.jit_by_phase`, from the states of a step."""
+        if assumption := kinds.assumption_for(before.mini_step):
+            k = jnp.asarray(self._every_k(after.gradient_step), jnp.int32)
+            num_before_last = jnp.maximum(k - 1 - after.mini_step, 0)
+            num_decided = jnp.where(k == 1, _WINDOWS_OF_ONE, 1)
+            assumption.after = after.mini_step
+            assumption.forecast = kinds.runs((StepKind.ACCUMULATED, num_before_last), (StepKind.DECIDED, num_decided))
 
 
 def _counted(state: Tree, is_finite: jax.Array, emits: jax.Array, adds: jax.Array) -> dict[str, jax.Array]:
@@ -165,7 +180,8 @@ def accumulate_ternary(
     over seeds. It is two trits at K = 8 and three at K = 32, where two trits lost 2.8 and 4.4 standard deviations on
     the transformer, in two runs.
 
-    **On a GPU**, custom kernels sum large leaves, as in `vsa_optax.TritCodec`.
+    **On a GPU**, custom kernels sum large leaves, as in `vsa_optax.TritCodec`. A GPU stops in each step to ask whether
+    the window is complete, unless the step is compiled by `vsa_optax.jit_by_phase`.
 
     **Non-finite values.** A micro-batch with a NaN or an infinity, or one that would give a coded block a scale beyond
     5e33, is left out and counted. Zeros are emitted, the mean is that of K other micro-batches, and no non-finite value
@@ -244,10 +260,15 @@ def accumulate_ternary(
         taken = window.take(updates, acc_grads, state.gradient_step, state.mini_step)
         is_finite = mesh.all_devices_agree(taken.is_finite, _axes_to_agree_over(updates, state.mini_step))
         emits, adds = is_finite & taken.is_last, is_finite & ~taken.is_last
-        held, acc_grads = finish_if(emits, (updates, acc_grads), state.gradient_step, taken.divisor)
+        if kinds.kind_of(state.mini_step) is StepKind.ACCUMULATED:
+            emits, held, new_updates = jnp.array(False), updates, _zeros(updates)
+        else:
+            held, acc_grads = finish_if(emits, (updates, acc_grads), state.gradient_step, taken.divisor)
+            new_updates = zeros_unless(emits, held)
         acc_grads = total.settle(acc_grads, taken.grown, held, adds)
-        counts = _counted(state, is_finite, emits, adds)
-        return zeros_unless(emits, held), AccumulateTernaryState(acc_grads=acc_grads, **counts)
+        after = AccumulateTernaryState(acc_grads=acc_grads, **_counted(state, is_finite, emits, adds))
+        window.foretell(state, after)
+        return new_updates, after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -270,6 +291,9 @@ def ternary_multi_steps(
     left out and counted, whatever ``should_skip_update_fn`` returns for it.
 
     With `vsa_optax.phase_switched` inside, its steps are emissions: all micro-batches of a PREDICT step are skipped.
+
+    **On a GPU**, compile the training step by `vsa_optax.jit_by_phase`: micro-batches that do not complete their window
+    then run without a conditional.
 
     **Many devices.** In data-parallel training each device sums its own micro-batches, and only the mean of a window is
     sent, inside ``jax.shard_map`` or ``jax.pmap``, by an optimizer that averages::
@@ -372,19 +396,24 @@ def ternary_multi_steps(
         else:
             mesh.note_window(updates)
         emits, adds = is_accepted & taken.is_last, is_accepted & ~taken.is_last
-        window_of = state.gradient_step, taken.divisor
-        new_updates, updates, acc_grads, inner_opt_state = run_inner(
-            emits, updates, acc_grads, window_of, state.inner_opt_state, params, extra_args, outcome
-        )
+        if kinds.kind_of(state.mini_step) is StepKind.ACCUMULATED:
+            emits, new_updates, inner_opt_state = jnp.array(False), _zeros(outcome.updates), state.inner_opt_state
+        else:
+            window_of = state.gradient_step, taken.divisor
+            new_updates, updates, acc_grads, inner_opt_state = run_inner(
+                emits, updates, acc_grads, window_of, state.inner_opt_state, params, extra_args, outcome
+            )
         own = total.settle(acc_grads, taken.grown, updates, adds), skip_state
         if is_of_each_device:
             own = mesh.varying_like(mesh.with_axis_in_front(own), (state.acc_grads, state.skip_state))
-        return new_updates, TernaryMultiStepsState(
+        after = TernaryMultiStepsState(
             inner_opt_state=inner_opt_state,
             acc_grads=own[0],
             skip_state=own[1],
             **_counted(state, is_finite, emits, adds),
         )
+        window.foretell(state, after)
+        return new_updates, after
 
     return TernaryMultiSteps(init_fn, update_fn)
 
@@ -443,6 +472,14 @@ def _ask(
             f"{should_skip.shape} and dtype {should_skip.dtype}"
         )
     return should_skip, skip_state
+
+
+def _zeros(like: Tree) -> Tree:
+    """Zeros that are constants to XLA, so that it removes their addition to the parameters.
+
+    It then keeps no array for them. Where the addition stays, it would: see `zeros_unless`.
+    """
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=x.dtype), like)
 
 
 def _zero() -> jax.Array:

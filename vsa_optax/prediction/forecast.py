@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from vsa_optax.core.kinds import StepKind, runs
 from vsa_optax.prediction.guard import leap_length, watched_for_certain
-from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.machine import Phase, ever_predicts, shortest_full
 from vsa_optax.prediction.machine_state import Machine
 from vsa_optax.prediction.phases import AdaptiveCycle, Cycle, Guarded, QualityCycle
@@ -19,7 +19,7 @@ def forecast(phases: Guarded | Cycle, state: Machine) -> jax.Array:
     other result of a step can change the forecast.
     """
     if not ever_predicts(phases):
-        return _runs((StepKind.PLAIN, FOREVER), (StepKind.PLAIN, FOREVER))
+        return runs((StepKind.PLAIN, FOREVER), (StepKind.PLAIN, FOREVER))
     if isinstance(phases, Guarded):
         return _of_guard(phases, state)
     return _of_cycle(phases, state)
@@ -34,10 +34,10 @@ def _of_guard(phases: Guarded, state: Machine) -> jax.Array:
     is_last = done + 1 >= leap_length(phases, state.guard)
     true = jnp.where(
         asleep > 0,
-        _runs((StepKind.PLAIN, asleep), (StepKind.WATCHED, 1)),
-        _runs((StepKind.WATCHED, num_watched), (StepKind.WATCHED, 0)),
+        runs((StepKind.PLAIN, asleep), (StepKind.WATCHED, 1)),
+        runs((StepKind.WATCHED, num_watched), (StepKind.WATCHED, 0)),
     )
-    predicted = _runs((StepKind.PREDICTED, 1), (StepKind.WATCHED, is_last))
+    predicted = runs((StepKind.PREDICTED, 1), (StepKind.WATCHED, is_last))
     return jnp.where(state.phase == Phase.PREDICT, predicted, true)
 
 
@@ -54,25 +54,21 @@ def _of_cycle(phases: Cycle, state: Machine) -> jax.Array:
         to_correction = phases.correct_every - done % phases.correct_every
         return jnp.minimum(to_correction, jnp.maximum(jnp.asarray(leap) - done, 1))
 
-    in_warmup = _runs((true, jnp.maximum(phases.warmup_steps - done, 1)), (true, coming_full))
-    in_full = _runs((true, jnp.maximum(full - done, 1)), (StepKind.PREDICTED, num_predicted(0)))
+    in_warmup = runs((true, jnp.maximum(phases.warmup_steps - done, 1)), (true, coming_full))
+    in_full = runs((true, jnp.maximum(full - done, 1)), (StepKind.PREDICTED, num_predicted(0)))
     if isinstance(phases, QualityCycle):  # The error of the prediction decides the next phase.
-        in_full = _runs((true, 1), (true, 0))
+        in_full = runs((true, 1), (true, 0))
     num = num_predicted(done)
     is_corrected = (done + num) % phases.correct_every == 0
     in_predict = jnp.where(
         is_corrected,
-        _runs((StepKind.PREDICTED, num), (StepKind.WATCHED, 1)),
-        _runs((StepKind.PREDICTED, num), (true, coming_full)),
+        runs((StepKind.PREDICTED, num), (StepKind.WATCHED, 1)),
+        runs((StepKind.PREDICTED, num), (true, coming_full)),
     )
     in_correct = jnp.where(
         done + 1 >= leap,
-        _runs((StepKind.WATCHED, 1), (true, coming_full)),
-        _runs((StepKind.WATCHED, 1), (StepKind.PREDICTED, num_predicted(done + 1))),
+        runs((StepKind.WATCHED, 1), (true, coming_full)),
+        runs((StepKind.WATCHED, 1), (StepKind.PREDICTED, num_predicted(done + 1))),
     )
     of_phase = jnp.stack([in_warmup, in_full, in_predict, in_correct])  # In the order of `Phase`.
     return of_phase[state.phase]
-
-
-def _runs(*runs: tuple[StepKind, int | jax.Array]) -> jax.Array:
-    return jnp.stack([jnp.stack([jnp.int32(kind), jnp.asarray(count, jnp.int32)]) for kind, count in runs])

@@ -10,12 +10,12 @@ import optax
 from jax import lax
 
 from vsa_optax.core.conditional import in_place_if, prefers_branches, run_if, split_extra_args
+from vsa_optax.core.kinds import StepKind
 from vsa_optax.core.mesh import all_finite_over, as_varying, varying_axes
 from vsa_optax.core.trees import all_finite, any_nonzero, num_bytes, tree_where
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
 from vsa_optax.prediction.guard import Moved
-from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.machine import Phase, ends_leap
 from vsa_optax.prediction.machine_state import Machine
 from vsa_optax.prediction.predictors.base import Comparison, Experience, HistoryState, Predictor, Scalars

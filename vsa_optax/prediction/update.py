@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from vsa_optax.core import checks
+from vsa_optax.core import checks, kinds
 from vsa_optax.core.conditional import warn_of_command_buffers
+from vsa_optax.core.kinds import StepKind
 from vsa_optax.core.mesh import all_finite_over, axes_in, is_checked, mean_over, varying_axes
 from vsa_optax.core.trees import all_finite, both_finite, norm, tree_where, zeros_unless
 from vsa_optax.core.types import Tree
 from vsa_optax.kernels import numerics
-from vsa_optax.prediction import kinds, stats, unmeasured, unsuited
 from vsa_optax.prediction import machine as machines
+from vsa_optax.prediction import stats, unmeasured, unsuited
 from vsa_optax.prediction.forecast import forecast
-from vsa_optax.prediction.kinds import StepKind
 from vsa_optax.prediction.learning_rate import check_one_rate
 from vsa_optax.prediction.machine import Phase
 from vsa_optax.prediction.machine_state import Machine, PhaseMachineState
@@ -118,7 +118,7 @@ def switched(
             if not predicts_updates:
                 unmeasured.check_no_reader(state.inner_state)
 
-        assumption = kinds.assumption_for(machine)
+        assumption = kinds.assumption_for(machine.phase)
         kind = None if assumption is None else assumption.kind
         axes = _axes_to_agree_over(updates, state)
         if value is not None:
@@ -170,7 +170,7 @@ def switched(
         if result.comparison is not None:
             residual = result.comparison.experience.residual
         if assumption is not None:
-            assumption.forecast, assumption.after = forecast(phases, machine), machine
+            assumption.forecast, assumption.after = forecast(phases, machine), machine.phase
         return new_updates, PhaseSwitchedState(machine.packed(), result.history, residual, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

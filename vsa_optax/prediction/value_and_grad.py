@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vsa_optax.core.kinds import StepKind, kind_of
 from vsa_optax.core.mesh import as_varying, varying_axes
 from vsa_optax.core.types import Tree
 from vsa_optax.prediction import unmeasured
@@ -20,7 +21,6 @@ from vsa_optax.prediction.function_checks import (
     refuse_modules,
     refuse_what_is_no_array,
 )
-from vsa_optax.prediction.kinds import StepKind, kind_of
 from vsa_optax.prediction.machine import Phase, last_value, note_repeated_loss
 from vsa_optax.prediction.predictors.secant import SecantHistoryState
 from vsa_optax.prediction.stats import contains_machine, find_machine
@@ -169,7 +169,7 @@ def value_and_grad_by_phase(
             instead: Tree = (value, aux) if has_aux else value
             return instead, grads
 
-        kind = kind_of(machine)
+        kind = kind_of(machine.phase)
         if kind is not None:
             return (in_predict if kind is StepKind.PREDICTED else with_backward)(arrays, aux_in_predict)
         is_predict = machine.phase == Phase.PREDICT
