@@ -1,19 +1,21 @@
 """The kernels that add to a coded sum and finish it, on vectors of the size of a model's leaves: each tuning's time.
 
 Run `python benchmarks/trit_kernels_small.py | tee benchmarks/trit_kernels_small_gpu.log`. A program has `CALLS` calls
-of a kernel on `ARRAYS` vectors, so the time is that of the kernel and not of the host. It runs `IN_FLIGHT` times before
-the host waits, in `ROUNDS` rounds in which all tunings take turns; the best round counts. A line has the best tuning
-and the one that the library takes. The last two lines are a vector of one row, where the time is that of a launch.
+of a kernel on `ARRAYS` vectors, and runs `IN_FLIGHT` times. The time is the median duration of a kernel in JAX's
+profiler: on the clock, a call on one row takes 10 to 18 us, which is the host's. A line has the best tuning and the one
+that the library takes. The last two lines are a vector of one row.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import importlib.metadata
 import itertools
-import math
 import os
+import pathlib
 import platform
+import tempfile
 import time
 
 import jax
@@ -23,7 +25,7 @@ import numpy as np
 from vsa_optax.kernels.gpu import levels, rows, trit_kernels
 from vsa_optax.kernels.gpu.rows import Tuning
 
-CALLS, ARRAYS, IN_FLIGHT, ROUNDS = 30, 24, 5, 3
+CALLS, ARRAYS, IN_FLIGHT = 30, 24, 5
 SIZES = 589_824, 1_769_472, 2_359_296, 38_597_376
 OPERATIONS = {"add": trit_kernels.ADD, "finish": trit_kernels.FINISH}
 WARPS = 1, 2, 4, 8
@@ -90,20 +92,29 @@ def compiled(cases, num, interpret):
         return dict(zip(cases, pool.map(compile_one, cases), strict=True))
 
 
-def best_seconds(runs, xs, sums, of_rows):
-    """By name the seconds of a kernel in the best round. ``runs`` have a program and whether it replaces vectors."""
-    best = dict.fromkeys(runs, math.inf)
-    for round_ in range(ROUNDS + 1):
-        for name, (run, replaces_xs) in runs.items():
-            start = time.perf_counter()
-            for _ in range(IN_FLIGHT):
-                result = run(xs, sums, of_rows)
-                if replaces_xs:
-                    xs = result
-            jax.block_until_ready(result)
-            if round_:  # The first one only warms up.
-                best[name] = min(best[name], (time.perf_counter() - start) / IN_FLIGHT / CALLS)
-    return best
+def kernel_seconds(operation, runs, xs, sums, of_rows):
+    """By tuning the median seconds of a kernel, as a profiler of the GPU sees it; None without a GPU.
+
+    ``runs`` have a program and whether it replaces vectors.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for folder_of_turn in (None, folder):  # The first turn only warms up.
+            with jax.profiler.trace(folder_of_turn) if folder_of_turn else contextlib.nullcontext():
+                for run, replaces_xs in runs.values():
+                    for _ in range(IN_FLIGHT):
+                        result = run(xs, sums, of_rows)
+                        xs = result if replaces_xs else xs
+                    jax.block_until_ready(result)
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
+        events = [event for line in lines if line.name.startswith("Stream") for event in line.events]
+    # The programs run one after the other, each with the same number of kernels.
+    of_kernel = sorted((e.start_ns, e.duration_ns) for e in events if e.name.startswith(f"trit_{operation}"))
+    if len(of_kernel) != len(runs) * IN_FLIGHT * CALLS:
+        return None
+    times = np.array([duration for _, duration in of_kernel]).reshape(len(runs), -1)
+    return dict(zip(runs, 1e-9 * np.median(times, axis=1), strict=True))
 
 
 def words_of(tuning):
@@ -130,8 +141,7 @@ def main():
     start = time.perf_counter()
     programs = compiled([*cases, *floors], ARRAYS, options.interpret)
     print(f"{len(programs)} programs compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    print(f"microseconds of a call, {CALLS} in a program on {ARRAYS} vectors, {IN_FLIGHT} programs in flight, best of")
-    print(f"{ROUNDS} rounds")
+    print(f"microseconds of a kernel: median of {IN_FLIGHT} runs of a program with {CALLS} calls on {ARRAYS} vectors")
     print("operation  coordinates   rows  trits    best  with                         present  with")
     for size, trits in [*groups, (rows.ROW, 1)]:
         report(size, trits, programs, options.all)
@@ -153,7 +163,10 @@ def report(size, trits, programs, shows_all):
                 print(f"  {operation}, {words_of(tuning)}: {str(run)[:200]}", flush=True)
         runs = {t: (run, operation == "finish") for t, run in runs.items() if not isinstance(run, Exception)}
         words = jax.random.bits(jax.random.key(7), (1, num_words(size)), jnp.uint32)
-        seconds = best_seconds(runs, xs, sums, words)
+        seconds = kernel_seconds(operation, runs, xs, sums, words)
+        if seconds is None:
+            print(f"{operation}, {size} coordinates: no kernels in the profile")
+            continue
         fastest, own = min(seconds, key=seconds.get), present(operation, size, trits)
         print(
             f"{operation:9s}  {size:11d}  {rows.num_rows(size):5d}  {trits:5d}  {1e6 * seconds[fastest]:6.2f}  "

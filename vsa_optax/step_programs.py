@@ -1,8 +1,8 @@
 """Compiles one program for each kind of step; the host chooses which one to run.
 
-In a single program the device decides the phase, or whether a window of micro-batches is complete: a GPU stops at each
-conditional and each loop iteration until the host has fetched the condition. Here, no program has control flow, except
-that of a micro-batch that may complete its window. Each program also returns a forecast, which tells the host how many
+In a single program the device decides the phase, or whether a window of micro-batches is complete. The phase is decided
+by conditionals, whose results a GPU copies; the window by a loop, at which a GPU stops until the host has fetched the
+condition. Here, no program has control flow, except that of a micro-batch that may complete its window. Each program also returns a forecast, which tells the host how many
 of the coming steps are of a certain kind. The host waits for a device only where the forecast ends:
 
 - With a phase machine (`prediction.forecast`), that is at a compared step after which a leap or a sleep may begin, and
@@ -148,8 +148,8 @@ def _scalar_of(owner: _Owner) -> jax.Array:
 def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitByPhase[Parameters, Result]:
     """Replaces ``jax.jit`` for a training step: compiles it once for each kind of step, and chooses on the host.
 
-    It is meant for GPUs, which stop at each conditional until the host has read the condition. There are two families
-    of kinds:
+    It is meant for GPUs, where conditionals are copied, and loops make the device wait for the host. There are two
+    families of kinds:
 
     - With `vsa_optax.phase_switched` or `vsa_optax.predict_gradients`, a step is predicted, or true and not recorded,
       recorded, or compared. No program has a conditional.
