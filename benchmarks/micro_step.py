@@ -39,7 +39,7 @@ STEPS, ROUNDS = 10, 5
 NEVER = 10**6
 HEAD = 64  # The width of an attention head.
 WAYS = "jit", "by phase"
-KINDS = StepKind.ACCUMULATED, StepKind.DECIDED
+KINDS = StepKind.ACCUMULATED, StepKind.UNDECIDED
 
 
 class Size(NamedTuple):

@@ -2,8 +2,9 @@
 
 In a single program the device decides the phase, or whether a window of micro-batches is complete. The phase is decided
 by conditionals, whose results a GPU copies; the window by a loop, at which a GPU stops until the host has fetched the
-condition. Here, no program has control flow, except that of a micro-batch that may complete its window. Each program also returns a forecast, which tells the host how many
-of the coming steps are of a certain kind. The host waits for a device only where the forecast ends:
+condition. Here, no program has control flow, except that of a micro-batch that may complete its window. Each program
+also returns a forecast, which tells the host how many of the coming steps are of a certain kind. The host waits for a
+device only where the forecast ends:
 
 - With a phase machine (`prediction.forecast`), that is at a compared step after which a leap or a sleep may begin, and
   in a leap that may end early because the parameters moved too far.
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 
 from vsa_optax.accumulation.multi_steps import AccumulateTernaryState, TernaryMultiStepsState
-from vsa_optax.core.kinds import Assumption, StepKind, assumed
+from vsa_optax.core.kinds import Assumption, Marks, StepKind, are_same, assumed
 from vsa_optax.core.types import Tree
 from vsa_optax.prediction.forecast import FOREVER
 from vsa_optax.prediction.machine import Phase
@@ -32,6 +33,7 @@ Result = TypeVar("Result")
 # The states that own the kind of a step. The device decides about a state inside another.
 _Owner: TypeAlias = PhaseMachineState | TernaryMultiStepsState | AccumulateTernaryState
 _OWNERS = PhaseMachineState, TernaryMultiStepsState, AccumulateTernaryState
+_OF_WINDOWS = StepKind.ACCUMULATED, StepKind.UNDECIDED
 
 # How many forecasts are kept, since the newest may not have arrived yet. A forecast is fetched while fewer steps than
 # that are known.
@@ -73,7 +75,7 @@ class JitByPhase(Generic[Parameters, Result]):
     def _keep(self, kind: StepKind, forecast: jax.Array) -> None:
         """Keeps the forecast of a step of this kind, if it may be needed."""
         num_needed = _NUM_FORECASTS
-        if kind in (StepKind.ACCUMULATED, StepKind.DECIDED):
+        if kind in _OF_WINDOWS:
             # A micro-batch that is left out changes the forecast of a window. So the newest decides, whichever have
             # arrived: otherwise processes might choose differently.
             self._forecasts, num_needed = [], 1
@@ -105,13 +107,13 @@ class _Last:
     def __init__(self, result: Tree) -> None:
         parts = (result, *result) if type(result) is tuple else (result,)
         self._parts = [part for part in parts if _leads_to_owner(part)]
-        self._scalar = None if self._parts else _scalar_of(_find_owner(result))
+        self._marks = None if self._parts else _marks_of(_find_owner(result))
 
     def is_in(self, args: tuple[Tree, ...], kwargs: dict[str, Tree]) -> bool:
         if any(arg is part for arg in (*args, *kwargs.values()) for part in self._parts):
             return True
-        scalar = _scalar_of(_find_owner(self._parts[0])) if self._scalar is None else self._scalar
-        return _scalar_of(_find_owner((args, kwargs))) is scalar
+        marks = _marks_of(_find_owner(self._parts[0])) if self._marks is None else self._marks
+        return are_same(_marks_of(_find_owner((args, kwargs))), marks)
 
 
 def _leads_to_owner(tree: Tree) -> bool:
@@ -122,9 +124,10 @@ def _leads_to_owner(tree: Tree) -> bool:
 
 
 def _owners_in(tree: Tree) -> list[_Owner]:
-    """The outermost owners; a machine inside a window is none."""
+    """The machines or, if there are none, the windows; a machine inside a window is none."""
     nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, _OWNERS))
-    return [node for node in nodes if isinstance(node, _OWNERS)]
+    owners = [node for node in nodes if isinstance(node, _OWNERS)]
+    return [owner for owner in owners if isinstance(owner, PhaseMachineState)] or owners
 
 
 def _find_owner(tree: Tree) -> _Owner:
@@ -133,16 +136,16 @@ def _find_owner(tree: Tree) -> _Owner:
         raise ValueError(
             "expected one phase machine or one window of micro-batches in the arguments, found "
             f"{[type(node).__name__ for node in found] or 'none'}: pass the state of an optimizer made with "
-            "predict_gradients, phase_switched, accumulate_ternary or ternary_multi_steps, and use only one of them, "
-            "once, or phases inside a window: ternary_multi_steps(phase_switched(...), k). For several groups of "
-            "parameters, wrap one around all of them: phase_switched(optax.multi_transform({...}, labels))"
+            "predict_gradients, phase_switched, accumulate_ternary or ternary_multi_steps, and use only one machine, "
+            "or one window without a machine beside it. For several groups of parameters, wrap one around all of them: "
+            "phase_switched(optax.multi_transform({...}, labels))"
         )
     return found[0]
 
 
-def _scalar_of(owner: _Owner) -> jax.Array:
-    """The scalar by which an owner is recognized; an optimizer of Flax nnx wraps it."""
-    return unwrapped(owner.phase if isinstance(owner, PhaseMachineState) else owner.mini_step)
+def _marks_of(owner: _Owner) -> Marks:
+    """The arrays by which an owner is recognized; an optimizer of Flax nnx wraps them."""
+    return tuple(None if mark is None else unwrapped(mark) for mark in owner.marks())
 
 
 def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitByPhase[Parameters, Result]:
@@ -154,8 +157,11 @@ def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitBy
     - With `vsa_optax.phase_switched` or `vsa_optax.predict_gradients`, a step is predicted, or true and not recorded,
       recorded, or compared. No program has a conditional.
     - With `vsa_optax.ternary_multi_steps` or `vsa_optax.accumulate_ternary`, a micro-batch certainly does not complete
-      its window, or it may. The first program has no conditional, and does not touch the parameters. In the second, the
+      its window, or it may. The first program has no conditional, and emits zeros that XLA knows. In the second, the
       device decides. The host waits for the device once in a window, after the second; where K is 1, once in 32 steps.
+
+    For windows it is always worthwhile on a GPU. For phases it saves the copies of conditionals, which matters where
+    the guard sleeps; if a step takes about a millisecond, a wait for the host takes longer, and ``jax.jit`` is faster.
 
     The rules of ``jax.jit(fun)`` apply, and a state may move back and forth between both. Parameters differ by
     rounding. Phases differ only where rounding changes a decision of the guard or of `vsa_optax.AdaptiveCycle`. Windows
@@ -167,8 +173,9 @@ def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitBy
 
     Args:
         fun: the training step. Its arguments contain exactly one phase machine or one window, inside an optimizer's
-            state, and its result contains the updated one. The update must be outside loops and ``jax.shard_map``;
-            inside them, the device decides, as in ``jax.jit``.
+            state, and its result contains the updated one and no other. The update must come first, and not be inside a
+            loop, ``jax.jit``, ``jax.shard_map``, ``optax.MultiSteps`` or ``optax.apply_if_finite``: there the device
+            decides, as in ``jax.jit``. A window beside a machine is decided on the device, too.
         **jit_options: keyword arguments of ``jax.jit``, such as ``donate_argnums=(0, 1)`` or ``static_argnames=...``.
 
     Returns:
@@ -176,8 +183,9 @@ def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitBy
         by kind. Several processes choose alike, since they read the same scalars.
 
     Raises:
-        ValueError: at a call, if the arguments do not contain exactly one phase machine or one window of micro-batches.
-            A machine inside a window does not count.
+        ValueError: at a call, if the arguments contain neither one phase machine nor one window of micro-batches, or
+            several. A machine inside a window does not count, and neither does a window beside a machine. Also if the
+            state was made under ``jax.vmap``.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, vsa_optax
@@ -200,11 +208,18 @@ def jit_by_phase(fun: Callable[Parameters, Result], **jit_options: Any) -> JitBy
 def _traced_for(kind: StepKind, fun: Callable[..., Result]) -> Callable[..., tuple[Result, jax.Array | None]]:
     @functools.wraps(fun)
     def traced(*args: Tree, **kwargs: Tree) -> tuple[Result, jax.Array | None]:
-        assumption = Assumption(kind, _scalar_of(_find_owner((args, kwargs))))
+        owner = _find_owner((args, kwargs))
+        if isinstance(owner, PhaseMachineState) == (kind in _OF_WINDOWS):
+            raise ValueError(
+                f"programs[StepKind.{kind.name}] must not get the state of {type(owner).__name__}: ACCUMULATED and "
+                "UNDECIDED are the kinds of a window of micro-batches, and the others those of a phase machine"
+            )
+        assumption = Assumption(kind, _marks_of(owner))
         with assumed(assumption):
             result = fun(*args, **kwargs)
         # A forecast is valid only for the owner that it was made for.
-        is_its = [_scalar_of(owner) is assumption.after for owner in _owners_in(result)] == [True]
+        after = assumption.marks_after
+        is_its = after is not None and [are_same(_marks_of(o), after) for o in _owners_in(result)] == [True]
         return result, assumption.forecast if is_its else None
 
     return traced
@@ -212,8 +227,14 @@ def _traced_for(kind: StepKind, fun: Callable[..., Result]) -> Callable[..., tup
 
 def _coming(owner: _Owner) -> list[tuple[StepKind, int]]:
     """The kind of the coming step; of a machine it is read from the machine's own scalars, and the host waits."""
+    first, *_ = _marks_of(owner)
+    if first is not None and (shape := first.shape):
+        raise ValueError(
+            f"the state must be that of one training run, got a {type(owner).__name__} with leading axes {shape}: "
+            "under jax.vmap or jax.pmap steps differ in their kinds, so use jax.jit in place of jit_by_phase"
+        )
     if not isinstance(owner, PhaseMachineState):
-        return [(StepKind.DECIDED, 1)]
+        return [(StepKind.UNDECIDED, 1)]
     state = unwrapped(owner)
     machine = jax.device_get(state._replace(calibration=None)).unpacked()
     if machine.errors is None:

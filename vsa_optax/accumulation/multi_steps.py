@@ -39,6 +39,10 @@ class AccumulateTernaryState(NamedTuple):
     acc_grads: Tree
     nonfinite_count: jax.Array
 
+    def marks(self) -> kinds.Marks:
+        """The arrays on which the kinds of the coming steps depend, for `core.kinds`."""
+        return self.mini_step, self.gradient_step
+
 
 class TernaryMultiStepsState(NamedTuple):
     """State of `ternary_multi_steps`.
@@ -61,6 +65,10 @@ class TernaryMultiStepsState(NamedTuple):
     acc_grads: Tree
     skip_state: Tree
     nonfinite_count: jax.Array
+
+    def marks(self) -> kinds.Marks:
+        """The arrays on which the kinds of the coming steps depend, for `core.kinds`."""
+        return self.mini_step, self.gradient_step
 
     def fields_of_each_device(self) -> tuple[str, ...]:
         """The names of the fields that differ between devices, for `core.mesh.OfEachDevice`."""
@@ -116,12 +124,14 @@ class _Window:
 
     def foretell(self, before: Tree, after: Tree) -> None:
         """Forecasts the coming micro-batches in a program of `vsa_optax.jit_by_phase`, from the states of a step."""
-        if assumption := kinds.assumption_for(before.mini_step):
+        if assumption := kinds.assumption_for(before.marks()):
             k = jnp.asarray(self._every_k(after.gradient_step), jnp.int32)
             num_before_last = jnp.maximum(k - 1 - after.mini_step, 0)
-            num_decided = jnp.where(k == 1, _WINDOWS_OF_ONE, 1)
-            assumption.after = after.mini_step
-            assumption.forecast = kinds.runs((StepKind.ACCUMULATED, num_before_last), (StepKind.DECIDED, num_decided))
+            num_undecided = jnp.where(k == 1, _WINDOWS_OF_ONE, 1)
+            assumption.marks_after = after.marks()
+            assumption.forecast = kinds.runs(
+                (StepKind.ACCUMULATED, num_before_last), (StepKind.UNDECIDED, num_undecided)
+            )
 
 
 def _counted(state: Tree, is_finite: jax.Array, emits: jax.Array, adds: jax.Array) -> dict[str, jax.Array]:
@@ -260,7 +270,7 @@ def accumulate_ternary(
         taken = window.take(updates, acc_grads, state.gradient_step, state.mini_step)
         is_finite = mesh.all_devices_agree(taken.is_finite, _axes_to_agree_over(updates, state.mini_step))
         emits, adds = is_finite & taken.is_last, is_finite & ~taken.is_last
-        if kinds.kind_of(state.mini_step) is StepKind.ACCUMULATED:
+        if kinds.kind_of(state.marks()) is StepKind.ACCUMULATED:
             emits, held, new_updates = jnp.array(False), updates, _zeros(updates)
         else:
             held, acc_grads = finish_if(emits, (updates, acc_grads), state.gradient_step, taken.divisor)
@@ -396,7 +406,7 @@ def ternary_multi_steps(
         else:
             mesh.note_window(updates)
         emits, adds = is_accepted & taken.is_last, is_accepted & ~taken.is_last
-        if kinds.kind_of(state.mini_step) is StepKind.ACCUMULATED:
+        if kinds.kind_of(state.marks()) is StepKind.ACCUMULATED:
             emits, new_updates, inner_opt_state = jnp.array(False), _zeros(outcome.updates), state.inner_opt_state
         else:
             window_of = state.gradient_step, taken.divisor

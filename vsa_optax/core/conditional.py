@@ -25,7 +25,7 @@ def in_place_if(fun: Callable[[Carry, *Operands], Carry]) -> Callable[[jax.Array
 
     ``run`` is one function object for ``fun``. Outside jit, JAX compiles a loop or a conditional again for each new
     function object, so callers create theirs once. An eager update of `vsa_optax.phase_switched` on a small model then
-    takes 14 ms instead of 2 s, and one of `vsa_optax.ternary_multi_steps` 9 ms instead of 2 s (on a CPU,
+    takes 19 ms instead of 1.6 s, and one of `vsa_optax.ternary_multi_steps` 10 ms instead of 2.1 s (on a CPU,
     benchmarks/eager_step.log).
     """
 
@@ -46,10 +46,11 @@ def in_place_if(fun: Callable[[Carry, *Operands], Carry]) -> Callable[[jax.Array
 def run_if(fun: Callable[[Carry, *Operands], Carry]) -> Callable[[jax.Array, Carry, *Operands], Carry]:
     """Like `in_place_if`, but a conditional where that is faster; for carries that may be in memory twice.
 
-    At each loop a GPU waits until the host has fetched the condition. XLA puts conditionals into command buffers, where
-    the device decides alone: with the default predictor, a true step of a transformer of 11 million parameters takes
-    1.08 times as long as AdamW's while the guard sleeps, and 1.17 times with loops (H200, JAX 0.11.2,
-    benchmarks/phase_in_flight_gpu.log). The price is the memory of the result beside that of the carry.
+    At each loop a GPU waits until the host has fetched the condition. JAX 0.11 puts conditionals into command buffers,
+    where the device decides alone: with the default predictor, a true step of a transformer of 11 million parameters
+    takes 1.08 times as long as AdamW's while the guard sleeps, and 1.17 times with loops (H200, JAX 0.11.2,
+    benchmarks/phase_in_flight_gpu.log). Where conditionals are not in command buffers, they wait like loops. The price
+    is the memory of the result beside that of the carry. A conditional has a reverse-mode derivative, a loop has none.
     """
     loop = in_place_if(fun)
 

@@ -2,9 +2,10 @@
 
 `vsa_optax.jit_by_phase` traces a training step once for each kind, and sets the kind with `assumed`. The kind belongs
 to one owner in the optimizer's state: a phase machine, or a window of micro-batches. A transformation and
-`vsa_optax.value_and_grad_by_phase` query it with `kind_of`, each for its own owner. The owner is recognized by a scalar
-of its state, ``phase`` or ``mini_step``, which is the same Python object from the arguments to the update. After an
-update, in the body of a loop, or inside ``jax.shard_map`` it is a different object, and the kind is unknown.
+`vsa_optax.value_and_grad_by_phase` query it with `kind_of`, each for its own owner. The owner is recognized by its
+marks, the arrays of its state on which the coming kinds depend. They are the same Python objects from the arguments to
+the update. After an update, or inside a loop, ``jax.jit``, ``jax.vmap`` or ``jax.shard_map``, they are different
+objects, and the kind is unknown.
 """
 
 import contextlib
@@ -12,9 +13,13 @@ import contextvars
 import dataclasses
 import enum
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+# Arrays of a state, or None for those that it lacks.
+Marks: TypeAlias = tuple[jax.Array | None, ...]
 
 
 class StepKind(enum.IntEnum):
@@ -26,7 +31,7 @@ class StepKind(enum.IntEnum):
         WATCHED: a true step that is recorded and compared with its prediction.
         PREDICTED: a PREDICT step.
         ACCUMULATED: a micro-batch that certainly does not complete its window.
-        DECIDED: a micro-batch that may complete its window; the device decides.
+        UNDECIDED: a micro-batch that may complete its window; the device decides.
     """
 
     PLAIN = 0
@@ -34,7 +39,7 @@ class StepKind(enum.IntEnum):
     WATCHED = 2
     PREDICTED = 3
     ACCUMULATED = 4
-    DECIDED = 5
+    UNDECIDED = 5
 
 
 @dataclasses.dataclass
@@ -43,15 +48,15 @@ class Assumption:
 
     Attributes:
         kind: the kind of the step.
-        scalar: the scalar by which the owner is recognized, before the step.
+        marks: the owner's marks before the step.
         forecast: the kinds of the following steps, as `runs` returns them; None before the update.
-        after: the scalar after the step; None before the update.
+        marks_after: its marks after the step; None before the update.
     """
 
     kind: StepKind
-    scalar: jax.Array
+    marks: Marks
     forecast: jax.Array | None = None
-    after: jax.Array | None = None
+    marks_after: Marks | None = None
 
 
 _assumption: contextvars.ContextVar[Assumption | None] = contextvars.ContextVar("assumption", default=None)
@@ -67,16 +72,21 @@ def assumed(assumption: Assumption) -> Iterator[None]:
         _assumption.reset(token)
 
 
-def assumption_for(scalar: jax.Array) -> Assumption | None:
-    """The assumption for the step of the owner with this scalar; None if there is none."""
+def assumption_for(marks: Marks) -> Assumption | None:
+    """The assumption for the step of the owner with these marks; None if there is none."""
     assumption = _assumption.get()
-    return None if assumption is None or assumption.scalar is not scalar else assumption
+    return None if assumption is None or not are_same(assumption.marks, marks) else assumption
 
 
-def kind_of(scalar: jax.Array) -> StepKind | None:
-    """The kind of the coming step of the owner with this scalar; None if it is unknown."""
-    assumption = assumption_for(scalar)
+def kind_of(marks: Marks) -> StepKind | None:
+    """The kind of the coming step of the owner with these marks; None if it is unknown."""
+    assumption = assumption_for(marks)
     return None if assumption is None else assumption.kind
+
+
+def are_same(marks: Marks, others: Marks) -> bool:
+    """Whether both are the same Python objects."""
+    return len(marks) == len(others) and all(x is y for x, y in zip(marks, others, strict=True))
 
 
 def runs(*pairs: tuple[StepKind, int | jax.Array]) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
+from vsa_optax.core.kinds import Marks
 from vsa_optax.prediction.guard import GuardState
 from vsa_optax.prediction.predictors.base import Calibration
 
@@ -133,6 +134,10 @@ class PhaseMachineState(NamedTuple):
     numbers: jax.Array
     losses: jax.Array | None
     calibration: Calibration | None
+
+    def marks(self) -> Marks:
+        """The arrays on which the kinds of the coming steps depend, for `core.kinds`."""
+        return self.phase, self.counts, self.numbers, self.losses
 
     def unpacked(self) -> Machine:
         """The scalars by name; on each device, if the arrays have leading axes."""

@@ -23,7 +23,8 @@ from vsa_optax.prediction.predictors.momentum import MomentumPredictor
 
 # The check for a zero gradient reads this many leaves, with at most as many coordinates each unless all have more.
 _NUM_LOOKED_AT, _LOOKED_AT = 4, 65536
-# Bytes of a history that a GPU copies in less time than it takes to compute a record that may not be kept.
+# Bytes of a history that a GPU copies in less time than it takes to compute a record that may not be kept. They are
+# counted on all devices.
 _CHEAP_TO_COPY = 1 << 26
 
 
@@ -79,7 +80,7 @@ class PhaseStep:
     """One step of ``recorded``, or its prediction if the phase is PREDICT.
 
     Outside jit, JAX compiles a loop or a conditional again for each new function object. For a small model this takes
-    seventy times as long as the update (benchmarks/eager_step.log), so all are created here, once.
+    eighty times as long as the update (benchmarks/eager_step.log), so all are created here, once.
     """
 
     def __init__(self, recorded: optax.GradientTransformationExtraArgs | None, predictor: Predictor) -> None:
@@ -88,7 +89,7 @@ class PhaseStep:
         self._predictor = predictor
         self._emit_if = self._emitting({})
         self._consult_if = run_if(self._consult)
-        self._read_or_known = self._read_with_scalars, _already_known
+        self._read_or_skipped = self._read_with_scalars, _skipped
         self._compare_if = run_if(self._compare)
         self._record_if = run_if(self._record)
         self._predicted_or_given = self._predicted, _given
@@ -268,7 +269,7 @@ class PhaseStep:
         else:
             avals = jax.eval_shape(self._predictor.scalars, history, count, params)
             zeros = jax.tree.map(lambda x: as_varying(jnp.zeros(x.shape, x.dtype), varying_axes(x)), avals)
-            consulted, scalars = lax.cond(is_awake, *self._read_or_known, (nothing, zeros), history, *operands)
+            consulted, scalars = lax.cond(is_awake, *self._read_or_skipped, (nothing, zeros), history, *operands)
         record = nothing.target, params, count, scalars
         if self._predictor.history.encodes:  # To encode takes longer than to copy codes.
             return consulted, self._record_if(consulted.is_recorded, history, *record)
@@ -292,9 +293,9 @@ class PhaseStep:
         return consulted, self._record_if(consulted.is_recorded, history, target, params, count, scalars)
 
     def _read_with_scalars(
-        self, known: tuple[_Consulted, Scalars], history: HistoryState, *operands: Any
+        self, nothing: tuple[_Consulted, Scalars], history: HistoryState, *operands: Any
     ) -> tuple[_Consulted, Scalars]:
-        consulted, _, scalars = self._read(known[0], history, *operands)
+        consulted, _, scalars = self._read(nothing[0], history, *operands)
         return consulted, scalars
 
     def _read(
@@ -376,11 +377,9 @@ class PhaseStep:
         return self._predictor.history.record(history, target, params, count, scalars, jnp.array(True))
 
 
-def _already_known(
-    known: tuple[_Consulted, Scalars], history: HistoryState, *operands: Any
-) -> tuple[_Consulted, Scalars]:
+def _skipped(nothing: tuple[_Consulted, Scalars], history: HistoryState, *operands: Any) -> tuple[_Consulted, Scalars]:
     del history, operands
-    return known
+    return nothing
 
 
 def _given(

@@ -118,7 +118,7 @@ def switched(
             if not predicts_updates:
                 unmeasured.check_no_reader(state.inner_state)
 
-        assumption = kinds.assumption_for(machine.phase)
+        assumption = kinds.assumption_for(stats.unwrapped(state.machine).marks())
         kind = None if assumption is None else assumption.kind
         axes = _axes_to_agree_over(updates, state)
         if value is not None:
@@ -169,9 +169,10 @@ def switched(
         )
         if result.comparison is not None:
             residual = result.comparison.experience.residual
+        packed = machine.packed()
         if assumption is not None:
-            assumption.forecast, assumption.after = forecast(phases, machine), machine.phase
-        return new_updates, PhaseSwitchedState(machine.packed(), result.history, residual, inner_state)
+            assumption.forecast, assumption.marks_after = forecast(phases, machine), packed.marks()
+        return new_updates, PhaseSwitchedState(packed, result.history, residual, inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

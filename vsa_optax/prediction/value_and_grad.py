@@ -23,7 +23,7 @@ from vsa_optax.prediction.function_checks import (
 )
 from vsa_optax.prediction.machine import Phase, last_value, note_repeated_loss
 from vsa_optax.prediction.predictors.secant import SecantHistoryState
-from vsa_optax.prediction.stats import contains_machine, find_machine
+from vsa_optax.prediction.stats import contains_machine, find_machine_state
 from vsa_optax.prediction.update import PhaseSwitchedState
 
 Value = TypeVar("Value")
@@ -117,7 +117,8 @@ def value_and_grad_by_phase(
             aux_in_predict = aux_without_arrays(lambda: fun(*args, **kwargs))
         elif not has_aux or value_in_predict:
             aux_in_predict = None
-        machine = find_machine(state)
+        kept = find_machine_state(state)
+        machine = kept.unpacked()
         if machine.errors is None:  # No step is ever predicted.
             return differentiated(*args, **kwargs)
         if not value_in_predict:
@@ -169,7 +170,7 @@ def value_and_grad_by_phase(
             instead: Tree = (value, aux) if has_aux else value
             return instead, grads
 
-        kind = kind_of(machine.phase)
+        kind = kind_of(kept.marks())
         if kind is not None:
             return (in_predict if kind is StepKind.PREDICTED else with_backward)(arrays, aux_in_predict)
         is_predict = machine.phase == Phase.PREDICT
