@@ -157,12 +157,16 @@ class Optimizer:
             updates, state = opt.update(grads, state, params, value=value)
             return optax.apply_updates(params, updates), state
 
+        def scanned(params, state):
+            return jax.lax.scan(lambda carry, _: (step(*carry), None), (params, state), length=options.steps)[0]
+
         settings = {"donate_argnums": (0, 1)}
         if options.command_buffers:
             settings["compiler_options"] = {"xla_gpu_enable_command_buffer": options.command_buffers}
         self.start = lambda: jax.tree.map(jnp.array, (params, opt.init(params)))
         carry = self.start()
-        self.programs = {None: Program(jax.jit(step, **settings), carry)}
+        single = jax.jit(scanned if options.scan else step, **settings)
+        self.programs = {None: Program(single, carry)}
         if is_phased:
             self.by_phase = vsa_optax.jit_by_phase(step, **settings)
             self.programs |= {kind: Program(self.by_phase.programs[kind], carry) for _, kind in HELD.values()}
@@ -171,7 +175,7 @@ class Optimizer:
 class Variant:
     """A way to run an optimizer, and a carry that is held where it is to be measured."""
 
-    def __init__(self, optimizer, way, held):
+    def __init__(self, optimizer, way, held, is_scan):
         self.way, (self.hold, kind) = way, HELD.get(held, (None, None))
         self.program = optimizer.programs[None if way == "one program" else kind]
         self.num_waits = 0
@@ -180,6 +184,7 @@ class Variant:
             for _ in range(RECORDS):  # Real steps, real records.
                 carry = optimizer.by_phase(*carry)
         self.carry, self.optimizer = carry, optimizer
+        self.is_scan = is_scan
 
     def block(self, steps):
         """Seconds a step."""
@@ -194,7 +199,7 @@ class Variant:
             machine = jax.tree.map(jnp.array, self.hold(state.machine.unpacked()).packed())
             self.carry = jax.block_until_ready((self.carry[0], state._replace(machine=machine)))
         start = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(1 if self.is_scan else steps):
             self.carry = step(*self.carry)
         jax.block_until_ready(self.carry)
         seconds = (time.perf_counter() - start) / steps
@@ -255,6 +260,7 @@ def report(name, options):
     wanted = options.variants.split(";")
     used = ["plain", *(options.optimizers.split(";") if options.optimizers else ["phases=None", *optimizers()])]
     chosen = [case for case in cases() if case[1] in used and any(part in case[0] for part in ["plain", *wanted])]
+    chosen = [case for case in chosen if case[2] == "one program" or not options.scan]
     plain = optax.with_extra_args_support(optax.adamw(RATE))
     never = vsa_optax.phase_switched(optax.adamw(RATE), phases=None)
     given = {"plain": plain, "phases=None": never} | optimizers()
@@ -265,9 +271,9 @@ def report(name, options):
     with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         list(pool.map(Program.compile, [program for used in made.values() for program in used.programs.values()]))
     base = made["plain"].programs[None].control_flow()
-    variants = {variant: Variant(made[used], way, held) for variant, used, way, held in chosen}
+    variants = {variant: Variant(made[used], way, held, options.scan) for variant, used, way, held in chosen}
     for variant in variants.values():
-        variant.block(3)
+        variant.block(options.steps if options.scan else 3)
     seconds = {name: [] for name in variants}
     for _ in range(options.rounds):
         for variant, values in zip(variants.values(), seconds.values(), strict=True):
@@ -298,11 +304,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="of a block")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--cases", default="", help='only what contains one of these: "byte;PINN, 4 x 256"')
+    parser.add_argument("--cases", default="", help='only what contains one of these: "byte;PINN, 4"')
     parser.add_argument("--variants", default="", help='only what contains one of these, and plain: "asleep;alone"')
     parser.add_argument("--optimizers", default="", help='only these, and plain: "default;flattened"')
     parser.add_argument("--precision", default="default", help="of matrix products; a GPU's default is TF32")
     parser.add_argument("--command-buffers", default="", help='for all: "FUSION,CUBLAS,CUDNN,CONDITIONAL"')
+    parser.add_argument("--scan", action="store_true", help="a block is one lax.scan; of the ways, only one program")
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--kernels", type=int, default=0, help="how many of the longest kernels to list")
     options = parser.parse_args()
@@ -314,9 +321,9 @@ def main():
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "optax"))
     print(f"machine: {platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}")
     print(f"versions: python {platform.python_version()}, {versions}")
-    buffers = options.command_buffers or "JAX's own choice"
+    buffers, how = options.command_buffers or "JAX's own choice", "in one scan" if options.scan else "in flight"
     print(
-        f"n = {options.rounds} rounds of {options.steps} steps in flight; seed 0; command buffers: {buffers}; "
+        f"n = {options.rounds} rounds of {options.steps} steps {how}; seed 0; command buffers: {buffers}; "
         f"products: {options.precision}"
     )
     for name in CASES:
