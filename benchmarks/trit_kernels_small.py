@@ -137,7 +137,7 @@ def main():
     versions()
     groups = list(itertools.product(options.sizes, options.trits))
     cases = [(operation, *group, tuning) for group in groups for operation in OPERATIONS for tuning in TUNINGS]
-    floors = [(operation, rows.ROW, 1, present(operation, rows.ROW, 1)) for operation in OPERATIONS]
+    floors = [(operation, rows.ROW, 1, OPERATIONS[operation][1]) for operation in OPERATIONS]
     start = time.perf_counter()
     programs = compiled([*cases, *floors], ARRAYS, options.interpret)
     print(f"{len(programs)} programs compiled in {time.perf_counter() - start:.0f} s", flush=True)
@@ -145,10 +145,6 @@ def main():
     print("operation  coordinates   rows  trits    best  with                         present  with")
     for size, trits in [*groups, (rows.ROW, 1)]:
         report(size, trits, programs, options.all)
-
-
-def present(operation, size, trits):
-    return rows.tuning_for(OPERATIONS[operation], trits, rows.num_rows(size))
 
 
 def report(size, trits, programs, shows_all):
@@ -167,7 +163,7 @@ def report(size, trits, programs, shows_all):
         if seconds is None:
             print(f"{operation}, {size} coordinates: no kernels in the profile")
             continue
-        fastest, own = min(seconds, key=seconds.get), present(operation, size, trits)
+        fastest, own = min(seconds, key=seconds.get), OPERATIONS[operation][trits]
         print(
             f"{operation:9s}  {size:11d}  {rows.num_rows(size):5d}  {trits:5d}  {1e6 * seconds[fastest]:6.2f}  "
             f"{words_of(fastest):27s}  {1e6 * seconds.get(own, np.nan):7.2f}  {words_of(own)}",

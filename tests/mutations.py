@@ -243,10 +243,10 @@ MUTANTS = [
     Mutant("step_programs._traced_for", "== (kind in", "!= (kind in", f"{BY_WINDOW} -k another_owner"),
     Mutant("step_programs._coming", "(shape := first.shape)", "(shape := ())", f"{BY_WINDOW} -k several_runs"),
     Mutant("step_programs._owners_in", "isinstance(node, _OWNERS))", "False)", f"{BY_WINDOW} -k waits_once"),
-    Mutant("multi_steps._Window.foretell", "k - 1 - after.mini_step", "k - after.mini_step", f"{BY_WINDOW} -k bits"),
-    Mutant("multi_steps._Window.foretell", "after.gradient_step", "before.gradient_step", f"{BY_WINDOW} -k bits"),
-    Mutant("multi_steps._Window.foretell", "_WINDOWS_OF_ONE, 1", "1, 1", f"{BY_WINDOW} -k waits_once"),
-    Mutant("multi_steps._Window.foretell", "_WINDOWS_OF_ONE, 1", "2**30, 1", f"{BY_WINDOW} -k asked_for_again"),
+    Mutant("multi_steps._Window.forecast", "k - 1 - after.mini_step", "k - after.mini_step", f"{BY_WINDOW} -k bits"),
+    Mutant("multi_steps._Window.forecast", "after.gradient_step", "before.gradient_step", f"{BY_WINDOW} -k bits"),
+    Mutant("multi_steps._Window.forecast", "_WINDOWS_OF_ONE, 1", "1, 1", f"{BY_WINDOW} -k waits_once"),
+    Mutant("multi_steps._Window.forecast", "_WINDOWS_OF_ONE, 1", "2**30, 1", f"{BY_WINDOW} -k asked_for_again"),
     Mutant(
         "multi_steps.ternary_multi_steps",
         "jnp.array(False), _zeros(outcome.updates)",
@@ -376,7 +376,6 @@ MUTANTS = [
     Mutant("trit_kernels._vector", "which[0]", "0", GPU_TRITS + " -k among_others"),
     Mutant("trit_kernels._finish_kernel", "+ rows.coordinates(x", "- rows.coordinates(x", GPU_TRITS + " -k grows"),
     Mutant("rows.rotated_back", "reversed(range(words.shape[0]))", "range(words.shape[0])", GPU_TRITS),
-    Mutant("rows.tuning_for", "least <= rows", "least < rows", GPU_TRITS + " -k few_rows"),
     Mutant("random_words._threefry", "keys[(i + 1) % 3]", "keys[i % 3]", "kernels/gpu/test_random_words.py"),
     Mutant("platforms.is_of_one_device", "mesh.are_all_axes_manual", "True", "test_lowering.py -k some_axes"),
     Mutant(

@@ -122,7 +122,7 @@ class _Window:
         # Zeros that vary over the devices of a shard_map if the sum does.
         return mean, jax.tree.map(lambda x: jnp.where(True, jnp.zeros_like(x), x), acc_grads)
 
-    def foretell(self, before: Tree, after: Tree) -> None:
+    def forecast(self, before: Tree, after: Tree) -> None:
         """Forecasts the coming micro-batches in a program of `vsa_optax.jit_by_phase`, from the states of a step."""
         if assumption := kinds.assumption_for(before.marks()):
             k = jnp.asarray(self._every_k(after.gradient_step), jnp.int32)
@@ -277,7 +277,7 @@ def accumulate_ternary(
             new_updates = zeros_unless(emits, held)
         acc_grads = total.settle(acc_grads, taken.grown, held, adds)
         after = AccumulateTernaryState(acc_grads=acc_grads, **_counted(state, is_finite, emits, adds))
-        window.foretell(state, after)
+        window.forecast(state, after)
         return new_updates, after
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -422,7 +422,7 @@ def ternary_multi_steps(
             skip_state=own[1],
             **_counted(state, is_finite, emits, adds),
         )
-        window.foretell(state, after)
+        window.forecast(state, after)
         return new_updates, after
 
     return TernaryMultiSteps(init_fn, update_fn)

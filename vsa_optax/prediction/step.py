@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -259,9 +259,9 @@ class PhaseStep:
     ) -> tuple[_Consulted, HistoryState]:
         """Reads the history in a conditional, and records outside it, since a conditional would copy the history.
 
-        So the device computes a record at each step, and selects whether it is kept. For a transformer of 11 million
-        parameters on an H200, a true step then takes 1.08 instead of 1.05 times AdamW's while the guard sleeps, and 64
-        bytes a parameter less (JAX 0.11.2).
+        So the device computes a record at each step, and selects whether it is kept. The copy would be 64 bytes a
+        parameter with the default predictor. For a transformer of 11 million parameters, a true step takes 1.08 instead
+        of 1.05 times AdamW's while the guard sleeps (H200, JAX 0.11.2, benchmarks/phase_in_flight_gpu.log).
         """
         *_, count, params = operands
         if is_awake is None:
@@ -276,24 +276,15 @@ class PhaseStep:
         return consulted, self._predictor.history.record(history, *record, consulted.is_recorded)
 
     def _consult(
-        self,
-        carry: tuple[_Consulted, HistoryState],
-        is_predict: jax.Array,
-        is_finite: jax.Array,
-        is_compared: jax.Array,
-        is_behind_leap: jax.Array,
-        count: jax.Array,
-        params: optax.Params | None,
+        self, carry: tuple[_Consulted, HistoryState], *operands: *_Operands
     ) -> tuple[_Consulted, HistoryState]:
         """Reads the history, and records a true target."""
-        nothing, history = carry
-        consulted, target, scalars = self._read(
-            nothing, history, is_predict, is_finite, is_compared, is_behind_leap, count, params
-        )
+        (nothing, history), (*_, count, params) = carry, operands
+        consulted, target, scalars = self._read(nothing, history, *operands)
         return consulted, self._record_if(consulted.is_recorded, history, target, params, count, scalars)
 
     def _read_with_scalars(
-        self, nothing: tuple[_Consulted, Scalars], history: HistoryState, *operands: Any
+        self, nothing: tuple[_Consulted, Scalars], history: HistoryState, *operands: *_Operands
     ) -> tuple[_Consulted, Scalars]:
         consulted, _, scalars = self._read(nothing[0], history, *operands)
         return consulted, scalars
@@ -377,7 +368,9 @@ class PhaseStep:
         return self._predictor.history.record(history, target, params, count, scalars, jnp.array(True))
 
 
-def _skipped(nothing: tuple[_Consulted, Scalars], history: HistoryState, *operands: Any) -> tuple[_Consulted, Scalars]:
+def _skipped(
+    nothing: tuple[_Consulted, Scalars], history: HistoryState, *operands: *_Operands
+) -> tuple[_Consulted, Scalars]:
     del history, operands
     return nothing
 

@@ -203,20 +203,6 @@ def test_xla_reads_what_a_kernel_wrote_and_the_reverse(monkeypatch):
     assert share(by_kernel - finish(added), by_kernel) < OF_ROUNDING
 
 
-def test_few_rows_may_have_a_tuning_of_their_own():
-    few, many = trit_kernels.Tuning(8, is_unrolled=True), trit_kernels.Tuning(1)
-    tunings = {2: {0: few, 100: many}, 3: {0: many}}
-    found = [trit_kernels.tuning_for(tunings, 2, rows) for rows in (1, 99, 100, 10**6)]
-    assert found == [few, few, many, many]
-    assert trit_kernels.tuning_for(tunings, 3, 1) == many
-
-
-@pytest.mark.parametrize("operation", ["encode", "decode", "add", "finish"])
-def test_any_number_of_rows_has_a_tuning(operation):
-    tunings = getattr(trit_kernels, operation.upper())
-    assert {trits: min(by_rows) for trits, by_rows in tunings.items()} == {1: 0, 2: 0, 3: 0}
-
-
 def test_warps_and_unrolling_do_not_change_a_sum():
     x, total = vector(1), (jnp.full((2, 2 * 1024), 121, jnp.uint8), jnp.ones(BLOCKS, jnp.bfloat16))
     tuning = trit_kernels.Tuning(8, is_unrolled=True)

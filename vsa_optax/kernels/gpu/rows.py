@@ -42,17 +42,6 @@ class Tuning(NamedTuple):
     num_stages: int = 1
 
 
-# The number of trits, then the least number of rows for which the tuning is used. Few rows leave most of a GPU empty,
-# where more warps may be faster.
-Tunings: TypeAlias = dict[int, dict[int, Tuning]]
-
-
-def tuning_for(tunings: Tunings, trits: int, rows: int) -> Tuning:
-    """The tuning for vectors with so many rows."""
-    by_rows = tunings[trits]
-    return by_rows[max(least for least in by_rows if least <= rows)]
-
-
 def num_rows(size: int) -> int:
     """Rows for ``size`` coordinates."""
     return -(-size // ROW)

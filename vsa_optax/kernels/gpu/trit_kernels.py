@@ -23,15 +23,14 @@ from jax import lax
 
 from vsa_optax.kernels.gpu import levels, rows, tiles
 from vsa_optax.kernels.gpu.levels import BLOCKS
-from vsa_optax.kernels.gpu.rows import Bytes, Sums, Tuning, Tunings, num_rows, tuning_for
+from vsa_optax.kernels.gpu.rows import Bytes, Sums, Tuning, num_rows
 from vsa_optax.kernels.gpu.tiles import SIDE, WIDTH, Ref
 
-# By the number of trits and the least number of rows; the table of what was tried is in
-# `benchmarks/trit_kernels_tuning.log`.
-ENCODE: Tunings = {1: {0: Tuning(1)}, 2: {0: Tuning(1)}, 3: {0: Tuning(2)}}
-DECODE: Tunings = {1: {0: Tuning(1)}, 2: {0: Tuning(1)}, 3: {0: Tuning(1)}}
-ADD: Tunings = {1: {0: Tuning(2)}, 2: {0: Tuning(1)}, 3: {0: Tuning(2)}}
-FINISH: Tunings = {1: {0: Tuning(1)}, 2: {0: Tuning(2)}, 3: {0: Tuning(1)}}
+# By the number of trits; the table of what was tried is in `benchmarks/trit_kernels_tuning.log`.
+ENCODE = {1: Tuning(1), 2: Tuning(1), 3: Tuning(2)}
+DECODE = {1: Tuning(1), 2: Tuning(1), 3: Tuning(1)}
+ADD = {1: Tuning(2), 2: Tuning(1), 3: Tuning(2)}
+FINISH = {1: Tuning(1), 2: Tuning(2), 3: Tuning(1)}
 
 
 def encode(
@@ -62,7 +61,7 @@ def encode(
         and else in bfloat16.
     """
     count = num_rows(x.shape[-1])
-    tuning = tuning or tuning_for(ENCODE, trits, count)
+    tuning = tuning or ENCODE[trits]
     kernel = functools.partial(
         _encode_kernel, trits=trits, count=count, unbiased=unbiased, is_unrolled=tuning.is_unrolled
     )
@@ -127,7 +126,7 @@ def decode_sum(
         ``[n] f32``.
     """
     trits, num, count = trits or codes.shape[1], len(codes), num_rows(size)
-    tuning = tuning or tuning_for(DECODE, trits, count)
+    tuning = tuning or DECODE[trits]
     kernel = functools.partial(_decode_sum_kernel, num=num, trits=trits, count=count, is_unrolled=tuning.is_unrolled)
     factors = factors * levels.unit(trits, nearest=True)
     operands = [codes.reshape(num, -1), shares, factors, words, tiles.hadamard(), levels.table(trits)]
@@ -205,7 +204,7 @@ def add(
     """
     trits, is_nearest = codes.shape[0], rounding is None
     count = num_rows(x.size)
-    tuning = tuning or tuning_for(ADD, trits, count)
+    tuning = tuning or ADD[trits]
     kernel = functools.partial(
         _add_kernel, trits=trits, count=count, is_nearest=is_nearest, is_unrolled=tuning.is_unrolled
     )
@@ -285,7 +284,7 @@ def finish(
         interpret: to run without a GPU, for tests.
     """
     trits, count = trits or len(codes), num_rows(x.shape[-1])
-    tuning = tuning or tuning_for(FINISH, trits, count)
+    tuning = tuning or FINISH[trits]
     kernel = functools.partial(
         _finish_kernel, trits=trits, count=count, nearest=nearest, is_unrolled=tuning.is_unrolled
     )
